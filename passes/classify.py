@@ -1,0 +1,45 @@
+"""Pass 1, classify: split a joint graph into forward values and values that depend on the tangents.
+
+    primals_1, tangents_1                          forward: primals_1, relu
+    relu = relu(primals_1)                         backward: tangents_1, mul
+    mul = mul(tangents_1, relu)                    crossing: relu
+    return relu, mul
+
+Backward is linear in the tangents, so a crossing value enters it as a coefficient.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch.fx as fx
+
+
+@dataclass(frozen=True)
+class Classification:
+    """Nodes of one joint graph.
+
+    Attributes:
+        backward: nodes that depend on a tangent, the tangents included.
+        crossing: forward nodes that a backward node reads, in graph order.
+    """
+
+    backward: frozenset[fx.Node]
+    crossing: tuple[fx.Node, ...]
+
+
+def classify(graph: fx.Graph) -> Classification:
+    """Classify every node of a joint graph; reads only."""
+    backward: set[fx.Node] = set()
+    for node in graph.nodes:
+        is_tangent = node.op == "placeholder" and "tangents" in str(node.target)
+        if is_tangent or (
+            node.op != "output" and any(arg in backward for arg in node.all_input_nodes)
+        ):
+            backward.add(node)
+    crossing = tuple(
+        node
+        for node in graph.nodes
+        if node not in backward and any(user in backward for user in node.users)
+    )
+    return Classification(frozenset(backward), crossing)

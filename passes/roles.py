@@ -1,0 +1,244 @@
+"""Pass 3, roles: who reads each saved value in backward.
+
+    role W    only weight-gradient matmuls read it. The estimate's noise stays in that one gradient.
+    role A    something else does: the input-gradient path, attention, code that backward computes again
+              from it. Noise would run on through every earlier layer.
+    role W+A  both.
+
+A matmul in backward is a *weight gradient* when one operand is the saved value (or a reshaping view of
+it), the other depends on the tangents, and its result reaches nothing but gradients of trainable leaves.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+import torch.fx as fx
+
+from prac_fx.graph_edit import RESHAPING_VIEWS
+from prac_fx.passes.classify import Classification
+from prac_fx.passes.survey import SavedValue, Survey
+from prac_fx.torch_compat import gradient_argument_index
+
+_aten = torch.ops.aten
+
+# position of the two matrices among the operator's arguments
+MATMULS = {
+    _aten.mm.default: (0, 1),
+    _aten.bmm.default: (0, 1),
+    _aten.addmm.default: (1, 2),
+    _aten.baddbmm.default: (1, 2),
+}
+
+Kind = Literal["weight_gradient", "attention", "derived", "other"]
+Role = Literal["W", "A", "W+A", "-"]
+
+
+@dataclass(frozen=True)
+class Reader:
+    """One node in backward that reads a saved value.
+
+    Attributes:
+        node: the backward node.
+        kind: "weight_gradient"; "attention"; "derived" when it reads something that backward first
+            computes again from the value; "other".
+        side: for a weight gradient, which matrix of the matmul the value is: 0 (left, the value
+            transposed) or 1 (right).
+        operand: the node it reads: the value or a view of it.
+        owner: for a weight gradient, the argument index of the first leaf whose gradient it is.
+    """
+
+    node: fx.Node
+    kind: Kind
+    operand: fx.Node
+    side: int = -1
+    owner: int = -1
+
+
+@dataclass(frozen=True)
+class ValueRole:
+    """A saved value with its readers in backward, in graph order."""
+
+    value: SavedValue
+    role: Role
+    readers: tuple[Reader, ...]
+
+
+@dataclass(frozen=True)
+class _Gradients:
+    """Which gradients a backward node contributes to.
+
+    Attributes:
+        impure: nodes that reach an output which is not the gradient of a trainable leaf.
+        owner: for the other nodes, the smallest argument index among the leaves they reach.
+    """
+
+    impure: frozenset[fx.Node]
+    owner: Mapping[fx.Node, int]
+
+
+def assign_roles(
+    graph: fx.Graph,
+    classification: Classification,
+    survey: Survey,
+    *,
+    num_fwd_outputs: int,
+    trainable: Collection[int],
+) -> tuple[ValueRole, ...]:
+    """Find every saved value's readers and its role; reads only.
+
+    Args:
+        graph: the joint graph.
+        classification: of the same graph.
+        survey: of the same graph.
+        num_fwd_outputs: how many of the graph's outputs are forward outputs.
+        trainable: argument indices of leaves (parameters) that require a gradient.
+    """
+    gradients = _trace_gradients(graph, classification, survey, num_fwd_outputs, trainable)
+    by_storage: dict[str, list[Reader]] = {}
+    readers_of: dict[fx.Node, list[Reader]] = {}
+    for value in survey.saved:
+        found = _readers(value.node, classification, survey, gradients)
+        # two saved views of one storage are one value: what reads either reads it
+        root = value.shares_with or value.node.name
+        readers_of[value.node] = by_storage.setdefault(root, [])
+        known = {(reader.node, reader.operand) for reader in readers_of[value.node]}
+        readers_of[value.node] += [r for r in found if (r.node, r.operand) not in known]
+    return tuple(
+        ValueRole(value, _role(readers_of[value.node]), tuple(readers_of[value.node]))
+        for value in survey.saved
+    )
+
+
+def weight_gradient_reader(
+    node: fx.Node, operand: fx.Node, classification: Classification, gradients: _Gradients
+) -> Reader | None:
+    """The reader record of a weight-gradient matmul; None when `node` is not one for `operand`."""
+    positions = MATMULS.get(node.target)
+    if positions is None or node in gradients.impure or node not in gradients.owner:
+        return None
+    left, right = node.args[positions[0]], node.args[positions[1]]
+    if left is right or (left is not operand and right is not operand):
+        return None
+    other = right if left is operand else left
+    if other not in classification.backward:
+        return None
+    # addmm and baddbmm also read a summand; the value may not be that too
+    if positions[0] == 1 and node.args[0] is operand:
+        return None
+    return Reader(
+        node=node,
+        kind="weight_gradient",
+        operand=operand,
+        side=0 if left is operand else 1,
+        owner=gradients.owner[node],
+    )
+
+
+def _trace_gradients(
+    graph: fx.Graph,
+    classification: Classification,
+    survey: Survey,
+    num_fwd_outputs: int,
+    trainable: Collection[int],
+) -> _Gradients:
+    output = next(iter(graph.find_nodes(op="output")))
+    outputs = output.args[0]
+    descriptions = output.meta.get("desc", [None] * len(outputs))
+    impure: set[fx.Node] = set()
+    owner: dict[fx.Node, int] = {}
+    for position, (node, description) in enumerate(zip(outputs, descriptions, strict=True)):
+        if not isinstance(node, fx.Node):
+            continue
+        index = gradient_argument_index(description)
+        if position < num_fwd_outputs or index is None or index not in trainable:
+            impure.add(node)
+        else:
+            owner[node] = min(index, owner.get(node, index))
+    for node in reversed(graph.nodes):
+        if node not in classification.backward:
+            continue
+        for user in node.users:
+            if user in impure:
+                impure.add(node)
+            if user in owner:
+                owner[node] = min(owner[user], owner.get(node, owner[user]))
+    _taint_multiplied_estimates(_with_views(survey), classification, impure, owner)
+    return _Gradients(frozenset(impure), owner)
+
+
+def _with_views(survey: Survey) -> set[fx.Node]:
+    """The saved values that could be encoded, and their reshaping views."""
+    nodes = [saved.node for saved in survey.saved if not saved.is_input]
+    for node in nodes:
+        nodes.extend(user for user in node.users if user.target in RESHAPING_VIEWS)
+    return set(nodes)
+
+
+def _taint_multiplied_estimates(
+    encodable: set[fx.Node],
+    classification: Classification,
+    impure: set[fx.Node],
+    owner: dict[fx.Node, int],
+) -> None:
+    """A matmul whose result is multiplied by another saved value is no end point: two estimates would meet.
+
+    E[X1~ X2~] differs from X1 X2 when both share a basis draw, so only the last matmul stays a candidate.
+    """
+    for node in [n for n in owner if n in classification.backward and n.target in MATMULS]:
+        pending = list(node.users)
+        seen: set[fx.Node] = set()
+        while pending:
+            user = pending.pop()
+            if user in seen or user not in classification.backward:
+                continue
+            seen.add(user)
+            if user.target in MATMULS and any(arg in encodable for arg in user.all_input_nodes):
+                impure.add(node)
+                break
+            pending.extend(user.users)
+
+
+def _readers(
+    value: fx.Node, classification: Classification, survey: Survey, gradients: _Gradients
+) -> list[Reader]:
+    """Walk from the value through whatever backward computes again from it, to the backward nodes."""
+    readers: list[Reader] = []
+    pending: list[tuple[fx.Node, bool]] = [(value, True)]
+    seen = {value}
+    while pending:
+        node, is_view = pending.pop(0)
+        for user in node.users:
+            if user in classification.backward:
+                readers.append(_reader(user, node, is_view, classification, gradients))
+            elif user.name in survey.recomputed and user not in seen:
+                seen.add(user)
+                pending.append((user, is_view and user.target in RESHAPING_VIEWS))
+    return readers
+
+
+def _reader(
+    node: fx.Node,
+    operand: fx.Node,
+    is_view: bool,
+    classification: Classification,
+    gradients: _Gradients,
+) -> Reader:
+    if "attention" in str(node.target):
+        return Reader(node, "attention", operand)
+    if not is_view:
+        return Reader(node, "derived", operand)
+    found = weight_gradient_reader(node, operand, classification, gradients)
+    return found if found is not None else Reader(node, "other", operand)
+
+
+def _role(readers: list[Reader]) -> Role:
+    if not readers:
+        return "-"
+    weight = [reader.kind == "weight_gradient" for reader in readers]
+    if all(weight):
+        return "W"
+    return "W+A" if any(weight) else "A"

@@ -1,0 +1,61 @@
+"""Pass 7, sample: the forward graph copies some rows of each encoded value into the site's buffer.
+
+    positions = arange(s) * 648055 % 2**20 * m // 2**20
+    rows = index(x, [positions])
+    copy_(rows_buffer, rows)
+
+The refresh of a basis then needs no extra forward pass and no side channel. The positions come from a
+multiplicative (golden ratio) sequence: evenly spread for every number of tokens m, symbolic ones included,
+and never in step with the sequence length, as a fixed stride would be.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+import torch.fx as fx
+from torch import Tensor
+
+from prac_fx.graph_edit import Inliner
+from prac_fx.passes.rewrite import EncodedSite
+
+_BITS = 20
+_STEP = 648055  # odd, and about 2**20 times the golden ratio's fraction
+
+
+def sample_positions(count: int, tokens: int | torch.SymInt, device: torch.device) -> Tensor:
+    """`count` token positions below `tokens`, spread evenly; int64, shape (count,)."""
+    spread = torch.arange(count, device=device) * _STEP % (1 << _BITS)
+    return spread * tokens >> _BITS
+
+
+def sample_matrix(x: Tensor, buffer: Tensor) -> Tensor:
+    """Rows of `x`, (m, n) or (E, m, n), as many as `buffer` has; positions repeat when m is smaller."""
+    tokens = x.reshape(-1, x.shape[-1])
+    return tokens[sample_positions(buffer.shape[0], tokens.shape[0], x.device)]
+
+
+def sample(fw: fx.GraphModule, encoded: Sequence[EncodedSite]) -> None:
+    """Append the copies to a partitioned forward graph; edits it."""
+    graph = fw.graph
+    nodes = {node.name: node for node in graph.nodes}
+    output = next(iter(graph.find_nodes(op="output")))
+    inline = Inliner(graph)
+    for one in encoded:
+        if one.state.rows is None:
+            continue
+        matrix, buffer = nodes[one.matrix.name], nodes[one.state.rows.name]
+        rows = inline(
+            sample_matrix,
+            [matrix, buffer],
+            before=output,
+            tag="is_forward",
+            like=matrix,
+            key="sample",
+        )[-1]
+        with graph.inserting_before(output):
+            copied = graph.call_function(torch.ops.aten.copy_.default, (buffer, rows))
+        copied.meta = {"val": buffer.meta["val"], "partitioner_tag": "is_forward"}
+    graph.lint()
+    fw.recompile()

@@ -1,0 +1,30 @@
+"""prac_fx: activation compression for training as a compiler pass, `torch.compile(model, backend="prac")`."""
+
+from prac_fx._version import __version__
+from prac_fx.config import PracConfig
+from prac_fx.dynamo_backend import backend
+from prac_fx.errors import (
+    CannotRewriteError,
+    PracError,
+    PracOptionError,
+    PracWarning,
+    ReportError,
+    StateError,
+)
+from prac_fx.state import load_state_dict, state_dict
+
+
+
+__all__ = [
+    "CannotRewriteError",
+    "PracConfig",
+    "PracError",
+    "PracOptionError",
+    "PracWarning",
+    "ReportError",
+    "StateError",
+    "__version__",
+    "backend",
+    "load_state_dict",
+    "state_dict",
+]

@@ -1,0 +1,183 @@
+"""The PRAC codec: coordinates in a principal plus a random subspace.
+
+Source: arXiv 2602.23111, section 4. With P = [Q1, sqrt(k) Q2] a value X (m tokens, n features) is stored as
+C = X P and stands for X~ = C P^T = X P P^T. A weight gradient X~^T dY = P (C^T dY) never needs X~ itself.
+`rac` is the case r1 = 0, `pac` the case r2 = 0 (biased).
+
+Letters: m tokens, n features, r = r1 + r2 coordinates, B blocks (n and r are divided by B within a block),
+o outputs, E a batch of independent matrices (experts) that share one basis.
+
+Layout of the coordinates: B = 1 stores C, shape (..., m, r). B > 1 stores the transposes block by block, shape
+(B, r / B, m), because then both the encoding and the weight gradient are plain batched matmuls without a copy.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from prac_fx.subspace import tail_scale
+
+
+@dataclass(frozen=True)
+class PracCodec:
+    """Ranks and blocks of one site. All counts are totals over the blocks.
+
+    Attributes:
+        features: n, divisible by `blocks`.
+        principal: r1, divisible by `blocks`.
+        random: r2, divisible by `blocks`.
+        blocks: B, number of feature blocks with a basis of their own.
+        sample_rows: s, tokens copied out of each forward pass for the refresh of the basis.
+    """
+
+    features: int
+    principal: int
+    random: int
+    blocks: int
+    sample_rows: int
+
+    @property
+    def rank(self) -> int:
+        """r = r1 + r2, coordinates stored for each token."""
+        return self.principal + self.random
+
+    @property
+    def scale(self) -> float:
+        """k = (n - r1) / r2 (Theorem 6)."""
+        return tail_scale(self.features, self.principal, self.random)
+
+    @property
+    def name(self) -> str:
+        """`prac`, or `rac` (no principal part), or `pac` (no random part)."""
+        if not self.principal:
+            return "rac"
+        return "prac" if self.random else "pac"
+
+    @property
+    def basis_shape(self) -> tuple[int, ...]:
+        """(n, r) for one block, (B, n / B, r / B) for several."""
+        if self.blocks == 1:
+            return (self.features, self.rank)
+        return (self.blocks, self.features // self.blocks, self.rank // self.blocks)
+
+    def describe(self) -> str:
+        """Short text for tables, such as `prac 76+76/256` or `prac 408+408/1376 x4`."""
+        blocks = f" x{self.blocks}" if self.blocks > 1 else ""
+        return f"{self.name} {self.principal}+{self.random}/{self.features}{blocks}"
+
+    # -- tensors ----------------------------------------------------------------------------------
+
+    def encode(self, x: Tensor, basis: Tensor) -> Tensor:
+        """Coordinates of `x`.
+
+        Args:
+            x: (m, n), or (E, m, n) when there is one block.
+            basis: `basis_shape`, dtype of `x`.
+
+        Returns:
+            (m, r), (E, m, r), or (B, r / B, m); dtype of `x`. Finite for finite `x`.
+        """
+        basis = self._guarded(basis)
+        if self.blocks == 1:
+            if x.dim() == 2:
+                return x.mm(basis)
+            flat = x.reshape(-1, self.features).mm(basis)
+            return flat.view(x.shape[0], -1, self.rank)
+        per_block = x.view(-1, self.blocks, self.features // self.blocks)
+        return basis.mT.bmm(per_block.permute(1, 2, 0))
+
+    def decode(self, coordinates: Tensor, basis: Tensor) -> Tensor:
+        """X~ = C P^T, the unbiased estimate of x, in the shape that was encoded."""
+        if self.blocks == 1:
+            flat = _times(
+                coordinates.reshape(-1, self.rank).mm(basis.mT), self._unguard(basis.dtype)
+            )
+            return flat.view(*coordinates.shape[:-1], self.features)
+        per_block = _times(basis.bmm(coordinates), self._unguard(basis.dtype))  # (B, n / B, m)
+        return per_block.permute(2, 0, 1).reshape(-1, self.features)
+
+    def weight_gradient(self, coordinates: Tensor, basis: Tensor, dy: Tensor) -> Tensor:
+        """X~^T dY without X~: P (C^T dY), 2 m r o + 2 n r o FLOPs instead of 2 m n o.
+
+        Args:
+            coordinates: what `encode` returned.
+            basis: the basis it was encoded with.
+            dy: (m, o), or (E, m, o).
+
+        Returns:
+            (n, o), or (E, n, o); dtype of `dy`.
+        """
+        unguard = self._unguard(dy.dtype)
+        if self.blocks == 1:
+            if dy.dim() == 2:
+                return basis.mm(_times(coordinates.mT.mm(dy), unguard))
+            small = _times(coordinates.mT.bmm(dy), unguard)
+            return basis.expand(dy.shape[0], -1, -1).bmm(small)
+        small = _times(coordinates.view(self.rank, -1).mm(dy), unguard)
+        per_block = small.view(self.blocks, self.rank // self.blocks, -1)
+        return basis.bmm(per_block).view(self.features, -1)
+
+    def weight_gradient_transposed(
+        self, coordinates: Tensor, basis: Tensor, dy_t: Tensor
+    ) -> Tensor:
+        """dY^T X~ without X~: (dY^T C) P^T, the form that `F.linear` needs.
+
+        Args:
+            coordinates: what `encode` returned.
+            basis: the basis it was encoded with.
+            dy_t: (o, m), or (E, o, m).
+
+        Returns:
+            (o, n), or (E, o, n); dtype of `dy_t`.
+        """
+        unguard = self._unguard(dy_t.dtype)
+        if self.blocks == 1:
+            if dy_t.dim() == 2:
+                return _times(dy_t.mm(coordinates), unguard).mm(basis.mT)
+            small = _times(dy_t.bmm(coordinates), unguard)
+            return small.bmm(basis.mT.expand(dy_t.shape[0], -1, -1))
+        small = _times(dy_t.mm(coordinates.view(self.rank, -1).mT), unguard)
+        per_block = small.view(-1, self.blocks, self.rank // self.blocks).permute(1, 0, 2)
+        return per_block.bmm(basis.mT).permute(1, 0, 2).reshape(-1, self.features)
+
+    def _guarded(self, basis: Tensor) -> Tensor:
+        unguard = self._unguard(basis.dtype)
+        return basis if unguard == 1.0 else basis * (1.0 / unguard)
+
+    def _unguard(self, dtype: torch.dtype) -> float:
+        """Power of two by which float16 coordinates are stored smaller than they are.
+
+        A coordinate is at most |x| sqrt(k), and |x| at most sqrt(n) times the largest feature: in float16
+        that can overflow where x itself does not. Other dtypes have the range.
+        """
+        if dtype != torch.float16:
+            return 1.0
+        n = self.features / self.blocks
+        return 2.0 ** math.ceil(math.log2(math.sqrt(n * max(self.scale, 1.0))))
+
+    # -- sizes and costs --------------------------------------------------------------------------
+
+    def coordinates_nbytes(self, tokens: int, itemsize: int) -> int:
+        """Bytes stored for `tokens` tokens."""
+        return tokens * self.rank * itemsize
+
+    def state_nbytes(self, itemsize: int) -> int:
+        """Bytes that live as long as the parameter: the basis and the sampled rows."""
+        basis = self.features * self.rank // self.blocks
+        return (basis + self.sample_rows * self.features) * itemsize
+
+    def flops(self, tokens: int, outputs: int) -> int:
+        """FLOPs of encoding once and of weight gradients with `outputs` columns in all."""
+        encode = 2 * tokens * self.features * self.rank // self.blocks
+        small = 2 * tokens * self.rank * outputs
+        project = 2 * self.features * self.rank * outputs // self.blocks
+        return encode + small + project
+
+
+def _times(x: Tensor, factor: float) -> Tensor:
+    """`x * factor`, without an operator in the graph when there is nothing to multiply."""
+    return x if factor == 1.0 else x * factor

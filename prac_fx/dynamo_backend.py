@@ -1,0 +1,257 @@
+"""The "prac" backend of `torch.compile`: analyse the joint graph, then compile it rewritten.
+
+Phase 1 traces Dynamo's graph with AOTAutograd up to our partitioner, which plans and stops there.
+Phase 2 compiles a copy of Dynamo's graph that has placeholders for the state of each planned site; our
+partitioner meets the same joint graph again and rewrites it. Everything else is Inductor's.
+"""
+
+from __future__ import annotations
+
+import logging
+import warnings
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, NoReturn
+
+import torch
+import torch.fx as fx
+from torch import Tensor
+
+from prac_fx.config import PracConfig, split_options
+from prac_fx.errors import PracOptionError, PracWarning
+from prac_fx.memory import format_nbytes
+from prac_fx.origin import clean_path
+from prac_fx.passes.plan import Plan, Site
+from prac_fx.pipeline import AnalysisDone, AnalysePartitioner, RewritePartitioner
+from prac_fx.plan_text import plan_as_text
+from prac_fx.runtime import training_step
+from prac_fx.torch_compat import (
+    FakeTensor,
+    compile_fx,
+    copy_dynamo_graph,
+    inductor_config,
+    inductor_patches,
+    placeholder_source_name,
+    trace_structured,
+    tracing_fake_mode,
+    without_autograd_cache,
+)
+
+log = logging.getLogger(__name__)
+
+
+def prac(
+    gm: fx.GraphModule,
+    example_inputs: Sequence[Any],
+    *,
+    mode: str | None = None,
+    options: Mapping[str, Any] | None = None,
+) -> Callable[..., Any]:
+    """Entry point: `torch.compile(model, backend="prac", options={"prac.principal": 0.2, ...})`.
+
+    Args:
+        gm: Dynamo's graph.
+        example_inputs: its inputs, fake tensors.
+        mode: one of Inductor's modes.
+        options: `prac.*` keys for us, all others for Inductor.
+
+    Raises:
+        PracOptionError: before any tracing of ours, for a bad option.
+    """
+    config, inductor_options = split_options(options)
+    return PracBackend(config)(gm, example_inputs, mode=mode, options=inductor_options)
+
+
+def backend(config: PracConfig | None = None) -> PracBackend:
+    """Typed form: `torch.compile(model, backend=prac_fx.backend(PracConfig(principal=0.2)))`.
+
+    Raises:
+        PracOptionError: when `config` is not a `PracConfig`.
+    """
+    config = PracConfig() if config is None else config
+    if not isinstance(config, PracConfig):
+        raise PracOptionError(f"prac_fx.backend: expected a PracConfig, got {config!r}")
+    return PracBackend(config)
+
+
+@dataclass(frozen=True)
+class PracBackend:
+    """A Dynamo backend with a fixed configuration. Equal configurations share compiled code."""
+
+    config: PracConfig
+    __name__: str = field(default="prac", init=False, repr=False)
+
+    def __call__(
+        self,
+        gm: fx.GraphModule,
+        example_inputs: Sequence[Any],
+        *,
+        mode: str | None = None,
+        options: Mapping[str, Any] | None = None,
+    ) -> Callable[..., Any]:
+        """Compile one of Dynamo's graphs; `options` may hold Inductor's keys only."""
+        ours = [key for key in options or {} if str(key).startswith("prac.")]
+        if ours:
+            raise PracOptionError(
+                f"option {ours[0]!r} contradicts the PracConfig that this backend was made with"
+            )
+        if inductor_config.custom_partitioner_fn is not None:
+            raise PracOptionError(
+                "torch._inductor.config.custom_partitioner_fn is set: backend=\"prac\" is a "
+                "partitioner itself and cannot be combined with another one"
+            )
+        try:
+            patches = inductor_patches(mode, options or {})
+        except RuntimeError as error:
+            raise PracOptionError(f"options: {error}") from None
+        if self.config.is_biased:
+            warnings.warn(
+                "prac.random=0 (PAC) gives biased gradients: the random part is what makes the "
+                "estimator unbiased",
+                PracWarning,
+                stacklevel=2,
+            )
+        return _compile(gm, example_inputs, self.config, patches)
+
+
+def _compile(
+    gm: fx.GraphModule, example_inputs: Sequence[Any], config: PracConfig, patches: dict[str, Any]
+) -> Callable[..., Any]:
+    def plain() -> Callable[..., Any]:
+        compiled: Callable[..., Any] = compile_fx(
+            copy_dynamo_graph(gm), list(example_inputs), config_patches=patches or None
+        )
+        return compiled
+
+    graph = DynamoGraph(gm, tuple(example_inputs))
+    if not graph.trainable:
+        return plain()
+    try:
+        plan = analyse_graph(graph, config, patches)
+        if plan is None or not plan.sites:
+            _log_plan(plan)
+            return plain()
+        compiled = _compile_rewritten(graph, plan, config, patches)
+    except Exception as error:
+        if config.strict:
+            raise
+        # if plain Inductor fails too, its error is the one to see
+        compiled = plain()
+        warnings.warn(
+            f'backend="prac" compiles this graph with plain Inductor, nothing is compressed: '
+            f"{type(error).__name__}: {error}",
+            PracWarning,
+            stacklevel=2,
+        )
+        log.debug("fallback", exc_info=error)
+        return compiled
+    _log_plan(plan)
+    return training_step(compiled, plan, config)
+
+
+@dataclass(frozen=True)
+class DynamoGraph:
+    """Dynamo's graph with its inputs, and what we need to know of them."""
+
+    gm: fx.GraphModule
+    example_inputs: tuple[Any, ...]
+
+    @property
+    def placeholders(self) -> list[fx.Node]:
+        """The graph's arguments, in order."""
+        return list(self.gm.graph.find_nodes(op="placeholder"))
+
+    @property
+    def argument_names(self) -> dict[int, str]:
+        """Names of the arguments relative to the compiled module."""
+        names = (placeholder_source_name(node) for node in self.placeholders)
+        return {index: clean_path(name) for index, name in enumerate(names)}
+
+    @property
+    def trainable(self) -> frozenset[int]:
+        """Indices of leaf arguments that require a gradient: parameters, and tensors used like them."""
+        if not torch.is_grad_enabled():
+            return frozenset()
+        return frozenset(
+            index
+            for index, value in enumerate(self.example_inputs)
+            if isinstance(value, Tensor) and value.requires_grad and value.is_leaf
+        )
+
+
+class _NoBackward(Exception):
+    """The graph turned out to be an inference graph."""
+
+
+def _refuse_inference(*args: Any, **kwargs: Any) -> NoReturn:
+    raise _NoBackward
+
+
+def analyse_graph(
+    graph: DynamoGraph, config: PracConfig, patches: Mapping[str, Any]
+) -> Plan | None:
+    """Phase 1: trace up to the joint graph and plan. None when the graph has no backward."""
+    partitioner = AnalysePartitioner(config, graph.trainable, graph.argument_names)
+    try:
+        with without_autograd_cache():
+            compile_fx(
+                copy_dynamo_graph(graph.gm),
+                list(graph.example_inputs),
+                inner_compile=_refuse_inference,
+                config_patches={**patches, "custom_partitioner_fn": partitioner},
+            )
+    except AnalysisDone as done:
+        return done.plan
+    except _NoBackward:
+        return None
+    raise AssertionError("the joint graph was compiled without a call of the partitioner")
+
+
+def with_state_inputs(
+    graph: DynamoGraph, sites: Sequence[Site]
+) -> tuple[fx.GraphModule, list[Any]]:
+    """Copy Dynamo's graph with state placeholders appended, and its inputs with fake state."""
+    extra: list[tuple[str, FakeTensor]] = []
+    with tracing_fake_mode(graph.example_inputs):
+        for number, site in enumerate(sites):
+            shapes = {"basis": site.codec.basis_shape}
+            if site.codec.sample_rows:
+                shapes["rows"] = (site.codec.sample_rows, site.codec.features)
+            for what, shape in shapes.items():
+                fake = torch.empty(shape, dtype=site.dtype, device=site.device)
+                assert isinstance(fake, FakeTensor)
+                extra.append((f"prac_{what}_{number}", fake))
+    gm = copy_dynamo_graph(graph.gm, extra)
+    return gm, [*graph.example_inputs, *(fake for _, fake in extra)]
+
+
+def _compile_rewritten(
+    graph: DynamoGraph, plan: Plan, config: PracConfig, patches: Mapping[str, Any]
+) -> Callable[..., Any]:
+    """Phase 2: compile with the partitioner that applies the plan."""
+    gm, inputs = with_state_inputs(graph, plan.sites)
+    partitioner = RewritePartitioner(plan, len(graph.example_inputs), config)
+    compiled: Callable[..., Any] = compile_fx(
+        gm, inputs, config_patches={**patches, "custom_partitioner_fn": partitioner}
+    )
+    return compiled
+
+
+def _log_plan(plan: Plan | None) -> None:
+    if plan is None:
+        log.debug("graph without backward: plain Inductor")
+        return
+    log.info(
+        "saved for backward: %s -> %s, %d of %d values encoded, state %s",
+        format_nbytes(plan.nbytes_before),
+        format_nbytes(plan.nbytes_after),
+        len(plan.sites),
+        len(plan.values),
+        format_nbytes(plan.state_nbytes),
+    )
+    log.debug("plan:\n%s", plan_as_text(plan))
+    trace_structured(
+        "artifact",
+        metadata_fn=lambda: {"name": "prac_plan", "encoding": "string"},
+        payload_fn=lambda: plan_as_text(plan),
+    )

@@ -1,0 +1,36 @@
+"""Exceptions of prac_fx. Everything a user can meet derives from `PracError`."""
+
+from __future__ import annotations
+
+from prac_fx.torch_compat import ShortenTraceback
+
+
+class PracError(Exception):
+    """Base class of every error that prac_fx raises on purpose."""
+
+
+class PracOptionError(PracError, ShortenTraceback, ValueError):
+    """An option is unknown, ill-typed, out of range, or contradicts another one.
+
+    Raised before any tracing of ours. It is also a `ShortenTraceback`, which Dynamo re-raises
+    as it is instead of wrapping it in `BackendCompilerFailed`: the user sees this message first.
+    """
+
+    def __init__(self, message: str) -> None:
+        super().__init__(message, first_useful_frame=None)
+
+
+class CannotRewriteError(PracError):
+    """The joint graph cannot be rewritten; the graph itself is still usable by plain Inductor."""
+
+
+class StateError(PracError, ValueError):
+    """A saved subspace state does not fit the model it is loaded into."""
+
+
+class ReportError(PracError):
+    """The report cannot be made: a bad file, a bad `build()`, or a model without backward."""
+
+
+class PracWarning(UserWarning):
+    """A graph fell back to plain Inductor, or an option has a consequence worth knowing."""

@@ -1,0 +1,142 @@
+"""Editing joint graphs: inline plain-tensor code as aten nodes, with the metadata that torch needs."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+import torch.fx as fx
+from torch import Tensor
+
+from prac_fx.torch_compat import inductor_decompositions, make_fx
+
+# Operators that hand on the same elements in another shape. Deliberately without slice, select and
+# expand, which hand on fewer or repeated ones.
+_aten = torch.ops.aten
+RESHAPING_VIEWS = frozenset(
+    {
+        _aten.view.default,
+        _aten._unsafe_view.default,
+        _aten.reshape.default,
+        _aten.permute.default,
+        _aten.transpose.int,
+        _aten.t.default,
+        _aten.unsqueeze.default,
+        _aten.squeeze.default,
+        _aten.squeeze.dim,
+        _aten.squeeze.dims,
+        _aten.alias.default,
+        _aten.detach.default,
+    }
+)
+
+
+def tensor_value(node: fx.Node) -> Tensor | None:
+    """The fake tensor a node stands for; None when it is not one tensor."""
+    value = node.meta.get("val")
+    return value if isinstance(value, Tensor) else None
+
+
+class Inliner:
+    """Copies traced tensor code into one graph, tracing each distinct shape only once.
+
+    Example: `inline(codec.encode, [x, basis], before=output)` adds what `codec.encode` does as aten nodes.
+    """
+
+    def __init__(self, graph: fx.Graph) -> None:
+        self.graph = graph
+        self._traced: dict[object, fx.GraphModule] = {}
+
+    def __call__(
+        self,
+        function: Callable[..., Tensor],
+        args: Sequence[fx.Node],
+        *,
+        before: fx.Node,
+        tag: str,
+        like: fx.Node,
+        key: object = None,
+    ) -> list[fx.Node]:
+        """Inline `function(*args)`.
+
+        Args:
+            function: code on tensors without data-dependent control flow.
+            args: the nodes to call it with.
+            before: the new nodes go in front of this node.
+            tag: `partitioner_tag` of the new nodes (torch._functorch.partitioners).
+            like: node whose source location the new nodes carry.
+            key: names the function in the trace cache, together with the arguments' shapes.
+
+        Returns:
+            The new nodes in order; the last one is the result.
+        """
+        values = [arg.meta["val"] for arg in args]
+        cache_key = (key if key is not None else function, tuple(map(_signature, values)))
+        traced = self._traced.get(cache_key)
+        if traced is None:
+            # a plain function around it: make_fx counts a bound method's `self` as an argument
+            trace = make_fx(
+                lambda *tensors: function(*tensors), decomposition_table=inductor_decompositions()
+            )
+            traced = trace(*values)
+            self._traced[cache_key] = traced
+        return self._copy(traced, args, before, tag, like)
+
+    def _copy(
+        self, traced: fx.GraphModule, args: Sequence[fx.Node], before: fx.Node, tag: str, like: fx.Node
+    ) -> list[fx.Node]:
+        env = dict(zip(traced.graph.find_nodes(op="placeholder"), args, strict=True))
+        added: list[fx.Node] = []
+        with self.graph.inserting_before(before):
+            for node in traced.graph.nodes:
+                if node.op == "placeholder" or node.op == "output":
+                    continue
+                if node.op != "call_function":
+                    raise AssertionError(f"traced code has a {node.op} node: {node.format_node()}")
+                copied = self.graph.node_copy(node, env.__getitem__)
+                copied.meta = {"val": node.meta["val"], "partitioner_tag": tag}
+                if "tensor_meta" in node.meta:
+                    copied.meta["tensor_meta"] = node.meta["tensor_meta"]
+                for field in ("stack_trace", "nn_module_stack", "seq_nr"):
+                    if field in like.meta:
+                        copied.meta[field] = like.meta[field]
+                env[node] = copied
+                added.append(copied)
+        return added
+
+
+def _signature(value: Tensor) -> object:
+    return (
+        tuple(map(str, value.shape)),
+        tuple(map(str, value.stride())),
+        value.dtype,
+        value.device,
+    )
+
+
+def erase_dead(nodes: Sequence[fx.Node]) -> None:
+    """Erase those of `nodes` that nothing reads any more, last first."""
+    for node in reversed(nodes):
+        if not node.users:
+            node.graph.erase_node(node)
+
+
+def last_two_swapped(node: fx.Node) -> fx.Node | None:
+    """The node that `node` transposes in its last two dimensions; None if it does something else."""
+    if node.op != "call_function" or not node.args or not isinstance(node.args[0], fx.Node):
+        return None
+    value = tensor_value(node)
+    rank = value.dim() if value is not None else 0
+    if rank < 2:
+        return None
+    swapped = [*range(rank - 2), rank - 1, rank - 2]
+    if node.target is _aten.permute.default:
+        dims: Any = node.args[1]
+        return node.args[0] if [d % rank for d in dims] == swapped else None
+    if node.target is _aten.transpose.int:
+        pair = {int(d) % rank for d in node.args[1:3]}  # type: ignore[arg-type]
+        return node.args[0] if pair == {rank - 1, rank - 2} else None
+    if node.target is _aten.t.default and rank == 2:
+        return node.args[0]
+    return None

@@ -1,0 +1,55 @@
+"""Where in the user's code a node of the joint graph comes from."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+
+import torch.fx as fx
+
+
+@dataclass(frozen=True)
+class Origin:
+    """Source of a value.
+
+    Attributes:
+        module: dotted path of the module that computed it, relative to the compiled module.
+        op: the aten operator.
+        file: path of the source file of the innermost frame; empty when unknown.
+        line: line number there; 0 when unknown.
+    """
+
+    module: str
+    op: str
+    file: str
+    line: int
+
+
+_FRAME = re.compile(r'File "([^"]+)", line (\d+)')
+_INDEX = re.compile(r"\[(?:'([^']*)'|\"([^\"]*)\"|(\d+))\]")
+_CONTAINERS = ("_modules", "_parameters", "_buffers")
+
+
+def origin_of(node: fx.Node) -> Origin:
+    """Origin of a joint-graph node from the metadata that Dynamo and AOTAutograd left on it."""
+    stack = node.meta.get("nn_module_stack") or {}
+    module = clean_path(list(stack.values())[-1][0]) if stack else ""
+    frames = _FRAME.findall(node.meta.get("stack_trace") or "")
+    file, line = frames[-1] if frames else ("", 0)
+    op = str(node.target).removeprefix("aten.") if node.op == "call_function" else node.op
+    return Origin(module, op, file, int(line))
+
+
+def clean_path(source: str) -> str:
+    """Dynamo's source name as a dotted path relative to the compiled module.
+
+    `L['self']._modules['model']._modules['layers']._modules['0']._parameters['weight']`
+    becomes `model.layers.0.weight`; `L['self'].model.layers.0` becomes `model.layers.0`.
+    """
+    path = _INDEX.sub(lambda m: "." + next(g for g in m.groups() if g is not None), source)
+    parts = [part for part in path.split(".") if part and part not in _CONTAINERS]
+    if parts and parts[0] in ("L", "G"):
+        parts = parts[1:]
+    if parts and parts[0] in ("self", "fn", "mod"):
+        parts = parts[1:]
+    return ".".join(parts)

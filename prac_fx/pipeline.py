@@ -1,0 +1,198 @@
+"""The passes in run order, as the two partitioners that the two phases of compilation install."""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+from collections.abc import Collection, Mapping, Sequence
+from pathlib import Path
+from typing import Any, NoReturn
+
+import torch.fx as fx
+
+from prac_fx.config import PracConfig
+from prac_fx.errors import CannotRewriteError
+from prac_fx.graph_edit import Inliner
+from prac_fx.passes.classify import classify
+from prac_fx.passes.factor import factor
+from prac_fx.passes.partition import partition
+from prac_fx.passes.plan import Plan, fingerprint, make_plan
+from prac_fx.passes.rewrite import SiteState, rewrite
+from prac_fx.passes.roles import assign_roles
+from prac_fx.passes.survey import SavedValue, survey
+from prac_fx.torch_compat import (
+    CustomPartitionerFn,
+    argument_index,
+    fx_graph_cse,
+    trace_structured,
+)
+
+log = logging.getLogger(__name__)
+
+
+class AnalysisDone(Exception):
+    """Leaves the first phase with its result; never reaches a user."""
+
+    def __init__(self, plan: Plan) -> None:
+        super().__init__("analysis is done")
+        self.plan = plan
+
+
+def analyse(
+    gm: fx.GraphModule,
+    joint_inputs: Sequence[object],
+    partition_options: Mapping[str, Any],
+    *,
+    config: PracConfig,
+    trainable: Collection[int],
+    argument_names: Mapping[int, str],
+) -> Plan:
+    """Passes 1 to 4: classify, survey, roles, plan. Leaves `gm` unchanged but for merged duplicates.
+
+    Args:
+        gm: the joint graph module.
+        joint_inputs: its inputs as the partitioner received them.
+        partition_options: keyword arguments of torch's partitioner.
+        config: the user's options.
+        trainable: argument indices of leaves that require a gradient.
+        argument_names: names of the arguments, relative to the compiled module.
+    """
+    gm.graph = fx_graph_cse(gm.graph)  # one node where query, key and value read the same view
+    surveyed = survey(gm, joint_inputs, partition_options)
+    classification = classify(gm.graph)
+    roles = assign_roles(
+        gm.graph,
+        classification,
+        surveyed,
+        num_fwd_outputs=partition_options["num_fwd_outputs"],
+        trainable=trainable,
+    )
+    return make_plan(
+        gm.graph, classification, surveyed, roles, config=config, argument_names=argument_names
+    )
+
+
+def apply_plan(
+    gm: fx.GraphModule,
+    joint_inputs: Sequence[object],
+    partition_options: Mapping[str, Any],
+    plan: Plan,
+    states: Sequence[SiteState],
+) -> tuple[fx.GraphModule, fx.GraphModule, tuple[SavedValue, ...]]:
+    """Passes 5 to 8: rewrite, factor, sample, partition.
+
+    Raises:
+        CannotRewriteError: the graph is not the one that was planned, or an invariant does not hold.
+    """
+    inline = Inliner(gm.graph)
+    encoded = rewrite(gm.graph, plan.sites, states, inline)
+    factor(encoded, inline)
+    gm.graph.lint()
+    gm.recompile()
+    return partition(gm, joint_inputs, partition_options, encoded, plan.nbytes_before)
+
+
+class AnalysePartitioner(CustomPartitionerFn):
+    """First phase: looks at the joint graph, plans, and stops there by raising `AnalysisDone`."""
+
+    def __init__(
+        self,
+        config: PracConfig,
+        trainable: Collection[int],
+        argument_names: Mapping[int, str],
+    ) -> None:
+        self._config = config
+        self._trainable = trainable
+        self._argument_names = argument_names
+
+    def __call__(
+        self, gm: fx.GraphModule, joint_inputs: Sequence[object], **options: Any
+    ) -> NoReturn:
+        plan = analyse(
+            gm,
+            joint_inputs,
+            options,
+            config=self._config,
+            trainable=self._trainable,
+            argument_names=self._argument_names,
+        )
+        raise AnalysisDone(plan)
+
+    def uuid(self) -> None:
+        """The first phase compiles nothing, so there is nothing to cache."""
+        return
+
+
+class RewritePartitioner(CustomPartitionerFn):
+    """Second phase: meets the planned joint graph again, with state placeholders, and rewrites it.
+
+    Args:
+        plan: from the first phase.
+        first_state: argument index of the first state placeholder; they follow in site order, the basis
+            and, where the codec samples rows, the row buffer.
+        config: part of the compile cache key.
+    """
+
+    def __init__(self, plan: Plan, first_state: int, config: PracConfig) -> None:
+        self._plan = plan
+        self._first_state = first_state
+        self._key = cache_key(plan, config)
+
+    def __call__(
+        self, gm: fx.GraphModule, joint_inputs: Sequence[object], **options: Any
+    ) -> tuple[fx.GraphModule, fx.GraphModule]:
+        fw, bw, _ = self.run(gm, joint_inputs, options)
+        return fw, bw
+
+    def run(
+        self, gm: fx.GraphModule, joint_inputs: Sequence[object], options: Mapping[str, Any]
+    ) -> tuple[fx.GraphModule, fx.GraphModule, tuple[SavedValue, ...]]:
+        """Rewrite and partition; also returns what the result saves."""
+        gm.graph = fx_graph_cse(gm.graph)
+        if fingerprint(gm.graph) != self._plan.fingerprint:
+            raise CannotRewriteError("tracing the model twice gave two different joint graphs")
+        _trace_graph("prac_joint_graph_before", gm)
+        states = self._find_states(gm.graph)
+        result = apply_plan(gm, joint_inputs, options, self._plan, states)
+        _trace_graph("prac_joint_graph_after", gm)
+        return result
+
+    def _find_states(self, graph: fx.Graph) -> list[SiteState]:
+        by_index = {
+            argument_index(node): node
+            for node in graph.find_nodes(op="placeholder")
+            if argument_index(node) is not None
+        }
+        states, index = [], self._first_state
+        try:
+            for site in self._plan.sites:
+                basis = by_index[index]
+                rows = by_index[index + 1] if site.codec.sample_rows else None
+                index += 2 if site.codec.sample_rows else 1
+                states.append(SiteState(basis, rows))
+        except KeyError:
+            raise CannotRewriteError("a state placeholder did not reach the joint graph") from None
+        return states
+
+    def uuid(self) -> str:
+        """Hash of our sources, the configuration and the plan (torch._inductor.custom_graph_pass)."""
+        return self._key
+
+
+def cache_key(plan: Plan, config: PracConfig) -> str:
+    """What the compiled result depends on besides torch's own inputs; a warm cache is keyed by it."""
+    digest = hashlib.blake2b(digest_size=16)
+    package = Path(__file__).parent
+    for path in sorted([*package.rglob("*.py"), *(package / "passes").glob("*.py")]):
+        digest.update(path.read_bytes())
+    digest.update(config.cache_key().encode())
+    digest.update(repr((plan.sites, plan.fingerprint)).encode())
+    return digest.hexdigest()
+
+
+def _trace_graph(name: str, gm: fx.GraphModule) -> None:
+    trace_structured(
+        "artifact",
+        metadata_fn=lambda: {"name": name, "encoding": "string"},
+        payload_fn=lambda: gm.print_readable(print_output=False),
+    )

@@ -1,0 +1,44 @@
+"""Plans as text: the table of the report and of the log."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from tabulate import tabulate
+
+from prac_fx.memory import format_nbytes
+from prac_fx.passes.plan import Plan, PlannedValue
+
+HEADERS = ("module", "value", "shape", "role", "before", "after", "decision", "reason")
+
+
+def plan_as_text(plan: Plan) -> str:
+    """One row per value that backward needs, and the totals."""
+    return values_table(plan.values) + "\n" + totals_line(plan)
+
+
+def values_table(values: Sequence[PlannedValue]) -> str:
+    """A plain-text table of planned values."""
+    return tabulate([_row(value) for value in values], headers=HEADERS, tablefmt="simple")
+
+
+def totals_line(plan: Plan) -> str:
+    """Saved bytes before and after, and the state that lives as long as the parameters."""
+    return (
+        f"saved for backward: {format_nbytes(plan.nbytes_before)} -> "
+        f"{format_nbytes(plan.nbytes_after)}; state {format_nbytes(plan.state_nbytes)}"
+    )
+
+
+def _row(value: PlannedValue) -> tuple[str, ...]:
+    decision = value.codec.describe() if value.codec else value.decision
+    return (
+        value.origin.module,
+        f"{value.name} {value.dtype}",
+        "x".join(value.shape),
+        value.role,
+        format_nbytes(value.nbytes_before),
+        format_nbytes(value.nbytes_after),
+        decision,
+        value.reason,
+    )

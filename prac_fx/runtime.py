@@ -1,0 +1,74 @@
+"""What runs in each step: find this instance's subspaces, keep them fresh, append them to the arguments."""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor
+
+from prac_fx.config import PracConfig
+from prac_fx.passes.plan import Plan, Site
+from prac_fx.state import Subspace, SubspaceKey, subspace_for
+
+
+@dataclass(frozen=True)
+class _Binding:
+    """The states of one instance (one set of owners) of a compiled graph."""
+
+    owners: tuple[weakref.ref[Tensor], ...]
+    subspaces: tuple[Subspace, ...]
+    tensors: tuple[Tensor, ...]
+
+    def fits(self, args: Sequence[Any], indices: Sequence[int]) -> bool:
+        return all(
+            owner() is args[index] for owner, index in zip(self.owners, indices, strict=True)
+        )
+
+
+def training_step(
+    compiled: Callable[..., Any], plan: Plan, config: PracConfig
+) -> Callable[..., Any]:
+    """Wrap a compiled training graph so that it receives its state.
+
+    Args:
+        compiled: what Inductor made of the graph with state placeholders.
+        plan: its sites, in the order of the placeholders.
+        config: seed and schedule.
+
+    Returns:
+        A callable with the arguments of Dynamo's own graph. Each call is one forward pass that will have
+        a backward: without gradients Dynamo compiles another graph, which this backend leaves alone.
+    """
+    indices = [site.owner for site in plan.sites]
+    # by identity of the first owner; an entry leaves with that parameter
+    bindings: dict[int, _Binding] = {}
+
+    def bind(args: Sequence[Any]) -> _Binding:
+        key = id(args[indices[0]])
+        owners = [args[index] for index in indices]
+        subspaces = tuple(_bind_site(o, s, config) for o, s in zip(owners, plan.sites, strict=True))
+        tensors = [t for s in subspaces for t in (s.basis, s.rows) if t is not None]
+        references = tuple(
+            weakref.ref(owner, (lambda _, key=key: bindings.pop(key, None)) if not i else None)
+            for i, owner in enumerate(owners)
+        )
+        bindings[key] = _Binding(references, subspaces, tuple(tensors))
+        return bindings[key]
+
+    def step(*args: Any) -> Any:
+        binding = bindings.get(id(args[indices[0]]))
+        if binding is None or not binding.fits(args, indices):
+            binding = bind(args)
+        for subspace in binding.subspaces:
+            subspace.begin_step()
+        return compiled(*args, *binding.tensors)
+
+    return step
+
+
+def _bind_site(owner: Tensor, site: Site, config: PracConfig) -> Subspace:
+    key = SubspaceKey(site.slot, site.codec, site.dtype)
+    return subspace_for(owner, key, site.device, site.owner_name, config)

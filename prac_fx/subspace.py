@@ -1,0 +1,118 @@
+"""Subspace numerics on plain tensors: principal basis, random tail basis, and their scaled union.
+
+Source: Li, Zhang, Fang, "PRAC", arXiv 2602.23111: principal basis Q1 and tail basis Q2 of section 4,
+scale k = (n - r1) / r2 of Theorem 6, error of Theorem 15. Differs in two ways. Q1 comes from warm-started
+subspace iteration on a sample of rows instead of an SVD of the whole activation. Features may be cut into
+B blocks, each with a basis of its own; B = 1 is the paper's.
+
+Letters used in shapes: n features of one block, r1 principal directions, r2 tail directions, r = r1 + r2,
+B blocks, s sampled rows. A leading "..." is either nothing (B = 1) or (B,).
+"""
+
+from __future__ import annotations
+
+import hashlib
+import math
+
+import torch
+from torch import Tensor
+
+# Share of the mean squared row norm that keeps old directions alive where a sample says nothing about
+# them: fewer rows than directions, or rank-deficient rows.
+_TIE_BREAK = 1e-2
+
+
+def tail_scale(n: int, r1: int, r2: int) -> float:
+    """k = (n - r1) / r2, the factor that makes the estimator unbiased (Theorem 6); 1.0 when r2 = 0."""
+    return (n - r1) / r2 if r2 else 1.0
+
+
+def orthonormalize(a: Tensor) -> Tensor:
+    """Orthonormal basis of the columns of `a`, shape (..., n, r) with r <= n, by Householder QR.
+
+    Rank-deficient columns are completed by arbitrary orthonormal ones, so the result always has r.
+    """
+    return torch.linalg.qr(a)[0]
+
+
+def draw_tail(q1: Tensor, r2: int, generator: torch.Generator) -> Tensor:
+    """Q2: r2 orthonormal directions, uniform in the orthogonal complement of Q1.
+
+    Source: section 4, S_o = (I - Q1 Q1^T) S with S Gaussian, then QR.
+
+    Args:
+        q1: (..., n, r1), orthonormal columns; r1 may be 0.
+        r2: at most n - r1.
+        generator: on the device of `q1`; the only source of randomness.
+
+    Returns:
+        (..., n, r2), dtype of `q1`, orthogonal to `q1` within rounding.
+    """
+    shape = (*q1.shape[:-1], r2)
+    s = torch.randn(shape, dtype=q1.dtype, device=q1.device, generator=generator)
+    # twice: QR divides by what the first projection left, and with it amplifies its rounding error
+    for _ in range(2):
+        s = orthonormalize(s - q1 @ (q1.mT @ s))
+    return s
+
+
+def refresh_principal(rows: Tensor, q1: Tensor, iterations: int = 1) -> Tensor | None:
+    """Q1 after `iterations` steps of subspace iteration on sampled rows, started from the old Q1.
+
+    Args:
+        rows: (s, B * n) sampled tokens, any floating dtype.
+        q1: (..., n, r1) the old basis, float32 or float64; orthonormal columns.
+        iterations: one is enough when warm; more after a cold start.
+
+    Returns:
+        (..., n, r1), dtype of `q1`; None when the rows hold no information (not finite, or all zero),
+        in which case the caller keeps the old basis.
+    """
+    x = _split_blocks(rows, q1)
+    largest = x.abs().amax()
+    if not bool(torch.isfinite(largest)) or float(largest) == 0.0:
+        return None
+    x = x / largest  # so that squares neither overflow nor vanish
+    mean_eigenvalue = x.square().sum(dim=(-2, -1), keepdim=True) / x.shape[-1]
+    for _ in range(iterations):
+        q1 = orthonormalize(x.mT @ (x @ q1) + _TIE_BREAK * mean_eigenvalue * q1)
+    return q1 if bool(torch.isfinite(q1).all()) else None
+
+
+def _split_blocks(rows: Tensor, q1: Tensor) -> Tensor:
+    x = rows.to(q1.dtype)
+    if q1.dim() == 2:
+        return x
+    blocks, n = q1.shape[0], q1.shape[1]
+    return x.view(-1, blocks, n).transpose(0, 1)
+
+
+def join_basis(q1: Tensor, q2: Tensor) -> Tensor:
+    """P = [Q1, sqrt(k) Q2], shape (..., n, r1 + r2), so that the rebuilt value is X P P^T."""
+    n, r1, r2 = q1.shape[-2], q1.shape[-1], q2.shape[-1]
+    return torch.cat([q1, math.sqrt(tail_scale(n, r1, r2)) * q2], dim=-1)
+
+
+def initial_principal(
+    shape: tuple[int, ...], dtype: torch.dtype, generator: torch.Generator
+) -> Tensor:
+    """A random orthonormal Q1 of this shape: the estimator is unbiased with any Q1, so it can start here."""
+    a = torch.randn(shape, dtype=dtype, device=generator.device, generator=generator)
+    return orthonormalize(a)
+
+
+def working_dtype(dtype: torch.dtype) -> torch.dtype:
+    """Precision of the linear algebra: float64 for float64 values, float32 for all others."""
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+def seeded_generator(device: torch.device, *key: object) -> torch.Generator:
+    """A fresh generator whose seed is a hash of `key`: draws depend on nothing else.
+
+    Counter-based on purpose: a draw is named by (seed, site, draw number), so resuming needs only
+    numbers, and the user's random stream is never read or advanced.
+    """
+    digest = hashlib.blake2b(repr(key).encode(), digest_size=8).digest()
+    generator = torch.Generator(device=device)
+    generator.manual_seed(int.from_bytes(digest, "little") & (2**63 - 1))
+    return generator
