@@ -68,15 +68,15 @@ EXPERIMENTS: dict[str, list[Setting]] = {
     "sampled rows, s = rows x r1": [
         Setting(rows=rows, iterations=iterations)
         for iterations in (1, 2)
-        for rows in (0.25, 0.5, 1.0, 2.0, None)
+        for rows in (0.25, 0.5, 1.0, 2.0, 4.0, 8.0, None)
     ],
     "sampled rows when refreshed often": [
-        Setting(rows=rows, refresh_every=10) for rows in (0.25, 0.5, 1.0, 2.0)
+        Setting(rows=rows, refresh_every=10) for rows in (0.25, 0.5, 1.0, 2.0, 4.0)
     ],
     "blocks, s = rows x r1 / B": [
         Setting(blocks=blocks, rows=rows)
         for blocks in (1, 2, 4, 8)
-        for rows in sorted({1.0, 2.0, float(blocks)})
+        for rows in (1.0, 2.0, 4.0, 8.0)
     ],
     "refresh period T": [Setting(refresh_every=every) for every in (1, 5, 10, 20, 50, 100, 200)],
     "basis of this batch": [Setting(this_batch=True, blocks=blocks) for blocks in (1, 4)],

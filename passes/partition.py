@@ -10,6 +10,7 @@ If one fails the graph is not used: `CannotRewriteError`, and the backend compil
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch.fx as fx
@@ -21,13 +22,30 @@ from prac_fx.passes.survey import SavedValue, saved_values, storage_of
 from prac_fx.torch_compat import min_cut_rematerialization_partition
 
 
+@dataclass(frozen=True)
+class PartitionedGraph:
+    """A rewritten joint graph, split.
+
+    Attributes:
+        fw: the forward module, with the sampling of rows in it.
+        bw: the backward module.
+        saved: what the forward hands to the backward.
+        coordinates: name of each encoded value -> name of its coordinates.
+    """
+
+    fw: fx.GraphModule
+    bw: fx.GraphModule
+    saved: tuple[SavedValue, ...]
+    coordinates: Mapping[str, str]
+
+
 def partition(
     gm: fx.GraphModule,
     joint_inputs: Sequence[object],
     partition_options: Mapping[str, Any],
     encoded: Sequence[EncodedSite],
     nbytes_before: int,
-) -> tuple[fx.GraphModule, fx.GraphModule, tuple[SavedValue, ...]]:
+) -> PartitionedGraph:
     """Split a rewritten joint graph into forward and backward.
 
     Args:
@@ -36,9 +54,6 @@ def partition(
         partition_options: keyword arguments of torch's partitioner.
         encoded: the sites in it.
         nbytes_before: bytes that plain Inductor saves.
-
-    Returns:
-        The forward module with the sampling of rows in it, the backward module, and what is saved.
 
     Raises:
         CannotRewriteError: an invariant does not hold.
@@ -49,7 +64,8 @@ def partition(
     saved = saved_values(gm.graph, fw, num_fwd_outputs)
     _check(fw, saved, encoded, outputs, num_fwd_outputs, nbytes_before)
     sample(fw, encoded)
-    return fw, bw, saved
+    coordinates = {one.value.name: one.coordinates.name for one in encoded}
+    return PartitionedGraph(fw, bw, saved, coordinates)
 
 
 def _output_names(gm: fx.GraphModule, count: int) -> list[str]:

@@ -45,6 +45,7 @@ REASONS = {
     "rank_saves_nothing": "coordinates and state would take as many bytes as the value",
     "symbolic_size": "its size is symbolic and not provably large enough",
     "layouts_differ": "its readers see it in different shapes",
+    "min_cut": "torch's min-cut decides otherwise once the other values are encoded",
     "checkpointed": "inside a checkpointed region: backward computes it again",
 }
 

@@ -11,12 +11,14 @@ from prac_fx.errors import (
     ReportError,
     StateError,
 )
+from prac_fx.explain import MemoryReport, explain
 from prac_fx.state import load_state_dict, state_dict
 
 
 
 __all__ = [
     "CannotRewriteError",
+    "MemoryReport",
     "PracConfig",
     "PracError",
     "PracOptionError",
@@ -25,6 +27,7 @@ __all__ = [
     "StateError",
     "__version__",
     "backend",
+    "explain",
     "load_state_dict",
     "state_dict",
 ]

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from typing import Any
 
 import torch
 import torch.fx as fx
 from torch import Tensor
 
-from prac_fx.torch_compat import inductor_decompositions, make_fx
+from prac_fx.torch_compat import FakeTensor, inductor_decompositions, make_fx
 
 # Operators that hand on the same elements in another shape. Deliberately without slice, select and
 # expand, which hand on fewer or repeated ones.
@@ -95,9 +96,7 @@ class Inliner:
                 if node.op != "call_function":
                     raise AssertionError(f"traced code has a {node.op} node: {node.format_node()}")
                 copied = self.graph.node_copy(node, env.__getitem__)
-                copied.meta = {"val": node.meta["val"], "partitioner_tag": tag}
-                if "tensor_meta" in node.meta:
-                    copied.meta["tensor_meta"] = node.meta["tensor_meta"]
+                copied.meta = {"val": fake_result(copied), "partitioner_tag": tag}
                 for field in ("stack_trace", "nn_module_stack", "seq_nr"):
                     if field in like.meta:
                         copied.meta[field] = like.meta[field]
@@ -113,6 +112,19 @@ def _signature(value: Tensor) -> object:
         value.dtype,
         value.device,
     )
+
+
+def fake_result(node: fx.Node) -> Any:
+    """What a call_function node returns for the fake values of its arguments.
+
+    Run anew for each copy of a traced graph: sharing the first copy's value would make all copies look
+    like views of one storage.
+    """
+    args, kwargs = fx.node.map_arg((node.args, node.kwargs), lambda arg: arg.meta["val"])
+    fakes = [arg.meta["val"] for arg in node.all_input_nodes]
+    mode = next((value.fake_mode for value in fakes if isinstance(value, FakeTensor)), nullcontext())
+    with mode:
+        return node.target(*args, **kwargs)  # type: ignore[operator]
 
 
 def erase_dead(nodes: Sequence[fx.Node]) -> None:

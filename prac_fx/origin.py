@@ -7,6 +7,8 @@ from dataclasses import dataclass
 
 import torch.fx as fx
 
+from prac_fx.graph_edit import RESHAPING_VIEWS
+
 
 @dataclass(frozen=True)
 class Origin:
@@ -32,6 +34,9 @@ _CONTAINERS = ("_modules", "_parameters", "_buffers")
 
 def origin_of(node: fx.Node) -> Origin:
     """Origin of a joint-graph node from the metadata that Dynamo and AOTAutograd left on it."""
+    # a view that AOTAutograd made for backward knows no module; the value it is a view of does
+    while not node.meta.get("nn_module_stack") and node.target in RESHAPING_VIEWS:
+        node = node.all_input_nodes[0]
     stack = node.meta.get("nn_module_stack") or {}
     module = clean_path(list(stack.values())[-1][0]) if stack else ""
     frames = _FRAME.findall(node.meta.get("stack_trace") or "")

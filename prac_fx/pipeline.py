@@ -15,11 +15,11 @@ from prac_fx.errors import CannotRewriteError
 from prac_fx.graph_edit import Inliner
 from prac_fx.passes.classify import classify
 from prac_fx.passes.factor import factor
-from prac_fx.passes.partition import partition
+from prac_fx.passes.partition import PartitionedGraph, partition
 from prac_fx.passes.plan import Plan, fingerprint, make_plan
 from prac_fx.passes.rewrite import SiteState, rewrite
 from prac_fx.passes.roles import assign_roles
-from prac_fx.passes.survey import SavedValue, survey
+from prac_fx.passes.survey import survey
 from prac_fx.torch_compat import (
     CustomPartitionerFn,
     argument_index,
@@ -78,7 +78,7 @@ def apply_plan(
     partition_options: Mapping[str, Any],
     plan: Plan,
     states: Sequence[SiteState],
-) -> tuple[fx.GraphModule, fx.GraphModule, tuple[SavedValue, ...]]:
+) -> PartitionedGraph:
     """Passes 5 to 8: rewrite, factor, sample, partition.
 
     Raises:
@@ -141,13 +141,13 @@ class RewritePartitioner(CustomPartitionerFn):
     def __call__(
         self, gm: fx.GraphModule, joint_inputs: Sequence[object], **options: Any
     ) -> tuple[fx.GraphModule, fx.GraphModule]:
-        fw, bw, _ = self.run(gm, joint_inputs, options)
-        return fw, bw
+        result = self.run(gm, joint_inputs, options)
+        return result.fw, result.bw
 
     def run(
         self, gm: fx.GraphModule, joint_inputs: Sequence[object], options: Mapping[str, Any]
-    ) -> tuple[fx.GraphModule, fx.GraphModule, tuple[SavedValue, ...]]:
-        """Rewrite and partition; also returns what the result saves."""
+    ) -> PartitionedGraph:
+        """Rewrite and partition."""
         gm.graph = fx_graph_cse(gm.graph)
         if fingerprint(gm.graph) != self._plan.fingerprint:
             raise CannotRewriteError("tracing the model twice gave two different joint graphs")

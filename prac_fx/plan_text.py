@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from pathlib import PurePath
 
 from tabulate import tabulate
 
 from prac_fx.memory import format_nbytes
 from prac_fx.passes.plan import Plan, PlannedValue
 
-HEADERS = ("module", "value", "shape", "role", "before", "after", "decision", "reason")
+HEADERS = ("module", "source", "shape", "dtype", "role", "before", "after", "decision", "reason")
 
 
 def plan_as_text(plan: Plan) -> str:
@@ -30,12 +31,19 @@ def totals_line(plan: Plan) -> str:
     )
 
 
+def source_location(value: PlannedValue) -> str:
+    """`file.py:12`, without the folder; empty when unknown."""
+    origin = value.origin
+    return f"{PurePath(origin.file).name}:{origin.line}" if origin.file else ""
+
+
 def _row(value: PlannedValue) -> tuple[str, ...]:
     decision = value.codec.describe() if value.codec else value.decision
     return (
-        value.origin.module,
-        f"{value.name} {value.dtype}",
+        value.origin.module or value.name,
+        source_location(value),
         "x".join(value.shape),
+        value.dtype,
         value.role,
         format_nbytes(value.nbytes_before),
         format_nbytes(value.nbytes_after),

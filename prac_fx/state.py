@@ -22,9 +22,8 @@ from prac_fx.config import PracConfig
 from prac_fx.errors import StateError
 from prac_fx.subspace import (
     draw_tail,
-    initial_principal,
+    initial_basis,
     join_basis,
-    orthonormalize,
     refresh_principal,
     seeded_generator,
     working_dtype,
@@ -103,23 +102,18 @@ class Subspace:
             assert self.rows is not None
             cold = self.next_refresh <= 1
             new = refresh_principal(
-                self.rows, orthonormalize(q1), _COLD_ITERATIONS if cold else _WARM_ITERATIONS
+                self.rows, q1, _COLD_ITERATIONS if cold else _WARM_ITERATIONS
             )
             q1 = new if new is not None else q1
             self.next_refresh = self._next_on_grid(self.refresh_every)
-        self.draw_tail(q1)
+        r2 = self.key.codec.random // self.key.codec.blocks
+        generator = seeded_generator(q1.device, self.stream, self.draws)
+        self.draws += 1
+        self.basis.copy_(join_basis(q1, draw_tail(q1, r2, generator)))
         self.next_tail = self._next_on_grid(self.tail_every)
         if self.rows is None:
             self.next_refresh = self.next_tail
         self.due = min(self.next_refresh, self.next_tail)
-
-    def draw_tail(self, q1: Tensor) -> None:
-        """Put a new random tail beside `q1` and store both."""
-        r2 = self.key.codec.random // self.key.codec.blocks
-        generator = seeded_generator(q1.device, self.stream, self.draws)
-        self.draws += 1
-        q2 = draw_tail(orthonormalize(q1), r2, generator)
-        self.basis.copy_(join_basis(q1, q2))
 
     def _next_on_grid(self, every: int) -> int:
         """When to do again what is done every so many steps.
@@ -173,15 +167,14 @@ def subspace_for(
 def _create(key: SubspaceKey, device: torch.device, stream: str) -> Subspace:
     codec, dtype = key.codec, key.dtype
     with torch.inference_mode(False):
-        basis = torch.empty(codec.basis_shape, dtype=dtype, device=device)
+        generator = seeded_generator(device, stream, "initial")
+        r1 = codec.principal // codec.blocks
+        q1, q2 = initial_basis(codec.basis_shape, r1, working_dtype(dtype), generator)
+        basis = join_basis(q1, q2).to(dtype)
         rows = None
         if codec.sample_rows:
             rows = torch.zeros(codec.sample_rows, codec.features, dtype=dtype, device=device)
-        subspace = Subspace(key, basis, rows, stream)
-        generator = seeded_generator(device, stream, "initial")
-        shape = (*codec.basis_shape[:-1], codec.principal // codec.blocks)
-        subspace.draw_tail(initial_principal(shape, working_dtype(dtype), generator))
-    return subspace
+    return Subspace(key, basis, rows, stream)
 
 
 def _stream(owner: Tensor, key: SubspaceKey, name: str, seed: int) -> str:

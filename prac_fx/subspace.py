@@ -50,9 +50,17 @@ def draw_tail(q1: Tensor, r2: int, generator: torch.Generator) -> Tensor:
     """
     shape = (*q1.shape[:-1], r2)
     s = torch.randn(shape, dtype=q1.dtype, device=q1.device, generator=generator)
-    # twice: QR divides by what the first projection left, and with it amplifies its rounding error
+    s = _project_out(q1, s)
+    # A nearly square s is ill-conditioned, and QR then amplifies the rounding error along q1.
+    if 2 * r2 > q1.shape[-2] - q1.shape[-1]:
+        s = _project_out(q1, orthonormalize(s))
+    return orthonormalize(s)
+
+
+def _project_out(q1: Tensor, s: Tensor) -> Tensor:
+    """(I - Q1 Q1^T) s, twice: q1 may come from bfloat16 and be orthonormal to three digits only."""
     for _ in range(2):
-        s = orthonormalize(s - q1 @ (q1.mT @ s))
+        s = s - q1 @ (q1.mT @ s)
     return s
 
 
@@ -93,12 +101,20 @@ def join_basis(q1: Tensor, q2: Tensor) -> Tensor:
     return torch.cat([q1, math.sqrt(tail_scale(n, r1, r2)) * q2], dim=-1)
 
 
-def initial_principal(
-    shape: tuple[int, ...], dtype: torch.dtype, generator: torch.Generator
-) -> Tensor:
-    """A random orthonormal Q1 of this shape: the estimator is unbiased with any Q1, so it can start here."""
+def initial_basis(
+    shape: tuple[int, ...], r1: int, dtype: torch.dtype, generator: torch.Generator
+) -> tuple[Tensor, Tensor]:
+    """Random Q1 and Q2 to start with: the estimator is unbiased with any Q1.
+
+    Args:
+        shape: (..., n, r1 + r2), the shape of P.
+        r1: how many of the directions are principal ones.
+        dtype: float32 or float64.
+        generator: the source of randomness; its device is the result's.
+    """
     a = torch.randn(shape, dtype=dtype, device=generator.device, generator=generator)
-    return orthonormalize(a)
+    q = orthonormalize(a)
+    return q[..., :r1], q[..., r1:]
 
 
 def working_dtype(dtype: torch.dtype) -> torch.dtype:

@@ -134,15 +134,14 @@ class PracCodec:
         Returns:
             (o, n), or (E, o, n); dtype of `dy_t`.
         """
+        if self.blocks > 1:
+            # this way round the blocks of the result lie where they belong, without a copy
+            return self.weight_gradient(coordinates, basis, dy_t.mT).mT
         unguard = self._unguard(dy_t.dtype)
-        if self.blocks == 1:
-            if dy_t.dim() == 2:
-                return _times(dy_t.mm(coordinates), unguard).mm(basis.mT)
-            small = _times(dy_t.bmm(coordinates), unguard)
-            return small.bmm(basis.mT.expand(dy_t.shape[0], -1, -1))
-        small = _times(dy_t.mm(coordinates.view(self.rank, -1).mT), unguard)
-        per_block = small.view(-1, self.blocks, self.rank // self.blocks).permute(1, 0, 2)
-        return per_block.bmm(basis.mT).permute(1, 0, 2).reshape(-1, self.features)
+        if dy_t.dim() == 2:
+            return _times(dy_t.mm(coordinates), unguard).mm(basis.mT)
+        small = _times(dy_t.bmm(coordinates), unguard)
+        return small.bmm(basis.mT.expand(dy_t.shape[0], -1, -1))
 
     def _guarded(self, basis: Tensor) -> Tensor:
         unguard = self._unguard(basis.dtype)

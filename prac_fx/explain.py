@@ -1,0 +1,207 @@
+"""`explain`: what a model's training step keeps for backward, before and after, without compiling it.
+
+Dynamo and AOTAutograd trace the model, the passes run, torch's partitioner splits the result; Inductor is not
+asked. The numbers after are not a formula: they come from the rewritten and partitioned graph.
+"""
+
+from __future__ import annotations
+
+import types
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, NoReturn
+
+import torch
+import torch.fx as fx
+
+from prac_fx.config import PracConfig, split_options
+from prac_fx.dynamo_backend import DynamoGraph, analyse_graph, with_state_inputs
+from prac_fx.errors import PracOptionError, ReportError
+from prac_fx.graph_edit import tensor_value
+from prac_fx.origin import origin_of
+from prac_fx.passes.partition import PartitionedGraph
+from prac_fx.passes.plan import Plan, PlannedValue
+from prac_fx.passes.survey import SavedValue
+from prac_fx.pipeline import RewritePartitioner
+from prac_fx.torch_compat import compile_fx, inductor_patches, without_autograd_cache
+
+
+@dataclass(frozen=True)
+class MemoryReport:
+    """What one training step of a model keeps for backward.
+
+    Attributes:
+        values: every value that backward needs, over all graphs that Dynamo made of the model.
+        num_graphs: how many of them have a backward.
+        config: the options it was made with.
+    """
+
+    values: tuple[PlannedValue, ...]
+    num_graphs: int
+    config: PracConfig
+
+    @property
+    def saved_before_nbytes(self) -> int:
+        """Bytes that plain Inductor holds between forward and backward, inputs not counted."""
+        return sum(value.nbytes_before for value in self.values)
+
+    @property
+    def saved_after_nbytes(self) -> int:
+        """Bytes that `backend="prac"` holds there, without state."""
+        return sum(value.nbytes_after for value in self.values)
+
+    @property
+    def state_nbytes(self) -> int:
+        """Bytes of bases and sampled rows, held as long as the parameters."""
+        return sum(value.state_nbytes for value in self.values)
+
+
+def explain(
+    model: Callable[..., Any],
+    *args: Any,
+    loss_fn: Callable[[Any], Any] | None = None,
+    options: Mapping[str, Any] | PracConfig | None = None,
+    **kwargs: Any,
+) -> MemoryReport:
+    """Trace one training step and report what it keeps for backward. Runs the forward pass once, eagerly.
+
+    Args:
+        model: a module, or a function, whose result can be differentiated.
+        *args: its inputs.
+        loss_fn: applied to the result and traced together with the model.
+        options: as for `torch.compile(options=...)`, or a `PracConfig`.
+        **kwargs: its keyword inputs.
+
+    Raises:
+        PracOptionError: a bad option.
+        ReportError: nothing in the traced step has a backward.
+    """
+    config, patches = _read_options(options)
+    collector = _Collector(config, patches)
+
+    def step(self: Any, *inputs: Any, **named: Any) -> Any:
+        result = self(*inputs, **named)
+        return result if loss_fn is None else loss_fn(result)
+
+    # a code object of its own, so that no earlier call counts against Dynamo's recompile limit
+    fresh = types.FunctionType(
+        step.__code__.replace(), step.__globals__, closure=step.__closure__
+    )
+    with torch.enable_grad():
+        torch.compile(fresh, backend=collector)(model, *args, **kwargs)
+    if not collector.plans:
+        raise ReportError(
+            "the model has no backward: no parameter requires a gradient, or the result does not "
+            "depend on one"
+        )
+    return MemoryReport(tuple(collector.values), len(collector.plans), config)
+
+
+def _read_options(
+    options: Mapping[str, Any] | PracConfig | None,
+) -> tuple[PracConfig, dict[str, Any]]:
+    if isinstance(options, PracConfig):
+        return options, {}
+    config, inductor_options = split_options(options)
+    try:
+        return config, inductor_patches(None, inductor_options)
+    except RuntimeError as error:
+        raise PracOptionError(f"options: {error}") from None
+
+
+class _Collector:
+    """A Dynamo backend that plans each graph, keeps the result, and runs the graph eagerly."""
+
+    def __init__(self, config: PracConfig, patches: Mapping[str, Any]) -> None:
+        self.config = config
+        self.patches = patches
+        self.plans: list[Plan] = []
+        self.values: list[PlannedValue] = []
+
+    def __call__(self, gm: fx.GraphModule, example_inputs: Sequence[Any]) -> Callable[..., Any]:
+        graph = DynamoGraph(gm, tuple(example_inputs))
+        plan = analyse_graph(graph, self.config, self.patches) if graph.trainable else None
+        if plan is not None:
+            self.plans.append(plan)
+            self.values += values_after(graph, plan, self.config, self.patches)
+        forward: Callable[..., Any] = gm.forward
+        return forward
+
+
+class _RewriteDone(Exception):
+    def __init__(self, result: PartitionedGraph) -> None:
+        super().__init__("rewriting is done")
+        self.result = result
+
+
+class _StopAfterRewrite(RewritePartitioner):
+    """Rewrites and partitions as in compilation, and stops there."""
+
+    def __call__(
+        self, gm: fx.GraphModule, joint_inputs: Sequence[object], **options: Any
+    ) -> NoReturn:
+        raise _RewriteDone(self.run(gm, joint_inputs, options))
+
+    def uuid(self) -> None:  # type: ignore[override]
+        """Nothing is compiled, so there is nothing to cache."""
+        return
+
+
+def rewrite_graph(
+    graph: DynamoGraph, plan: Plan, config: PracConfig, patches: Mapping[str, Any]
+) -> PartitionedGraph:
+    """The second phase of compilation up to the partitioned graphs.
+
+    Raises:
+        CannotRewriteError: as in compilation.
+    """
+    gm, inputs = with_state_inputs(graph, plan.sites)
+    partitioner = _StopAfterRewrite(plan, len(graph.example_inputs), config)
+    try:
+        with without_autograd_cache():
+            compile_fx(gm, inputs, config_patches={**patches, "custom_partitioner_fn": partitioner})
+    except _RewriteDone as done:
+        return done.result
+    raise AssertionError("the joint graph was compiled without a call of the partitioner")
+
+
+def values_after(
+    graph: DynamoGraph, plan: Plan, config: PracConfig, patches: Mapping[str, Any]
+) -> list[PlannedValue]:
+    """The plan's rows with the bytes that the rewritten graph really saves for each.
+
+    Min-cut decides anew on the rewritten graph: it may drop a value that only an encoded one needed, or
+    save another one; such rows say so.
+    """
+    if not plan.sites:
+        return list(plan.values)
+    result = rewrite_graph(graph, plan, config, patches)
+    saved = {one.node.name: one for one in result.saved}
+    rows = []
+    for value in plan.values:
+        stored = saved.pop(result.coordinates.get(value.name, value.name), None)
+        if stored is not None:
+            rows.append(replace(value, nbytes_after=stored.nbytes))
+        elif value.nbytes_before:
+            rows.append(replace(value, decision="recompute", reason="min_cut", nbytes_after=0))
+        else:
+            rows.append(value)
+    return rows + [_new_row(one) for one in saved.values() if not one.is_input]
+
+
+def _new_row(saved: SavedValue) -> PlannedValue:
+    value = tensor_value(saved.node)
+    assert value is not None
+    return PlannedValue(
+        name=saved.node.name,
+        shape=tuple(map(str, value.shape)),
+        dtype=str(value.dtype).removeprefix("torch."),
+        role="-",
+        origin=origin_of(saved.node),
+        read_by=(),
+        decision="keep",
+        reason="min_cut",
+        detail="",
+        nbytes_before=0,
+        nbytes_after=saved.nbytes,
+    )
