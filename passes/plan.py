@@ -17,7 +17,7 @@ import torch.fx as fx
 
 from prac_fx.codecs import PracCodec
 from prac_fx.config import PracConfig
-from prac_fx.graph_edit import last_two_swapped, tensor_value
+from prac_fx.graph_edit import last_two_swapped, tensor_value, without_views
 from prac_fx.memory import is_symbolic, size_hint, value_nbytes
 from prac_fx.origin import Origin, origin_of
 from prac_fx.passes.classify import Classification
@@ -114,7 +114,7 @@ class Plan:
     """What to do with one joint graph.
 
     Attributes:
-        values: every value that backward needs, in the order of the survey.
+        values: every value that backward needs, in the order of the forward pass.
         sites: the values to encode.
         fingerprint: identifies the joint graph; the same graph must be met again in the second phase.
     """
@@ -161,7 +161,9 @@ def make_plan(
     values: list[PlannedValue] = []
     sites: list[Site] = []
     slots: dict[int, int] = {}
-    for role in roles:
+    position = {node: index for index, node in enumerate(graph.nodes)}
+    # in the order of the forward pass, whatever order the partitioner lists them in
+    for role in sorted(roles, key=lambda role: position[without_views(role.value.node)]):
         row = _describe(role, argument_names)
         kept = _reason_to_keep(role, row, config)
         if kept is None:

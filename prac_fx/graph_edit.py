@@ -39,6 +39,13 @@ def tensor_value(node: fx.Node) -> Tensor | None:
     return value if isinstance(value, Tensor) else None
 
 
+def without_views(node: fx.Node) -> fx.Node:
+    """The node that `node` is a reshaping view of, or itself."""
+    while node.target in RESHAPING_VIEWS:
+        node = node.all_input_nodes[0]
+    return node
+
+
 class Inliner:
     """Copies traced tensor code into one graph, tracing each distinct shape only once.
 

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import torch.fx as fx
 
-from prac_fx.graph_edit import RESHAPING_VIEWS
+from prac_fx.graph_edit import without_views
 
 
 @dataclass(frozen=True)
@@ -35,8 +35,8 @@ _CONTAINERS = ("_modules", "_parameters", "_buffers")
 def origin_of(node: fx.Node) -> Origin:
     """Origin of a joint-graph node from the metadata that Dynamo and AOTAutograd left on it."""
     # a view that AOTAutograd made for backward knows no module; the value it is a view of does
-    while not node.meta.get("nn_module_stack") and node.target in RESHAPING_VIEWS:
-        node = node.all_input_nodes[0]
+    if not node.meta.get("nn_module_stack"):
+        node = without_views(node)
     stack = node.meta.get("nn_module_stack") or {}
     module = clean_path(list(stack.values())[-1][0]) if stack else ""
     frames = _FRAME.findall(node.meta.get("stack_trace") or "")
