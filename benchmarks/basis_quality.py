@@ -33,6 +33,7 @@ from torch import Tensor, nn
 
 from prac_fx import subspace
 from prac_fx.codecs import PracCodec
+from prac_fx.passes.sample import sample_positions
 
 # kind of site -> the linears of one layer that read the same X
 SITES = {
@@ -54,6 +55,7 @@ class Setting:
     refresh_every: int = 50
     tail_every: int | None = None
     iterations: int = 1
+    first_iterations: int = 4  # the first refresh starts from random directions
     this_batch: bool = False  # Q1 from an exact decomposition of the measured batch: the floor
 
     def codec(self, features: int) -> PracCodec:
@@ -70,6 +72,7 @@ EXPERIMENTS: dict[str, list[Setting]] = {
         for iterations in (1, 2)
         for rows in (0.25, 0.5, 1.0, 2.0, 4.0, 8.0, None)
     ],
+    "first refresh": [Setting(first_iterations=iterations) for iterations in (1, 4)],
     "sampled rows when refreshed often": [
         Setting(rows=rows, refresh_every=10) for rows in (0.25, 0.5, 1.0, 2.0, 4.0)
     ],
@@ -96,14 +99,14 @@ class SiteBasis:
 
     def __init__(self, setting: Setting, features: int, site: str, seed: int) -> None:
         self.setting, self.codec, self.key = setting, setting.codec(features), (seed, site)
-        *batch, n, r = self.codec.basis_shape
-        self.tail_directions = self.codec.random // setting.blocks
-        shape = (*batch, n, r - self.tail_directions)
+        r1 = self.codec.principal // setting.blocks
         # draws are named by site and step, not by setting: settings are compared on equal luck
-        self.q1 = subspace.initial_principal(shape, torch.float32, self._generator("start"))
+        self.q1, q2 = subspace.initial_basis(
+            self.codec.basis_shape, r1, torch.float32, self._generator("start")
+        )
+        self.basis, self.tail_at = subspace.join_basis(self.q1, q2), 0
         self.phase = self._generator("phase").initial_seed() % setting.refresh_every
         self.refreshed_at, self.due = 0, 1
-        self._renew_tail(0)
 
     def advance(self, step: int, previous_x: Tensor) -> None:
         """Refresh, or only draw a new tail, if it is time; `previous_x` is X of the last step."""
@@ -111,8 +114,10 @@ class SiteBasis:
             if self.codec.principal:
                 rows = previous_x
                 if self.setting.rows is not None:
-                    rows = rows[sampled_positions(self.codec.sample_rows, len(rows))]
-                new = subspace.refresh_principal(rows, self.q1, self.setting.iterations)
+                    rows = rows[sample_positions(self.codec.sample_rows, len(rows), rows.device)]
+                cold = self.refreshed_at == 0
+                iterations = self.setting.first_iterations if cold else self.setting.iterations
+                new = subspace.refresh_principal(rows, self.q1, iterations)
                 self.q1 = self.q1 if new is None else new
             self._renew_tail(step)
             self.refreshed_at = step
@@ -133,16 +138,12 @@ class SiteBasis:
         return float((estimate - exact).norm() / exact.norm())
 
     def _renew_tail(self, step: int) -> None:
-        q2 = subspace.draw_tail(self.q1, self.tail_directions, self._generator("tail", step))
+        r2 = self.codec.random // self.setting.blocks
+        q2 = subspace.draw_tail(self.q1, r2, self._generator("tail", step))
         self.basis, self.tail_at = subspace.join_basis(self.q1, q2), step
 
     def _generator(self, *purpose: object) -> torch.Generator:
         return subspace.seeded_generator(torch.device("cpu"), *self.key, *purpose)
-
-
-def sampled_positions(count: int, tokens: int) -> Tensor:
-    """Positions of the tokens that the compiled forward copies out for the refresh."""
-    return (torch.arange(count) * 648055 % 2**20) * tokens >> 20
 
 
 def find_sites(model: nn.Module) -> dict[str, list[nn.Linear]]:

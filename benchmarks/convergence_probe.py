@@ -105,7 +105,7 @@ def train(setting: Setting | None, seed: int, args: argparse.Namespace) -> dict[
         tokens = next(data)
         loss = model(input_ids=tokens, labels=tokens).loss
         loss.backward()
-        losses.append(float(loss))
+        losses.append(loss.item())
         optimizer.step()
         schedule.step()
         optimizer.zero_grad()

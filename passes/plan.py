@@ -33,6 +33,7 @@ REASONS = {
     "input": "an input of the graph, a parameter, or a view of one: the step does not allocate it",
     "user_output": "also returned to the caller, so its memory stays anyway",
     "shared_storage": "a view of another saved value, counted there",
+    "parameter_only": "computed from parameters alone (a cast of a weight), not an activation",
     "not_floating_point": "not a floating-point tensor (or one of 8 bits or complex)",
     "input_gradient_reads_it": "the input-gradient path reads it: noise would run through earlier layers",
     "also_read_elsewhere": "a weight gradient reads it, but so does something that needs it exact",
@@ -165,7 +166,8 @@ def make_plan(
     # in the order of the forward pass, whatever order the partitioner lists them in
     for role in sorted(roles, key=lambda role: position[without_views(role.value.node)]):
         row = _describe(role, argument_names)
-        kept = _reason_to_keep(role, row, config)
+        is_activation = role.value.node in classification.activations
+        kept = _reason_to_keep(role, row, config, is_activation)
         if kept is None:
             kept = _try_site(role, row, config, argument_names, slots, sites)
         if isinstance(kept, PlannedValue):
@@ -213,7 +215,7 @@ def _describe(role: ValueRole, argument_names: Mapping[int, str]) -> PlannedValu
 
 
 def _reason_to_keep(
-    role: ValueRole, row: PlannedValue, config: PracConfig
+    role: ValueRole, row: PlannedValue, config: PracConfig, is_activation: bool
 ) -> tuple[str, str] | None:
     """Reason code and detail, from the value alone; None when it may be encoded."""
     saved = role.value
@@ -226,6 +228,8 @@ def _reason_to_keep(
         return "shared_storage", f"shares storage with {saved.shares_with}"
     if saved.is_output:
         return "user_output", ""
+    if not is_activation:
+        return "parameter_only", ""
     if value.dtype not in _ENCODABLE_DTYPES:
         return "not_floating_point", str(value.dtype)
     if any(reader.kind == "attention" for reader in others):

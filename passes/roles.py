@@ -6,7 +6,8 @@
     role W+A  both.
 
 A matmul in backward is a *weight gradient* when one operand is the saved value (or a reshaping view of
-it), the other depends on the tangents, and its result reaches nothing but gradients of trainable leaves.
+it), the other depends on the tangents, and its result reaches nothing but gradients of trainable leaves,
+meeting no other activation on its way: nothing that multiplies it again depends on the step's data.
 """
 
 from __future__ import annotations
@@ -72,7 +73,8 @@ class _Gradients:
     """Which gradients a backward node contributes to.
 
     Attributes:
-        impure: nodes that reach an output which is not the gradient of a trainable leaf.
+        impure: nodes that reach an output which is not the gradient of a trainable leaf, or meet an
+            activation on their way to one.
         owner: for the other nodes, the smallest argument index among the leaves they reach.
     """
 
@@ -97,7 +99,7 @@ def assign_roles(
         num_fwd_outputs: how many of the graph's outputs are forward outputs.
         trainable: argument indices of leaves (parameters) that require a gradient.
     """
-    gradients = _trace_gradients(graph, classification, survey, num_fwd_outputs, trainable)
+    gradients = _trace_gradients(graph, classification, num_fwd_outputs, trainable)
     by_storage: dict[str, list[Reader]] = {}
     readers_of: dict[fx.Node, list[Reader]] = {}
     for value in survey.saved:
@@ -141,7 +143,6 @@ def weight_gradient_reader(
 def _trace_gradients(
     graph: fx.Graph,
     classification: Classification,
-    survey: Survey,
     num_fwd_outputs: int,
     trainable: Collection[int],
 ) -> _Gradients:
@@ -162,44 +163,16 @@ def _trace_gradients(
         if node not in classification.backward:
             continue
         for user in node.users:
-            if user in impure:
+            if user is output:
+                continue
+            meets_activation = any(
+                arg in classification.activations for arg in user.all_input_nodes
+            )
+            if user in impure or meets_activation:
                 impure.add(node)
             if user in owner:
                 owner[node] = min(owner[user], owner.get(node, owner[user]))
-    _taint_multiplied_estimates(_with_views(survey), classification, impure, owner)
     return _Gradients(frozenset(impure), owner)
-
-
-def _with_views(survey: Survey) -> set[fx.Node]:
-    """The saved values that could be encoded, and their reshaping views."""
-    nodes = [saved.node for saved in survey.saved if not saved.is_input]
-    for node in nodes:
-        nodes.extend(user for user in node.users if user.target in RESHAPING_VIEWS)
-    return set(nodes)
-
-
-def _taint_multiplied_estimates(
-    encodable: set[fx.Node],
-    classification: Classification,
-    impure: set[fx.Node],
-    owner: dict[fx.Node, int],
-) -> None:
-    """A matmul whose result is multiplied by another saved value is no end point: two estimates would meet.
-
-    E[X1~ X2~] differs from X1 X2 when both share a basis draw, so only the last matmul stays a candidate.
-    """
-    for node in [n for n in owner if n in classification.backward and n.target in MATMULS]:
-        pending = list(node.users)
-        seen: set[fx.Node] = set()
-        while pending:
-            user = pending.pop()
-            if user in seen or user not in classification.backward:
-                continue
-            seen.add(user)
-            if user.target in MATMULS and any(arg in encodable for arg in user.all_input_nodes):
-                impure.add(node)
-                break
-            pending.extend(user.users)
 
 
 def _readers(

@@ -92,6 +92,15 @@ class PracConfig:
         """Text that is equal exactly for equal configurations."""
         return repr(self)
 
+    # not the generated ones: principal=1 is one direction and principal=1.0 all of them, yet 1 == 1.0
+    def __eq__(self, other: object) -> bool:
+        if not isinstance(other, PracConfig):
+            return NotImplemented
+        return self.cache_key() == other.cache_key()
+
+    def __hash__(self) -> int:
+        return hash(self.cache_key())
+
 
 def split_options(options: Mapping[str, Any] | None) -> tuple[PracConfig, dict[str, Any]]:
     """Split the `options` of `torch.compile` into our configuration and Inductor's.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 from dataclasses import dataclass
 
@@ -27,6 +28,7 @@ class Origin:
     line: int
 
 
+_OWN_FOLDER = os.path.dirname(__file__)  # `explain` calls the model, but is not where a value comes from
 _FRAME = re.compile(r'File "([^"]+)", line (\d+)')
 _INDEX = re.compile(r"\[(?:'([^']*)'|\"([^\"]*)\"|(\d+))\]")
 _CONTAINERS = ("_modules", "_parameters", "_buffers")
@@ -40,6 +42,7 @@ def origin_of(node: fx.Node) -> Origin:
     stack = node.meta.get("nn_module_stack") or {}
     module = clean_path(list(stack.values())[-1][0]) if stack else ""
     frames = _FRAME.findall(node.meta.get("stack_trace") or "")
+    frames = [frame for frame in frames if not frame[0].startswith(_OWN_FOLDER)]
     file, line = frames[-1] if frames else ("", 0)
     op = str(node.target).removeprefix("aten.") if node.op == "call_function" else node.op
     return Origin(module, op, file, int(line))

@@ -59,7 +59,8 @@ def analyse(
     """
     gm.graph = fx_graph_cse(gm.graph)  # one node where query, key and value read the same view
     surveyed = survey(gm, joint_inputs, partition_options)
-    classification = classify(gm.graph)
+    static = {*trainable, *(partition_options.get("static_lifetime_input_indices") or ())}
+    classification = classify(gm.graph, static)
     roles = assign_roles(
         gm.graph,
         classification,

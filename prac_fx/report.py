@@ -17,11 +17,13 @@ from __future__ import annotations
 
 import argparse
 import ast
+import contextlib
 import importlib.util
 import json
+import logging
 import sys
 import types
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from importlib.machinery import SourceFileLoader
 from pathlib import Path
 from typing import Any
@@ -33,6 +35,7 @@ from prac_fx.explain import MemoryReport, explain
 from prac_fx.memory import format_nbytes
 from prac_fx.passes.plan import REASONS, PlannedValue
 from prac_fx.plan_text import values_table
+from prac_fx.torch_compat import FakeTensor
 
 SCHEMA = 1
 
@@ -40,12 +43,14 @@ SCHEMA = 1
 def main(argv: Sequence[str] | None = None) -> int:
     """Command line. Returns the exit code: 0, or 2 after a one-line error."""
     parser = _parser()
-    arguments = parser.parse_args(argv)
+    arguments = parser.parse_intermixed_args(argv)
     try:
         options = _parse_options(arguments.options)
         split_options(options)
-        model, args, kwargs, loss_fn = _load(Path(arguments.model))
-        report = _explain(model, args, kwargs, loss_fn, options)
+        # what the user's code prints must not end up in the report
+        with contextlib.redirect_stdout(sys.stderr):
+            model, args, kwargs, loss_fn = _load(Path(arguments.model))
+            report = _explain(model, args, kwargs, loss_fn, options)
         text = (
             json.dumps(as_json(report), indent=2) + "\n"
             if arguments.format == "json"
@@ -84,7 +89,7 @@ def _parse_options(pairs: Sequence[str]) -> dict[str, Any]:
             raise ReportError(f"{pair!r}: expected option=value, such as prac.principal=0.2")
         try:
             options[key] = ast.literal_eval(text)
-        except (ValueError, SyntaxError):
+        except (ValueError, TypeError, SyntaxError):
             options[key] = text
     return options
 
@@ -99,20 +104,23 @@ def _load(
     sys.path.insert(0, str(path.resolve().parent))
     try:
         build = getattr(_import_file(path), "build", None)
-    except Exception as error:
-        raise ReportError(f"{path}: {type(error).__name__} while loading it: {error}") from error
+    except (Exception, SystemExit) as error:
+        raise ReportError(f"{path}: loading it raised {_one_line(error)}") from error
     if not callable(build):
         raise ReportError(f"{path}: no function build() in it; see --help for an example")
     try:
         built = build()
-    except Exception as error:
-        raise ReportError(f"{path}: build() raised {type(error).__name__}: {error}") from error
-    if not isinstance(built, tuple) or len(built) not in (2, 3) or not callable(built[0]):
-        raise ReportError(
-            f"{path}: build() must return (model, inputs) or (model, inputs, loss_fn), "
-            f"got {type(built).__name__}"
-        )
+    except (Exception, SystemExit) as error:
+        raise ReportError(f"{path}: build() raised {_one_line(error)}") from error
+    expected = f"{path}: build() must return (model, inputs) or (model, inputs, loss_fn)"
+    if not isinstance(built, tuple) or len(built) not in (2, 3):
+        size = f" of {len(built)}" if isinstance(built, tuple) else ""
+        raise ReportError(f"{expected}, got {type(built).__name__}{size}")
     model, inputs, loss_fn = built if len(built) == 3 else (*built, None)
+    if not callable(model):
+        raise ReportError(f"{expected}, but its model is {type(model).__name__}, not callable")
+    if loss_fn is not None and not callable(loss_fn):
+        raise ReportError(f"{expected}, but its loss_fn is {type(loss_fn).__name__}, not callable")
     if isinstance(inputs, Mapping):
         return model, (), dict(inputs), loss_fn
     return model, tuple(inputs) if isinstance(inputs, tuple | list) else (inputs,), {}, loss_fn
@@ -138,14 +146,38 @@ def _explain(
     options: dict[str, Any],
 ) -> MemoryReport:
     try:
-        return explain(model, *args, loss_fn=loss_fn, options=options, **kwargs)
+        with _without_tracebacks():
+            return explain(model, *args, loss_fn=loss_fn, options=options, **kwargs)
     except PracError:
         raise
     except Exception as error:
-        first_line = str(error).strip().partition("\n")[0]
-        raise ReportError(
-            f"the model could not be traced: {type(error).__name__}: {first_line}"
-        ) from error
+        # when the model fails without Dynamo too, that error is the one to see
+        try:
+            result = model(*args, **kwargs)
+            if loss_fn is not None:
+                loss_fn(result)
+        except Exception as own:
+            raise ReportError(f"the model raised {_one_line(own)}") from own
+        # Dynamo wraps what a backend raises
+        inner = getattr(error, "inner_exception", error)
+        raise ReportError(f"the model could not be traced: {_one_line(inner)}") from error
+
+
+@contextlib.contextmanager
+def _without_tracebacks() -> Iterator[None]:
+    """Keep torch from logging a traceback for an error of the model; it becomes one line of ours."""
+    log = logging.getLogger(FakeTensor.__module__)
+    level = log.level
+    log.setLevel(logging.CRITICAL)
+    try:
+        yield
+    finally:
+        log.setLevel(level)
+
+
+def _one_line(error: BaseException) -> str:
+    text = str(error).strip().partition("\n")[0]
+    return f"{type(error).__name__}: {text}" if text else type(error).__name__
 
 
 def _write(path: Path, text: str) -> None:

@@ -1,0 +1,21 @@
+"""Fixtures for all tests: a fresh Dynamo, few threads, no leftover warnings filters."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+
+# before torch starts its workers: two test processes on two cores need no compile pool of their own
+os.environ.setdefault("TORCHINDUCTOR_COMPILE_THREADS", "1")
+
+import pytest
+import torch
+
+
+@pytest.fixture(autouse=True)
+def _fresh_dynamo() -> Iterator[None]:
+    """Compiled code and recompile counts of one test do not reach the next."""
+    torch.set_num_threads(1)
+    torch._dynamo.reset()
+    yield
+    torch._dynamo.reset()

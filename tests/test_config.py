@@ -1,0 +1,468 @@
+"""Options: what is accepted, what is refused, and that a refusal says what to write instead."""
+
+from __future__ import annotations
+
+import dataclasses
+import warnings
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import torch._inductor.config as inductor_config
+import torch.fx as fx
+from torch import Tensor, nn
+
+import prac_fx
+from prac_fx import PracConfig, PracError, PracOptionError, PracWarning
+from prac_fx.config import split_options
+from prac_fx.dynamo_backend import PracBackend, prac
+
+NAN, INFINITY = float("nan"), float("inf")
+FIELDS = [field.name for field in dataclasses.fields(PracConfig)]
+
+RANK = "a fraction of the features in 0.0 .. 1.0 or a whole number of directions (int, at least 0)"
+GLOBS = "a glob on module paths or a list of them"
+POSITIVE = "an int of at least 1"
+
+# -- values ---------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        ("policy", "linear"),
+        ("principal", 0.0),
+        ("principal", 0),
+        ("principal", 0.7),
+        ("principal", 1),
+        ("principal", 4096),
+        ("random", 0.0),
+        ("random", 0),
+        ("random", 0.7),
+        ("random", 32),
+        ("blocks", "auto"),
+        ("blocks", 1),
+        ("blocks", 7),
+        ("refresh_every", 1),
+        ("refresh_every", 10_000),
+        ("tail_every", None),
+        ("tail_every", 1),
+        ("tail_every", 50),
+        ("min_nbytes", 0),
+        ("min_nbytes", 2**40),
+        ("seed", 0),
+        ("seed", 2**63 - 1),
+        ("strict", True),
+        ("strict", False),
+    ],
+)
+def test_accepted_values(field: str, value: Any) -> None:
+    config, inductor = split_options({f"prac.{field}": value})
+    assert getattr(config, field) == value
+    assert type(getattr(config, field)) is type(value)
+    assert config == PracConfig(**{field: value})
+    assert inductor == {}
+
+
+@pytest.mark.parametrize(
+    ("field", "value", "allowed"),
+    [
+        ("policy", "linera", "'linear'"),
+        ("policy", None, "'linear'"),
+        ("policy", ["linear"], "'linear'"),
+        ("principal", -0.1, RANK),
+        ("principal", -1, RANK),
+        ("principal", 1.5, RANK),
+        ("principal", 32.0, RANK),
+        ("principal", NAN, RANK),
+        ("principal", INFINITY, RANK),
+        ("principal", True, RANK),
+        ("principal", "0.3", RANK),
+        ("principal", None, RANK),
+        ("principal", 0.3j, RANK),
+        ("random", -0.1, RANK),
+        ("random", -32, RANK),
+        ("random", 1.01, RANK),
+        ("random", NAN, RANK),
+        ("random", False, RANK),
+        ("random", "half", RANK),
+        ("blocks", 0, f'{POSITIVE}, or "auto"'),
+        ("blocks", -2, f'{POSITIVE}, or "auto"'),
+        ("blocks", 2.0, f'{POSITIVE}, or "auto"'),
+        ("blocks", True, f'{POSITIVE}, or "auto"'),
+        ("blocks", "automatic", f'{POSITIVE}, or "auto"'),
+        ("blocks", None, f'{POSITIVE}, or "auto"'),
+        ("refresh_every", 0, POSITIVE),
+        ("refresh_every", -50, POSITIVE),
+        ("refresh_every", 50.0, POSITIVE),
+        ("refresh_every", True, POSITIVE),
+        ("refresh_every", None, POSITIVE),
+        ("refresh_every", "50", POSITIVE),
+        ("tail_every", 0, f"{POSITIVE}, or None"),
+        ("tail_every", 2.5, f"{POSITIVE}, or None"),
+        ("tail_every", True, f"{POSITIVE}, or None"),
+        ("tail_every", NAN, f"{POSITIVE}, or None"),
+        ("min_nbytes", -1, "an int of at least 0"),
+        ("min_nbytes", 64e3, "an int of at least 0"),
+        ("min_nbytes", False, "an int of at least 0"),
+        ("min_nbytes", "64KiB", "an int of at least 0"),
+        ("include", 3, GLOBS),
+        ("include", None, GLOBS),
+        ("include", "", GLOBS),
+        ("include", [1], GLOBS),
+        ("include", ["*.mlp.*", ""], GLOBS),
+        ("include", {"*.mlp.*"}, GLOBS),
+        ("exclude", 3, GLOBS),
+        ("exclude", [None], GLOBS),
+        ("exclude", {"*.mlp.*": True}, GLOBS),
+        ("seed", -1, "an int in 0..9223372036854775807"),
+        ("seed", 2**63, "an int in 0..9223372036854775807"),
+        ("seed", True, "an int in 0..9223372036854775807"),
+        ("seed", 0.0, "an int in 0..9223372036854775807"),
+        ("strict", 1, "True or False"),
+        ("strict", 0, "True or False"),
+        ("strict", None, "True or False"),
+        ("strict", "yes", "True or False"),
+    ],
+)
+def test_refused_values_name_the_key_the_value_and_what_is_allowed(
+    field: str, value: Any, allowed: str
+) -> None:
+    for make in (lambda: PracConfig(**{field: value}), lambda: split_options({f"prac.{field}": value})):
+        with pytest.raises(PracOptionError) as caught:
+            make()
+        message = str(caught.value)
+        assert f"prac.{field}={value!r}" in message
+        assert allowed in message
+        assert "\n" not in message
+
+
+def test_a_policy_near_miss_is_suggested() -> None:
+    with pytest.raises(PracOptionError, match=r"did you mean 'linear'\?"):
+        PracConfig(policy="linaer")  # type: ignore[arg-type]
+
+
+def test_numpy_numbers_are_not_taken_for_ints() -> None:
+    # they would end up in the cache key under another name
+    with pytest.raises(PracOptionError, match="prac.seed"):
+        PracConfig(seed=np.int64(3))  # type: ignore[arg-type]
+
+
+# -- contradictions -------------------------------------------------------------------------------
+
+
+def test_fractions_sum_to_at_most_all_directions() -> None:
+    PracConfig(principal=0.5, random=0.5)
+    PracConfig(principal=1.0, random=0)
+    with pytest.raises(PracOptionError) as caught:
+        PracConfig(principal=0.7, random=0.4)
+    for part in ("prac.principal=0.7", "prac.random=0.4", "more than all directions (1.0)"):
+        assert part in str(caught.value)
+
+
+def test_a_count_and_a_fraction_are_not_added() -> None:
+    # the number of features is not known yet; a value too narrow is kept, and the report says so
+    config = PracConfig(principal=500, random=0.9)
+    assert (config.principal, config.random) == (500, 0.9)
+
+
+@pytest.mark.parametrize("zero", [0, 0.0])
+def test_one_of_the_ranks_is_above_zero(zero: float) -> None:
+    with pytest.raises(PracOptionError, match="at least one of them must be above 0") as caught:
+        PracConfig(principal=zero, random=zero)
+    assert f"prac.principal={zero!r} and prac.random={zero!r}" in str(caught.value)
+
+
+def test_the_tail_is_at_least_as_fresh_as_the_principal_basis() -> None:
+    PracConfig(refresh_every=10, tail_every=10)
+    with pytest.raises(PracOptionError) as caught:
+        PracConfig(refresh_every=10, tail_every=11)
+    message = str(caught.value)
+    assert "prac.tail_every=11 contradicts prac.refresh_every=10" in message
+    assert "at most refresh_every" in message
+
+
+@pytest.mark.parametrize("given", ["*.mlp.*", ["*.mlp.*"], ("*.mlp.*",)])
+@pytest.mark.parametrize("field", ["include", "exclude"])
+def test_globs_are_one_or_several(field: str, given: Any) -> None:
+    config, _ = split_options({f"prac.{field}": given})
+    assert getattr(config, field) == ("*.mlp.*",)
+    assert hash(config) == hash(PracConfig(**{field: "*.mlp.*"}))
+
+
+def test_globs_keep_their_order() -> None:
+    assert PracConfig(include=["b", "a"]).include == ("b", "a")  # type: ignore[arg-type]
+    assert PracConfig(include=[]) == PracConfig()  # type: ignore[arg-type]
+
+
+def test_the_same_glob_cannot_be_included_and_excluded() -> None:
+    PracConfig(include=("*.mlp.*",), exclude=("*.mlp.down_proj",))
+    with pytest.raises(PracOptionError) as caught:
+        split_options({"prac.include": ["a", "*.mlp.*"], "prac.exclude": "*.mlp.*"})
+    message = str(caught.value)
+    assert "prac.include and prac.exclude" in message
+    assert "'*.mlp.*'" in message
+
+
+# -- keys -----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("key", "suggestion"),
+    [
+        ("prac.principle", "prac.principal"),
+        ("prac.refresh-evry", "prac.refresh_every"),
+        ("prac.Seed", "prac.seed"),
+        ("prac.minbytes", "prac.min_nbytes"),
+        ("pricipal", "prac.principal"),
+        ("principal", "prac.principal"),
+        ("refresh-every", "prac.refresh_every"),
+        ("prac_principal", "prac.principal"),
+        ("pracprincipal", "prac.principal"),
+        ("max_autotunee", "max_autotune"),
+        ("shape-pading", "shape_padding"),
+        ("triton.cudagraph", "triton.cudagraphs"),
+    ],
+)
+def test_an_unknown_key_is_refused_with_the_nearest_known_one(key: str, suggestion: str) -> None:
+    with pytest.raises(PracOptionError) as caught:
+        split_options({key: 1})
+    message = str(caught.value)
+    assert repr(key) in message
+    assert f"did you mean {suggestion!r}?" in message
+
+
+def test_an_unknown_prac_key_lists_all_keys() -> None:
+    with pytest.raises(PracOptionError) as caught:
+        split_options({"prac.zzzzzz": 1})
+    message = str(caught.value)
+    assert "did you mean" not in message
+    for field in FIELDS:
+        assert f"prac.{field}" in message
+
+
+def test_an_unknown_key_without_a_near_one_suggests_nothing() -> None:
+    with pytest.raises(PracOptionError, match="neither a prac.* option nor one of Inductor's$"):
+        split_options({"zzzzzz": 1})
+
+
+def test_a_key_that_is_not_text_is_refused() -> None:
+    with pytest.raises(PracOptionError, match="keys are text, got 3"):
+        split_options({3: 1})  # type: ignore[dict-item]
+
+
+def test_dashes_in_keys_equal_underscores() -> None:
+    dashed = split_options({"prac.refresh-every": 7, "prac.min-nbytes": 0, "epilogue-fusion": False})
+    plain = split_options({"prac.refresh_every": 7, "prac.min_nbytes": 0, "epilogue_fusion": False})
+    assert dashed == plain == (PracConfig(refresh_every=7, min_nbytes=0), {"epilogue_fusion": False})
+
+
+def test_inductor_keys_pass_through() -> None:
+    inductor = {"max_autotune": True, "triton.cudagraphs": False, "shape_padding": True}
+    config, rest = split_options({**inductor, "prac.seed": 3})
+    assert config == PracConfig(seed=3)
+    assert rest == inductor
+
+
+@pytest.mark.parametrize("options", [None, {}])
+def test_no_options_are_the_defaults(options: Any) -> None:
+    assert split_options(options) == (PracConfig(), {})
+
+
+def test_another_partitioner_is_refused() -> None:
+    for key in ("custom_partitioner_fn", "custom-partitioner-fn"):
+        with pytest.raises(PracOptionError, match="partitioner itself"):
+            split_options({key: None})
+
+
+# -- the dataclass --------------------------------------------------------------------------------
+
+CHANGES: dict[str, Any] = {
+    "principal": 0.2,
+    "random": 0.2,
+    "blocks": 2,
+    "refresh_every": 49,
+    "tail_every": 49,
+    "min_nbytes": 0,
+    "include": ("*.mlp.*",),
+    "exclude": ("*.mlp.*",),
+    "seed": 1,
+    "strict": True,
+}
+
+
+def test_config_is_frozen_and_keyword_only() -> None:
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        PracConfig().seed = 1  # type: ignore[misc]
+    with pytest.raises(TypeError):
+        PracConfig("linear")  # type: ignore[misc]
+
+
+def test_equal_configurations_have_equal_hashes_and_keys() -> None:
+    one, other = PracConfig(**CHANGES | {"exclude": ()}), PracConfig(**CHANGES | {"exclude": ()})
+    assert one == other
+    assert hash(one) == hash(other)
+    assert one.cache_key() == other.cache_key()
+    assert one != object()
+
+
+def test_every_field_is_in_the_cache_key() -> None:
+    # "policy" has a single value so far; the list above must grow with the fields
+    assert {*CHANGES, "policy"} == set(FIELDS)
+    changed = [PracConfig(), *(PracConfig(**{name: value}) for name, value in CHANGES.items())]
+    assert len({config.cache_key() for config in changed}) == len(changed)
+    assert len(set(changed)) == len(changed)
+
+
+def test_one_direction_is_not_all_directions() -> None:
+    # 1 == 1.0, but as ranks they mean one direction and all of them
+    one, every = PracConfig(principal=1, random=0), PracConfig(principal=1.0, random=0)
+    assert one != every
+    assert one.cache_key() != every.cache_key()
+    assert prac_fx.backend(one) != prac_fx.backend(every)
+
+
+def test_biased_is_without_random_part() -> None:
+    assert PracConfig(random=0).is_biased
+    assert PracConfig(random=0.0).is_biased
+    assert not PracConfig(principal=0).is_biased
+    assert not PracConfig().is_biased
+
+
+# -- the backend object ---------------------------------------------------------------------------
+
+
+def test_equal_backends_are_equal() -> None:
+    assert prac_fx.backend() == prac_fx.backend(PracConfig())
+    assert hash(prac_fx.backend()) == hash(prac_fx.backend(PracConfig()))
+    assert prac_fx.backend(PracConfig(seed=1)) != prac_fx.backend(PracConfig())
+    assert prac_fx.backend().__name__ == "prac"
+
+
+@pytest.mark.parametrize("config", ["x", 0.3, {"principal": 0.3}, PracConfig])
+def test_a_backend_takes_a_config_only(config: Any) -> None:
+    with pytest.raises(PracOptionError, match="expected a PracConfig, got") as caught:
+        prac_fx.backend(config)
+    assert repr(config) in str(caught.value)
+
+
+class _Untouchable(fx.GraphModule):
+    """A graph that must not be traced."""
+
+    def __init__(self) -> None:
+        super().__init__({}, fx.Graph())
+
+    def __getattribute__(self, name: str) -> Any:
+        if name in ("graph", "forward"):
+            raise AssertionError("the graph was looked at before the options were checked")
+        return super().__getattribute__(name)
+
+
+def _untouchable() -> fx.GraphModule:
+    return _Untouchable.__new__(_Untouchable)
+
+
+def test_the_typed_backend_takes_no_prac_options() -> None:
+    with pytest.raises(PracOptionError, match=r"'prac\.seed' contradicts the PracConfig"):
+        PracBackend(PracConfig())(_untouchable(), [], options={"prac.seed": 1})
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"max_autotune": 3},
+        {"max_autotune": "yes"},
+        {"triton.cudagraphs": "yes"},
+        {"shape_padding": None},
+    ],
+)
+def test_an_inductor_option_of_the_wrong_type_is_refused_before_tracing(options: Any) -> None:
+    (name,) = options
+    for call in (prac, PracBackend(PracConfig())):
+        with pytest.raises(PracOptionError, match=name.replace(".", r"\.")) as caught:
+            call(_untouchable(), [], options=options)
+        assert "should be bool" in str(caught.value)
+
+
+@pytest.mark.xfail(strict=True, reason="PracBackend hands its options to torch unchecked")
+@pytest.mark.parametrize(
+    ("key", "message"),
+    [
+        ("max_autotunee", r"did you mean 'max_autotune'\?"),
+        ("prac-seed", r"did you mean 'prac\.seed'\?"),
+        ("custom_partitioner_fn", "partitioner itself"),
+    ],
+)
+def test_the_typed_backend_checks_keys_like_the_named_one(key: str, message: str) -> None:
+    with pytest.raises(PracOptionError, match=message):
+        prac(_untouchable(), [], options={key: None})
+    with pytest.raises(PracOptionError, match=message):
+        PracBackend(PracConfig())(_untouchable(), [], options={key: None})
+
+
+def test_an_unknown_mode_is_refused_before_tracing() -> None:
+    with pytest.raises(PracOptionError, match="mode=fastest"):
+        prac(_untouchable(), [], mode="fastest")
+
+
+def test_a_partitioner_in_inductors_config_is_refused() -> None:
+    with (
+        inductor_config.patch(custom_partitioner_fn=lambda *args, **kwargs: None),
+        pytest.raises(PracOptionError, match=r"config\.custom_partitioner_fn is set"),
+    ):
+        prac(_untouchable(), [])
+
+
+# -- through torch.compile ------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"prac.principle": 0.3}, r"'prac\.principle' \(did you mean 'prac\.principal'\?\)"),
+        ({"prac.principal": 3.0}, r"prac\.principal=3\.0: expected a fraction"),
+        ({"max_autotunee": True}, r"did you mean 'max_autotune'\?"),
+        ({"max_autotune": 3}, "max_autotune, got int should be bool"),
+    ],
+)
+def test_torch_compile_raises_the_option_error_itself(options: Any, message: str) -> None:
+    compiled = torch.compile(nn.Linear(8, 8), backend="prac", options=options)
+    with pytest.raises(PracOptionError, match=message) as caught:
+        compiled(torch.zeros(4, 8))
+    # not Dynamo's BackendCompilerFailed around it
+    assert type(caught.value) is PracOptionError
+    assert isinstance(caught.value, ValueError)
+    assert isinstance(caught.value, PracError)
+    assert str(caught.value).startswith(("unknown option", "prac.", "options:"))
+
+
+def test_torch_compile_of_a_typed_backend_takes_no_prac_options() -> None:
+    compiled = torch.compile(
+        nn.Linear(8, 8), backend=prac_fx.backend(), options={"prac.seed": 1}
+    )
+    with pytest.raises(PracOptionError, match=r"'prac\.seed' contradicts the PracConfig"):
+        compiled(torch.zeros(4, 8))
+
+
+def _warnings_of(model: Any, inputs: list[Tensor], **options: Any) -> list[str]:
+    given = {f"prac.{name}": value for name, value in options.items()}
+    compiled = torch.compile(model, backend="prac", options=given)
+    with warnings.catch_warnings(record=True) as caught:
+        # what Python does unless told otherwise: once for each text and place
+        warnings.simplefilter("default")
+        for x in inputs:
+            compiled(x)
+    return [str(w.message) for w in caught if issubclass(w.category, PracWarning)]
+
+
+def test_pac_warns_of_its_bias_once() -> None:
+    # the second shape compiles again
+    (text,) = _warnings_of(nn.Linear(8, 8), [torch.zeros(4, 8), torch.zeros(6, 8)], random=0)
+    assert "prac.random=0 (PAC)" in text
+    assert "biased" in text
+
+
+def test_unbiased_settings_do_not_warn() -> None:
+    assert _warnings_of(nn.Linear(8, 8), [torch.zeros(4, 8)]) == []
+    assert _warnings_of(nn.Linear(8, 8), [torch.zeros(4, 8)], principal=0) == []
