@@ -18,12 +18,12 @@ import torch.fx as fx
 from prac_fx.codecs import PracCodec
 from prac_fx.config import PracConfig
 from prac_fx.graph_edit import last_two_swapped, tensor_value, without_views
-from prac_fx.memory import is_symbolic, size_hint, value_nbytes
+from prac_fx.memory import is_symbolic, size_hint
 from prac_fx.origin import Origin, origin_of
 from prac_fx.passes.classify import Classification
 from prac_fx.passes.roles import Reader, ValueRole
 from prac_fx.passes.survey import Survey, storage_of
-from prac_fx.torch_compat import has_tag_must_recompute, statically_known_true
+from prac_fx.torch_compat import guard_or_false, has_tag_must_recompute
 
 Decision = Literal["encode", "keep", "recompute"]
 
@@ -44,7 +44,7 @@ REASONS = {
     "too_few_features": "the rank needs more features than it has",
     "too_few_tokens": "it has no more tokens than the rank",
     "rank_saves_nothing": "coordinates and state would take as many bytes as the value",
-    "symbolic_size": "its size is symbolic and not provably large enough",
+    "symbolic_size": "its size is symbolic, and too small or known only at run time",
     "layouts_differ": "its readers see it in different shapes",
     "min_cut": "torch's min-cut decides otherwise once the other values are encoded",
     "checkpointed": "inside a checkpointed region: backward computes it again",
@@ -304,16 +304,17 @@ def _try_site(
         return "layouts_differ", ""
     value = tensor_value(role.value.node)
     assert value is not None
-    refused = _too_small(value, config) or _bad_size(matrix, config)
+    n = matrix.value.shape[-1]
+    if not isinstance(n, int):
+        return "symbolic_size", f"feature count {n}"
+    refused = _bad_rank(n, config)
     if refused is not None:
         return refused
     outputs = sum(_outputs(reader) for reader in role.readers)
     codec = choose_codec(matrix.value, outputs, config)
-    if codec is None:
-        n = size_hint(matrix.value.shape[-1])
-        return "rank_saves_nothing", f"rank of {config.principal}+{config.random} for {n} features"
-    if is_symbolic(matrix.value) and not _provably_saves(matrix.value, codec):
-        return "symbolic_size", f"shape {list(matrix.value.shape)}"
+    refused = _too_few(matrix.value, codec, config)
+    if refused is not None:
+        return refused
     owner = min(reader.owner for reader in role.readers)
     slot = slots[owner] = slots.get(owner, -1) + 1
     sites.append(
@@ -339,28 +340,38 @@ def _try_site(
     )
 
 
-def _too_small(value: torch.Tensor, config: PracConfig) -> tuple[str, str] | None:
-    if statically_known_true(value.numel() * value.itemsize >= config.min_nbytes):
-        return None
-    if is_symbolic(value):
-        return "symbolic_size", f"shape {list(value.shape)}"
-    return "too_small", f"{value_nbytes(value)} bytes, prac.min_nbytes is {config.min_nbytes}"
-
-
-def _bad_size(matrix: _Matrix, config: PracConfig) -> tuple[str, str] | None:
-    n = matrix.value.shape[-1]
-    if not isinstance(n, int):
-        return "symbolic_size", f"feature count {n}"
+def _bad_rank(n: int, config: PracConfig) -> tuple[str, str] | None:
     wanted = (_rank(config.principal, n), config.principal), (_rank(config.random, n), config.random)
     rank = sum(directions for directions, _ in wanted)
     if any(directions == 0 and option != 0 for directions, option in wanted) or rank > n:
         return "too_few_features", f"rank {rank} for {n} features"
-    tokens = matrix.value.numel() // n
-    if statically_known_true(tokens > rank):
-        return None
-    if is_symbolic(matrix.value):
-        return "symbolic_size", f"shape {list(matrix.value.shape)}"
-    return "too_few_tokens", f"{tokens} tokens, rank {rank}"
+    return None
+
+
+def _too_few(
+    matrix: torch.Tensor, codec: PracCodec, config: PracConfig
+) -> tuple[str, str] | None:
+    """Are there enough tokens for the encoding to pay? None if so.
+
+    A symbolic number of tokens is compared with a guard: torch then compiles again, and we decide again,
+    for a batch on the other side of the bound. A size known only at run time cannot be guarded.
+    """
+    itemsize, n = matrix.itemsize, codec.features
+    tokens = matrix.numel() // n
+    saved_per_token = (n - codec.rank) * itemsize
+    if saved_per_token <= 0:
+        return "rank_saves_nothing", f"rank {codec.rank} for {n} features"
+    bounds = (
+        ("too_small", -(-config.min_nbytes // (n * itemsize))),
+        ("too_few_tokens", codec.rank + 1),
+        ("rank_saves_nothing", codec.state_nbytes(itemsize) // saved_per_token + 1),
+    )
+    for reason, bound in bounds:
+        if not guard_or_false(tokens >= bound):
+            shape = "x".join(map(str, matrix.shape))
+            detail = f"{shape} has fewer than {bound} tokens"
+            return ("symbolic_size" if is_symbolic(matrix) else reason), detail
+    return None
 
 
 def _rank(option: float | int, n: int) -> int:
@@ -377,28 +388,18 @@ def _tokens(matrix: torch.Tensor) -> int:
     return size_hint(matrix.numel()) // size_hint(matrix.shape[-1])
 
 
-def choose_codec(matrix: torch.Tensor, outputs: int, config: PracConfig) -> PracCodec | None:
-    """Ranks and blocks for a (tokens, features) matrix; None when encoding saves no bytes.
+def choose_codec(matrix: torch.Tensor, outputs: int, config: PracConfig) -> PracCodec:
+    """Ranks and blocks for a (tokens, features) matrix.
 
     "auto" takes the fewest blocks with which encoding plus the factored weight gradients cost at most
     the FLOPs of the exact ones and the state stays small; failing that, the cheapest number of blocks.
     """
     tokens, n = _tokens(matrix), size_hint(matrix.shape[-1])
-    value_bytes = tokens * n * matrix.itemsize
-
-    def net_saving(codec: PracCodec) -> int:
-        stored = codec.coordinates_nbytes(tokens, matrix.itemsize)
-        return value_bytes - stored - codec.state_nbytes(matrix.itemsize)
-
-    candidates = [
-        codec for codec in _candidates(n, matrix.dim(), config) if net_saving(codec) > 0
-    ]
-    if not candidates:
-        return None
+    candidates = _candidates(n, matrix.dim(), config)
     exact_flops = 2 * tokens * n * outputs
     for codec in candidates:
-        state = codec.state_nbytes(matrix.itemsize)
-        small_state = state <= _MAX_STATE_SHARE * (state + net_saving(codec))
+        saved = tokens * (n - codec.rank) * matrix.itemsize
+        small_state = codec.state_nbytes(matrix.itemsize) <= _MAX_STATE_SHARE * saved
         if small_state and codec.flops(tokens, outputs) <= exact_flops:
             return codec
     return min(candidates, key=lambda codec: codec.flops(tokens, outputs))
@@ -426,13 +427,6 @@ def _candidates(n: int, dimensions: int, config: PracConfig) -> list[PracCodec]:
 def sample_rows(r1: int, r2: int) -> int:
     """Rows copied out of each forward pass for the refresh of r1 principal directions per block."""
     return max(16, r1) if r1 else 0
-
-
-def _provably_saves(matrix: torch.Tensor, codec: PracCodec) -> bool:
-    """For symbolic sizes: is the value larger than coordinates and state, whatever the size?"""
-    tokens = matrix.numel() // codec.features
-    saved = tokens * (codec.features - codec.rank) * matrix.itemsize
-    return statically_known_true(saved > codec.state_nbytes(matrix.itemsize))
 
 
 def _checkpointed(

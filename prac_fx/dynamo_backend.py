@@ -15,7 +15,7 @@ from typing import Any, NoReturn
 
 import torch
 import torch.fx as fx
-from torch import Tensor
+from torch import nn
 
 from prac_fx.config import PracConfig, split_options
 from prac_fx.errors import PracOptionError, PracWarning
@@ -169,13 +169,18 @@ class DynamoGraph:
 
     @property
     def trainable(self) -> frozenset[int]:
-        """Indices of leaf arguments that require a gradient: parameters, and tensors used like them."""
+        """Indices of parameters that require a gradient.
+
+        Other leaves do not count: Dynamo does not guard on being a leaf, so the next call of the same
+        graph may pass an activation there, whose gradient runs on into earlier layers.
+        """
         if not torch.is_grad_enabled():
             return frozenset()
+        values = (node.meta.get("example_value") for node in self.placeholders)
         return frozenset(
             index
-            for index, value in enumerate(self.example_inputs)
-            if isinstance(value, Tensor) and value.requires_grad and value.is_leaf
+            for index, value in enumerate(values)
+            if isinstance(value, nn.Parameter) and value.requires_grad
         )
 
 

@@ -24,7 +24,7 @@ from torch._inductor.decomposition import select_decomp_table
 from torch._logging import trace_structured
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.fx.experimental.proxy_tensor import make_fx
-from torch.fx.experimental.symbolic_shapes import statically_known_true
+from torch.fx.experimental.symbolic_shapes import guard_or_false
 from torch.utils.checkpoint import CheckpointPolicy
 
 __all__ = [
@@ -40,6 +40,7 @@ __all__ = [
     "finalize_with",
     "fx_graph_cse",
     "gradient_argument_index",
+    "guard_or_false",
     "has_tag_must_recompute",
     "inductor_config",
     "inductor_decompositions",
@@ -47,7 +48,6 @@ __all__ = [
     "make_fx",
     "min_cut_rematerialization_partition",
     "placeholder_source_name",
-    "statically_known_true",
     "storage_key",
     "trace_structured",
     "tracing_fake_mode",

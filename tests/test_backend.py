@@ -13,9 +13,21 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 import prac_fx
+from prac_fx import dynamo_backend
 from prac_fx.state import subspaces_of
 from tests.compiling import compile_prac, gradients, projection, step, subspace_of
 from tests.models import Sequential, rows
+
+
+class Block(nn.Module):
+    """A block whose forward is user code, as `nn.Module.compile` needs."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.body = Sequential()
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + self.body(x)
 
 
 def _owners(model: nn.Module) -> list[str]:
@@ -23,7 +35,7 @@ def _owners(model: nn.Module) -> list[str]:
 
 
 def _train(model: nn.Module, compiled: Any, steps: int, x: Tensor) -> list[float]:
-    optimizer = torch.optim.SGD(model.parameters(), lr=0.05)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
     losses = []
     for _ in range(steps):
         optimizer.zero_grad()
@@ -44,8 +56,8 @@ def test_training_reduces_the_loss_like_plain_inductor() -> None:
     plain = _train(plain_model, torch.compile(plain_model), 30, x)
     ours = _train(prac_model, compile_prac(prac_model), 30, x)
     assert ours[0] == plain[0]
-    assert ours[-1] < 0.9 * ours[0]
-    assert ours[-1] == pytest.approx(plain[-1], rel=0.05)
+    assert ours[-1] < 0.5 * ours[0]
+    assert ours[-1] == pytest.approx(plain[-1], rel=0.3)
 
 
 def test_same_seed_same_bits_other_seed_other_bits() -> None:
@@ -86,21 +98,27 @@ def test_the_users_random_stream_is_untouched() -> None:
         assert torch.equal(plain, ours)
 
 
-def test_blocks_share_one_graph_and_have_their_own_state() -> None:
-    blocks = [Sequential() for _ in range(3)]
+def test_blocks_share_one_graph_and_have_their_own_state(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    blocks = [Block() for _ in range(3)]
     for number, block in enumerate(blocks):
         with torch.no_grad():
-            block[0].weight.add_(0.01 * number)
+            for parameter in block.parameters():
+                parameter.add_(0.01 * number)
         block.compile(backend="prac", options={"prac.min_nbytes": 0, "prac.strict": True})
-    counts = torch._dynamo.utils.counters
-    counts.clear()
+    graphs = []
+    original = dynamo_backend.training_step
+    monkeypatch.setattr(
+        dynamo_backend, "training_step", lambda *args: (graphs.append(args), original(*args))[1]
+    )
     for _ in range(2):
-        x = rows()
+        x = rows().requires_grad_()
         for block in blocks:
             x = block(x)
         x.sum().backward()
-    assert counts["stats"]["unique_graphs"] == 1
-    states = [subspace_of(block[2].weight) for block in blocks]
+    assert len(graphs) == 1
+    states = [subspace_of(block.body[2].weight) for block in blocks]
     assert len({id(state) for state in states}) == 3
     assert len({state.stream for state in states}) == 3
     assert [state.steps for state in states] == [2, 2, 2]
@@ -140,44 +158,42 @@ def test_graph_break_in_the_middle() -> None:
     assert _owners(model) == [f"{part}.{i}.weight" for part in ("first", "second") for i in (2, 4)]
 
 
-def test_changing_batch_size_recompiles_and_keeps_the_state() -> None:
+def test_changing_batch_size_keeps_compressing_with_the_same_state() -> None:
     model = Sequential()
     compiled = compile_prac(model)
     step(compiled, model, rows(512))
     state = subspace_of(model[2].weight)
-    step(compiled, model, rows(384))
-    step(compiled, model, rows(512))
+    for count in (384, 512, 448):  # recompiles once, with a symbolic size
+        _assert_projected(model, compiled, rows(count))
     assert subspace_of(model[2].weight) is state
-    assert state.steps == 2  # the second graph has a symbolic size, and keeps its values exact
+    assert state.steps == 4
 
 
-def test_dynamic_shapes_are_kept_unless_provably_large() -> None:
+def test_dynamic_shapes_are_encoded_and_too_small_batches_are_not() -> None:
     model = Sequential()
-    plain = torch.compile(model, dynamic=True)
-    step(plain, model, rows(512))
-    expected = gradients(model)
-    torch._dynamo.reset()
     compiled = torch.compile(
         model, backend="prac", dynamic=True, options={"prac.min_nbytes": 0, "prac.strict": True}
     )
-    step(compiled, model, rows(512))
-    assert all(torch.equal(expected[name], g) for name, g in gradients(model).items())
-    assert not _owners(model)
-
-
-def test_dynamic_shapes_with_a_known_lower_bound_are_encoded() -> None:
-    model = Sequential()
-    compiled = compile_prac(model)
-    for count in (512, 320):
-        x = rows(count)
-        torch._dynamo.mark_dynamic(x, 0, min=256, max=4096)
-        step(compiled, model, x)
-        ours = gradients(model)["2.weight"].double()
-        model.zero_grad()
-        model(x).float().square().mean().backward()
-        expected = model[2].weight.grad.double() @ projection(subspace_of(model[2].weight))
-        torch.testing.assert_close(ours, expected, rtol=1e-3, atol=1e-6)
+    _assert_projected(model, compiled, rows(512))
+    _assert_projected(model, compiled, rows(320))
     assert subspace_of(model[2].weight).steps == 2
+    few = rows(32)  # fewer tokens than the rank of 38: another graph, which keeps all
+    step(compiled, model, few)
+    ours = gradients(model)
+    step(model, model, few)
+    torch.testing.assert_close(ours, gradients(model))
+    assert subspace_of(model[2].weight).steps == 2
+
+
+def _assert_projected(model: nn.Module, compiled: Any, x: Tensor) -> None:
+    """One step whose gradient for the second layer is the exact one times P P^T."""
+    step(compiled, model, x)
+    ours = gradients(model)["2.weight"].double()
+    product = projection(subspace_of(model[2].weight))
+    step(model, model, x)
+    exact = model[2].weight.grad.double()
+    torch.testing.assert_close(ours, exact @ product, rtol=1e-3, atol=1e-6)
+    assert not torch.allclose(ours, exact, rtol=0.1)
 
 
 def test_gradient_accumulation_adds_up() -> None:
@@ -260,15 +276,14 @@ def test_first_layer_input_is_an_input_and_stays_exact() -> None:
     assert torch.equal(gradients(model)["0.weight"], expected)
 
 
-@pytest.mark.parametrize("reentrant", [False])
-def test_checkpointed_regions_are_left_alone(reentrant: bool) -> None:
+def test_checkpointed_regions_are_left_alone() -> None:
     class Checkpointed(nn.Module):
         def __init__(self) -> None:
             super().__init__()
             self.first, self.second = Sequential(), Sequential()
 
         def forward(self, x: Tensor) -> Tensor:
-            x = checkpoint(self.first, x, use_reentrant=reentrant)
+            x = checkpoint(self.first, x, use_reentrant=False)
             result: Tensor = self.second(x)
             return result
 
@@ -339,7 +354,7 @@ def test_a_graph_that_cannot_be_rewritten_falls_back_with_one_warning(
     def broken(*args: Any, **kwargs: Any) -> None:
         raise prac_fx.CannotRewriteError("broken on purpose")
 
-    monkeypatch.setattr("prac_fx.pipeline.rewrite", broken)
+    monkeypatch.setattr("prac_fx.pipeline.analyse", broken)
     model, x = Sequential(), rows()
     step(torch.compile(model), model, x)
     expected = gradients(model)
@@ -362,8 +377,8 @@ def test_modes_and_inductor_options_are_passed_on() -> None:
     model, x = Sequential(), rows()
     step(torch.compile(model, backend="prac", mode="reduce-overhead"), model, x)
     torch._dynamo.reset()
-    step(compile_prac(model) if False else torch.compile(
-        model, backend="prac", options={"prac.min_nbytes": 0, "epilogue_fusion": True}), model, x)
+    options = {"prac.min_nbytes": 0, "epilogue_fusion": True}
+    step(torch.compile(model, backend="prac", options=options), model, x)
     assert _owners(model)
 
 

@@ -301,7 +301,7 @@ def test_names(codec: PracCodec, name: str, text: str) -> None:
 
 @pytest.mark.parametrize("codec", ALL, ids=_label)
 def test_scale_and_rank(codec: PracCodec) -> None:
-    """k = (n - r1) / r2 is the same for the whole and for a block; 1 without a random part."""
+    """The scale (n - r1) / r2 is the same for the whole and for a block; 1 without a random part."""
     n, r1, r2, blocks = codec.features, codec.principal, codec.random, codec.blocks
     assert codec.rank == r1 + r2
     assert codec.scale == ((n - r1) / r2 if r2 else 1.0)
@@ -316,9 +316,7 @@ def test_basis_shape() -> None:
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize(("codec", "shape"), CASES, ids=CASE_IDS)
-def test_coordinates_nbytes(
-    codec: PracCodec, shape: tuple[int, ...], dtype: torch.dtype
-) -> None:
+def test_coordinates_nbytes(codec: PracCodec, shape: tuple[int, ...], dtype: torch.dtype) -> None:
     """The bytes promised for the coordinates are those of what `encode` returns."""
     x = _randn(*shape, codec.features, seed=8, dtype=dtype)
     coordinates = codec.encode(x, _any_basis(codec, dtype))

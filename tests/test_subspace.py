@@ -63,9 +63,7 @@ def _sine(a: Tensor, b: Tensor) -> float:
     return float(torch.linalg.matrix_norm(b - a @ (a.mT @ b), ord=2).amax())
 
 
-def _decaying(
-    tokens: int, v: Tensor, r1: int, gap: float, seed: int, dtype: torch.dtype
-) -> Tensor:
+def _decaying(tokens: int, v: Tensor, r1: int, gap: float, seed: int, dtype: torch.dtype) -> Tensor:
     """(..., tokens, n) with right singular vectors `v`: r1 large singular values, then a gap."""
     n = v.shape[-1]
     u = _orthonormal(*v.shape[:-2], tokens, n, seed=seed)
@@ -121,7 +119,7 @@ def test_orthonormalize_completes_deficient_columns() -> None:
 
 
 def test_scale_is_that_of_theorem_6() -> None:
-    """k = (n - r1) / r2, and 1 where there is no tail."""
+    """The scale k = (n - r1) / r2, and 1 where there is no tail."""
     assert tail_scale(768, 230, 230) == (768 - 230) / 230
     assert tail_scale(16, 0, 4) == 4.0
     assert tail_scale(16, 8, 8) == 1.0
@@ -169,7 +167,9 @@ def test_tail_has_no_preferred_direction() -> None:
     n, r1, draws = 7, 2, 4000
     q1, generator = _orthonormal(n, r1), _generator(5)
     complement = torch.linalg.svd(q1)[0][:, r1:]
-    inside = torch.stack([(complement.mT @ draw_tail(q1, 1, generator))[:, 0] for _ in range(draws)])
+    inside = torch.stack(
+        [(complement.mT @ draw_tail(q1, 1, generator))[:, 0] for _ in range(draws)]
+    )
     d = n - r1
     torch.testing.assert_close(inside.norm(dim=1), torch.ones(draws, dtype=torch.float64))
     moments = inside.pow(4)
@@ -325,7 +325,7 @@ def test_refresh_does_not_depend_on_scale(dtype: torch.dtype, exponent: int) -> 
     assert plain is not None
     assert found is not None
     _assert_orthonormal(found, work)
-    assert _sine(found, plain) < (1e-2 if dtype == torch.float16 else 1e-5)
+    assert _sine(found, plain) < (1e-2 if dtype.itemsize == 2 else 1e-5)
 
 
 @pytest.mark.parametrize(
@@ -380,7 +380,7 @@ def test_key_parts_are_not_run_together() -> None:
 
 def test_same_draws_in_another_process() -> None:
     """Seeds do not use Python's `hash`, which differs from process to process."""
-    assert seeded_generator(torch.device("cpu"), "stream", 0).initial_seed() == 8084446216498297571
+    assert seeded_generator(torch.device("cpu"), "stream", 0).initial_seed() == 5992039231875187145
 
 
 FUNCTIONS: dict[str, Callable[[], object]] = {

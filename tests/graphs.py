@@ -1,0 +1,129 @@
+"""Joint graphs for tests: traced as in compilation, stopped and printed after each editing pass."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.fx as fx
+from torch import Tensor
+
+from prac_fx import pipeline
+from prac_fx.config import split_options
+from prac_fx.dynamo_backend import DynamoGraph, analyse_graph
+from prac_fx.explain import rewrite_graph
+from prac_fx.passes.partition import PartitionedGraph
+from prac_fx.passes.plan import Plan, PlannedValue
+from tests.compiling import SMALL
+
+
+class Traced:
+    """What the passes did with the one graph of a model.
+
+    Attributes:
+        plan: the plan.
+        graphs: text of the joint graph before and after each editing pass, and of "fw" and "bw".
+        result: the partitioned graphs; None when nothing is encoded.
+    """
+
+    plan: Plan
+    result: PartitionedGraph | None = None
+
+    def __init__(self) -> None:
+        self.graphs: dict[str, str] = {}
+
+    def value(self, reason_or_decision: str) -> PlannedValue:
+        """The only value with this reason or decision."""
+        (found,) = [
+            v for v in self.plan.values if reason_or_decision in (v.reason, v.decision)
+        ]
+        return found
+
+
+def trace(model: Callable[..., Any], *args: Any, dynamic: bool | None = None, **options: Any) -> Traced:
+    """Run the passes on a model's step; options without their `prac.` prefix."""
+    config, _ = split_options({**SMALL, **{f"prac.{key}": v for key, v in options.items()}})
+    traced = Traced()
+
+    def backend(gm: fx.GraphModule, example_inputs: Any) -> Any:
+        graph = DynamoGraph(gm, tuple(example_inputs))
+        plan = analyse_graph(graph, config, {})
+        assert plan is not None, "no backward"
+        traced.plan = plan
+        if plan.sites:
+            with _recorded(traced):
+                traced.result = rewrite_graph(graph, plan, config, {})
+            traced.graphs["fw"] = readable(traced.result.fw.graph)
+            traced.graphs["bw"] = readable(traced.result.bw.graph)
+        return gm.forward
+
+    torch._dynamo.reset()
+    torch.compile(model, backend=backend, fullgraph=True, dynamic=dynamic)(*args)
+    return traced
+
+
+class _recorded:  # noqa: N801
+    """While active, the editing passes leave the text of the graph before and after them."""
+
+    def __init__(self, traced: Traced) -> None:
+        self.traced = traced
+        self.patch: Any = None
+
+    def __enter__(self) -> None:
+        self.originals = {name: getattr(pipeline, name) for name in ("rewrite", "factor")}
+        pipeline.rewrite = self._rewrite  # type: ignore[assignment]
+        pipeline.factor = self._factor  # type: ignore[assignment]
+
+    def __exit__(self, *error: object) -> None:
+        for name, function in self.originals.items():
+            setattr(pipeline, name, function)
+
+    def _rewrite(self, graph: fx.Graph, *args: Any) -> Any:
+        self.traced.graphs["joint"] = readable(graph)
+        result = self.originals["rewrite"](graph, *args)
+        self.traced.graphs["rewrite"] = readable(graph)
+        return result
+
+    def _factor(self, encoded: Any, inline: Any) -> None:
+        self.originals["factor"](encoded, inline)
+        self.traced.graphs["factor"] = readable(inline.graph)
+
+
+def readable(graph: fx.Graph) -> str:
+    """A graph as short text: one line a node, shapes at the end, and where the partitioner must put it."""
+    lines = []
+    for node in graph.nodes:
+        if node.op == "placeholder":
+            if node.users:
+                lines.append(f"{node.name}: {_shape(node)}")
+        elif node.op == "output":
+            outputs = ", ".join(str(output) for output in _flat(node.args))
+            lines.append(f"return {outputs}")
+        else:
+            arguments = ", ".join(map(str, [*node.args, *(f"{k}={v}" for k, v in node.kwargs.items())]))
+            target = str(getattr(node.target, "_opname", getattr(node.target, "__name__", node.target)))
+            must = "  # backward" if node.meta.get("partitioner_tag") == "must_be_in_backward" else ""
+            lines.append(f"{node.name} = {target}({arguments}) -> {_shape(node)}{must}")
+    return "\n".join(lines)
+
+
+def _shape(node: fx.Node) -> str:
+    value = node.meta.get("val")
+    return "x".join(map(str, value.shape)) or "scalar" if isinstance(value, Tensor) else "?"
+
+
+def _flat(args: Any) -> list[Any]:
+    return [x for arg in args for x in (_flat(arg) if isinstance(arg, list | tuple) else [arg])]
+
+
+def rows_of(plan: Plan) -> str:
+    """The plan as golden text: a line for each value that is not an input."""
+    lines = []
+    for value in plan.values:
+        if value.reason == "input":
+            continue
+        codec = value.codec.describe() if value.codec else value.reason
+        where = value.origin.module or value.origin.op
+        lines.append(f"{where:<42} {'x'.join(value.shape):<12} {value.role:<4} {value.decision:<9} {codec}")
+    return "\n".join(line.rstrip() for line in lines)

@@ -1,0 +1,522 @@
+"""`python -m prac_fx.report`: its table, its JSON, its inputs, and one line for each mistake."""
+
+from __future__ import annotations
+
+import json
+import re
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from torch import Tensor, nn
+
+from prac_fx import report
+from prac_fx.config import split_options
+from prac_fx.passes.plan import REASONS
+
+EXAMPLES = sorted((Path(__file__).parent.parent / "examples").glob("*.py"))
+
+MODEL = """
+import torch
+from torch import nn
+
+def model():
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Linear(64, 128), nn.GELU(), nn.Linear(128, 32))
+
+x = torch.randn(1024, 64)
+
+class Named(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.body = model()
+
+    def forward(self, x, *, scale=1.0):
+        return self.body(x) * scale
+"""
+
+# the body of a build() whose model does its arithmetic in a forward of its own
+FUSED = """class M(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.up, self.down = nn.Linear(64, 128), nn.Linear(128, 32)
+
+        def forward(self, x):
+            return self.down(nn.functional.gelu(self.up(x)))
+    return M(), x"""
+
+WriteModel = Callable[[str], str]
+
+
+@pytest.fixture
+def write_model(tmp_path: Path) -> WriteModel:
+    """Write a model file: MODEL, and a `build()` with the given body."""
+
+    def write(body: str) -> str:
+        path = tmp_path / "model.py"
+        path.write_text(f"{MODEL}\ndef build():\n    {body}\n")
+        return str(path)
+
+    return write
+
+
+@pytest.fixture
+def encodable(write_model: WriteModel) -> str:
+    """A model whose GELU result is the one value to encode."""
+    return write_model("return model(), x")
+
+
+def _json(capsys: pytest.CaptureFixture[str], *argv: str) -> Any:
+    assert report.main([*argv, "--format", "json"]) == 0
+    return json.loads(capsys.readouterr().out)
+
+
+def _error(capsys: pytest.CaptureFixture[str], *argv: str) -> str:
+    """The one line of a refusal."""
+    assert report.main(argv) == 2
+    captured = capsys.readouterr()
+    assert captured.out == ""
+    assert captured.err.startswith("prac_fx.report: ")
+    assert captured.err.endswith("\n")
+    assert captured.err.count("\n") == 1
+    return captured.err.removeprefix("prac_fx.report: ").rstrip("\n")
+
+
+# -- output ---------------------------------------------------------------------------------------
+
+# one block, so that numbers do not depend on what "auto" finds best
+EXACT = ("prac.min_nbytes=0", "prac.blocks=1")
+NBYTES_BEFORE = 1024 * 128 * 4
+# rank: floor(0.3 * 128) twice
+NBYTES_AFTER = 1024 * 2 * 38 * 4
+
+
+def test_table(capsys: pytest.CaptureFixture[str], encodable: str) -> None:
+    assert report.main([encodable, *EXACT]) == 0
+    captured = capsys.readouterr()
+    assert captured.err == ""
+    header, rule, *rows = captured.out.partition("\n\n")[0].splitlines()
+    assert header.split() == [
+        "module", "source", "shape", "dtype", "role", "before", "after", "decision", "reason",
+    ]  # fmt: skip
+    assert set(rule) == {"-", " "}
+    (encoded,) = [row for row in rows if "prac 38+38/128" in row]
+    cells = re.split(r"  +", encoded.strip())
+    assert cells[0] == "1"
+    assert cells[-6:] == ["1024x128", "float32", "W", "512.0 KiB", "304.0 KiB", "prac 38+38/128"]
+    for line in ("saved by plain Inductor", 'saved by backend="prac"', "state overhead"):
+        assert line in captured.out
+
+
+def test_table_explains_the_reasons_it_shows(
+    capsys: pytest.CaptureFixture[str], encodable: str
+) -> None:
+    assert report.main([encodable, "prac.min_nbytes=1000000"]) == 0
+    out = capsys.readouterr().out
+    codes = ("too_small", "input_gradient_reads_it")
+    for code in codes:
+        assert f"\n{code}: {REASONS[code]}\n" in out
+    # and no other
+    assert sum(f"\n{code}: " in out for code in REASONS if code) == len(codes)
+
+
+VALUE_FIELDS = {
+    "name": str,
+    "module": str,
+    "op": str,
+    "file": str,
+    "line": int,
+    "shape": list,
+    "dtype": str,
+    "role": str,
+    "read_by": list,
+    "decision": str,
+    "reason": str,
+    "detail": str,
+    "codec": str | None,
+    "principal": int | None,
+    "random": int | None,
+    "blocks": int | None,
+    "nbytes_before": int,
+    "nbytes_after": int,
+    "state_nbytes": int,
+}
+
+
+def test_json_schema(capsys: pytest.CaptureFixture[str], encodable: str) -> None:
+    result = _json(capsys, encodable, "prac.min_nbytes=0")
+    assert list(result) == ["schema", "prac_fx", "options", "graphs", "totals", "values"]
+    assert result["schema"] == report.SCHEMA == 1
+    assert result["prac_fx"] == report.__version__
+    assert result["graphs"] == 1
+    for value in result["values"]:
+        assert list(value) == list(VALUE_FIELDS)
+        for field, kind in VALUE_FIELDS.items():
+            assert isinstance(value[field], kind), field  # type: ignore[arg-type]
+        assert value["decision"] in ("encode", "keep", "recompute")
+        assert value["role"] in ("W", "A", "W+A", "-")
+        assert value["reason"] in REASONS
+        assert (value["decision"] == "encode") == (value["reason"] == "") == bool(value["codec"])
+
+
+def test_json_options_are_the_whole_configuration(
+    capsys: pytest.CaptureFixture[str], encodable: str
+) -> None:
+    result = _json(capsys, encodable, "prac.principal=16", "prac.include=['1','*.up']")
+    assert result["options"] == {
+        "policy": "linear",
+        "principal": 16,
+        "random": 0.3,
+        "blocks": "auto",
+        "refresh_every": 50,
+        "tail_every": None,
+        "min_nbytes": 65536,
+        "include": ["1", "*.up"],
+        "exclude": [],
+        "seed": 0,
+        "strict": False,
+    }
+
+
+def test_json_totals_are_sums_and_the_ranks_are_floors(
+    capsys: pytest.CaptureFixture[str], encodable: str
+) -> None:
+    result = _json(capsys, encodable, *EXACT)
+    totals, values = result["totals"], result["values"]
+    assert totals == {
+        "saved_before_nbytes": sum(value["nbytes_before"] for value in values),
+        "saved_after_nbytes": sum(value["nbytes_after"] for value in values),
+        "state_nbytes": sum(value["state_nbytes"] for value in values),
+    }
+    assert totals["saved_after_nbytes"] < totals["saved_before_nbytes"]
+    (encoded,) = [value for value in values if value["decision"] == "encode"]
+    assert (encoded["module"], encoded["shape"], encoded["role"]) == ("1", [1024, 128], "W")
+    assert (encoded["principal"], encoded["random"], encoded["blocks"]) == (38, 38, 1)
+    assert (encoded["nbytes_before"], encoded["nbytes_after"]) == (NBYTES_BEFORE, NBYTES_AFTER)
+    # basis, and as many sampled rows as principal directions
+    assert encoded["state_nbytes"] == (128 * 2 * 38 + 38 * 128) * 4
+    assert encoded["read_by"] == ["2.weight"]
+
+
+def test_the_source_is_a_line_of_the_users(
+    capsys: pytest.CaptureFixture[str], write_model: WriteModel
+) -> None:
+    path = write_model(FUSED)
+    lines = Path(path).read_text().splitlines()
+    values = _json(capsys, path, *EXACT)["values"]
+    (encoded,) = [value for value in values if value["decision"] == "encode"]
+    assert encoded["file"] == path
+    assert "nn.functional.gelu" in lines[encoded["line"] - 1]
+    assert report.main([path, *EXACT]) == 0
+    assert f"  model.py:{encoded['line']}  " in capsys.readouterr().out
+
+
+def test_inputs_are_counted_not_listed(capsys: pytest.CaptureFixture[str], encodable: str) -> None:
+    inputs = [v for v in _json(capsys, encodable)["values"] if v["reason"] == "input"]
+    assert inputs
+    assert all(value["nbytes_before"] == value["nbytes_after"] == 0 for value in inputs)
+    assert report.main([encodable]) == 0
+    out = capsys.readouterr().out
+    assert f"inputs and parameters     {len(inputs)} saved as they are" in out
+    assert not any(value["name"] in out for value in inputs)
+
+
+def test_output_file(
+    capsys: pytest.CaptureFixture[str], encodable: str, tmp_path: Path
+) -> None:
+    assert report.main([encodable, "-o", "-"]) == 0
+    printed = capsys.readouterr().out
+    path = tmp_path / "report.txt"
+    assert report.main([encodable, "-o", str(path)]) == 0
+    assert capsys.readouterr().out == ""
+    assert path.read_text() == printed
+
+
+def test_what_the_model_prints_stays_out_of_the_report(
+    capsys: pytest.CaptureFixture[str], write_model: WriteModel
+) -> None:
+    path = write_model("print('building'); return model(), x")
+    assert report.main([path, "--format=json"]) == 0
+    captured = capsys.readouterr()
+    assert json.loads(captured.out)["schema"] == 1
+    assert captured.err == "building\n"
+
+
+# -- inputs ---------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "body",
+    [
+        "return model(), x",
+        "return model(), (x,)",
+        "return model(), [x]",
+        "return model(), {'input': x}",
+        "return model(), (x,), None",
+    ],
+    ids=["tensor", "tuple", "list", "dict", "no loss"],
+)
+def test_forms_of_inputs(
+    capsys: pytest.CaptureFixture[str], write_model: WriteModel, body: str
+) -> None:
+    result = _json(capsys, write_model(body), "prac.min_nbytes=0")
+    assert result["totals"]["saved_before_nbytes"] >= NBYTES_BEFORE
+    assert [v["module"] for v in result["values"] if v["decision"] == "encode"] == ["1"]
+
+
+def test_modules_are_named_relative_to_the_model(
+    capsys: pytest.CaptureFixture[str], write_model: WriteModel
+) -> None:
+    path = write_model("return Named(), {'x': x, 'scale': 2.0}")
+    values = _json(capsys, path, "prac.min_nbytes=0")["values"]
+    (encoded,) = [value for value in values if value["decision"] == "encode"]
+    assert encoded["module"] == "body.1"
+    assert encoded["read_by"] == ["body.2.weight"]
+
+
+def test_the_loss_is_traced_with_the_model(
+    capsys: pytest.CaptureFixture[str], write_model: WriteModel
+) -> None:
+    alone = _json(capsys, write_model("return model(), x"))
+    path = write_model("return model(), x, lambda out: nn.functional.mse_loss(out, x[:, :32])")
+    with_loss = _json(capsys, path)
+    # the loss reads the model's result, which is then no longer just handed to the caller
+    out_nbytes = 1024 * 32 * 4
+    more = with_loss["totals"]["saved_before_nbytes"] - alone["totals"]["saved_before_nbytes"]
+    assert more == out_nbytes
+
+
+def test_a_function_is_a_model_too(
+    capsys: pytest.CaptureFixture[str], write_model: WriteModel
+) -> None:
+    path = write_model("m = model(); return (lambda x: m(x).sum()), x")
+    assert _json(capsys, path, "prac.min_nbytes=0")["totals"]["saved_before_nbytes"] > 0
+
+
+def test_neighbours_of_the_file_can_be_imported(
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+    write_model: WriteModel,
+    tmp_path: Path,
+) -> None:
+    monkeypatch.setattr(sys, "path", list(sys.path))
+    (tmp_path / "neighbour_of_model.py").write_text("from torch.nn import Linear\n")
+    path = write_model("from neighbour_of_model import Linear; return Linear(64, 8), x")
+    assert _json(capsys, path)["graphs"] == 1
+
+
+# -- options --------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("pair", "field", "value"),
+    [
+        ("prac.principal=0.2", "principal", 0.2),
+        ("prac.principal=16", "principal", 16),
+        ("prac.refresh-every=7", "refresh_every", 7),
+        ("prac.tail_every=None", "tail_every", None),
+        ("prac.strict=True", "strict", True),
+        ("prac.blocks=auto", "blocks", "auto"),
+        ("prac.blocks='auto'", "blocks", "auto"),
+        ("prac.exclude=*.mlp.*", "exclude", ("*.mlp.*",)),
+        ("prac.exclude=a=b", "exclude", ("a=b",)),
+        ("prac.exclude=['a', '*.b']", "exclude", ("a", "*.b")),
+        ("prac.include=('a',)", "include", ("a",)),
+    ],
+)
+def test_options_are_python_values_or_text(pair: str, field: str, value: Any) -> None:
+    config, inductor = split_options(report._parse_options([pair]))
+    assert getattr(config, field) == value
+    assert inductor == {}
+
+
+def test_inductor_options_are_taken(capsys: pytest.CaptureFixture[str], encodable: str) -> None:
+    result = _json(capsys, encodable, "shape_padding=False", "triton.cudagraphs=False")
+    assert result["values"] == _json(capsys, encodable)["values"]
+
+
+def test_flags_and_options_mix(capsys: pytest.CaptureFixture[str], encodable: str) -> None:
+    assert report.main([encodable, "--format", "json", "prac.seed=3"]) == 0
+    assert json.loads(capsys.readouterr().out)["options"]["seed"] == 3
+    assert report.main(["prac.seed=3", "--format", "json"]) == 2
+
+
+# -- errors ---------------------------------------------------------------------------------------
+
+
+def test_missing_file(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    path = str(tmp_path / "nowhere.py")
+    assert _error(capsys, path) == f"{path}: no such file"
+    assert _error(capsys, str(tmp_path)) == f"{tmp_path}: no such file"
+
+
+@pytest.mark.parametrize(
+    ("source", "message"),
+    [
+        ("", "no function build() in it; see --help for an example"),
+        ("build = 3", "no function build() in it; see --help for an example"),
+        ("def build(:", "loading it raised SyntaxError: invalid syntax (model.py, line 1)"),
+        ("import not_there_at_all", "loading it raised ModuleNotFoundError: No module named"),
+        ("raise ValueError('one\\ntwo')", "loading it raised ValueError: one"),
+        ("raise SystemExit(0)", "loading it raised SystemExit: 0"),
+        ("def build(): raise ValueError", "build() raised ValueError"),
+        ("def build(): raise ValueError('one\\ntwo')", "build() raised ValueError: one"),
+        ("def build(): exit(3)", "build() raised SystemExit: 3"),
+        ("def build(x): pass", "build() raised TypeError: build() missing 1 required"),
+    ],
+)
+def test_bad_files(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path, source: str, message: str
+) -> None:
+    path = tmp_path / "model.py"
+    path.write_text(source)
+    assert _error(capsys, str(path)).startswith(f"{path}: {message}")
+
+
+@pytest.mark.parametrize(
+    ("body", "got"),
+    [
+        ("pass", ", got NoneType"),
+        ("return 3", ", got int"),
+        ("return model()", ", got Sequential"),
+        ("return [model(), x]", ", got list"),
+        ("return (model(),)", ", got tuple of 1"),
+        ("return model(), x, None, None", ", got tuple of 4"),
+        ("return x, model()", ", but its model is Tensor, not callable"),
+        ("return model(), x, 0.5", ", but its loss_fn is float, not callable"),
+    ],
+)
+def test_build_returns_nonsense(
+    capsys: pytest.CaptureFixture[str], write_model: WriteModel, body: str, got: str
+) -> None:
+    path = write_model(body)
+    expected = "build() must return (model, inputs) or (model, inputs, loss_fn)"
+    assert _error(capsys, path) == f"{path}: {expected}{got}"
+
+
+FORWARD_RAISES = """class M(nn.Linear):
+        def forward(self, x):
+            raise ValueError('not today\\nnor tomorrow')
+    return M(64, 8), x"""
+
+
+@pytest.mark.parametrize(
+    ("body", "message"),
+    [
+        (FORWARD_RAISES, "ValueError: not today"),
+        ("return nn.Linear(3, 4), x", "RuntimeError: mat1 and mat2 shapes cannot be multiplied"),
+        ("return model(), {'y': x}", "TypeError: "),
+        ("return model(), ()", "TypeError: "),
+        ("return model(), x, lambda out: out.nope", "AttributeError: 'Tensor' object has no"),
+    ],
+    ids=["raises", "shapes", "wrong name", "no inputs", "loss raises"],
+)
+def test_the_model_raises(
+    capfd: pytest.CaptureFixture[str], write_model: WriteModel, body: str, message: str
+) -> None:
+    # capfd: torch logs to the stream that was standard error when it was imported
+    assert _error(capfd, write_model(body)).startswith(f"the model raised {message}")
+
+
+def test_a_failure_that_is_not_the_models(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, encodable: str
+) -> None:
+    def fail(*args: object) -> None:
+        raise RuntimeError("no plan\nat all")
+
+    # `prac_fx.explain` is the function
+    monkeypatch.setattr(sys.modules["prac_fx.explain"], "analyse_graph", fail)
+    assert _error(capsys, encodable) == "the model could not be traced: RuntimeError: no plan"
+
+
+NO_GRAD_FORWARD = """class M(nn.Linear):
+        @torch.no_grad()
+        def forward(self, x):
+            return super().forward(x)
+    return M(64, 8), x"""
+
+
+@pytest.mark.parametrize(
+    "body",
+    [
+        "return model().requires_grad_(False), x",
+        "return nn.ReLU(), x",
+        "return (lambda x: 3), x",
+        "return model(), x, lambda out: out.detach()",
+        NO_GRAD_FORWARD,
+    ],
+    ids=["frozen", "no parameter", "no tensor", "detached", "no_grad"],
+)
+def test_no_backward(
+    capsys: pytest.CaptureFixture[str], write_model: WriteModel, body: str
+) -> None:
+    assert _error(capsys, write_model(body)).startswith("the model has no backward: ")
+
+
+@pytest.mark.parametrize(
+    ("option", "message"),
+    [
+        ("prac.principle=0.3", "unknown option 'prac.principle' (did you mean 'prac.principal'?)"),
+        ("prac.principal=3.0", "prac.principal=3.0: expected a fraction"),
+        ("prac.strict=true", "prac.strict='true': expected True or False"),
+        ("prac.min_nbytes=", "prac.min_nbytes='': expected an int"),
+        ("prac.seed={[]:1}", "prac.seed='{[]:1}': expected an int"),
+        ("max_autotunee=True", "unknown option 'max_autotunee'"),
+        ("max_autotune=3", "options: Unexpected type of attr max_autotune, got int should be bool"),
+        ("prac.principal", "'prac.principal': expected option=value, such as prac.principal=0.2"),
+        ("prac.principal:0.2", "'prac.principal:0.2': expected option=value"),
+        ("=3", "unknown option ''"),
+    ],
+)
+def test_bad_options(
+    capsys: pytest.CaptureFixture[str], encodable: str, option: str, message: str
+) -> None:
+    assert _error(capsys, encodable, option).startswith(message)
+
+
+@pytest.mark.parametrize("output", ["nowhere/report.txt", "."])
+def test_unwritable_output(
+    capsys: pytest.CaptureFixture[str], encodable: str, tmp_path: Path, output: str
+) -> None:
+    path = tmp_path / output
+    assert _error(capsys, encodable, "-o", str(path)).startswith(f"{path}: cannot write: ")
+
+
+# -- the command, and the examples ----------------------------------------------------------------
+
+
+def test_help_shows_what_a_model_file_is() -> None:
+    command = [sys.executable, "-m", "prac_fx.report", "--help"]
+    result = subprocess.run(command, capture_output=True, text=True, timeout=300, check=False)
+    assert result.returncode == 0
+    assert result.stderr == ""
+    assert "def build():" in result.stdout
+    assert "option=value" in result.stdout
+
+
+def test_there_are_examples() -> None:
+    assert {path.stem for path in EXAMPLES} >= {"gpt2", "llama", "mlp", "roberta"}
+
+
+@pytest.mark.parametrize("path", EXAMPLES, ids=lambda path: path.stem)
+def test_examples_build_what_the_report_takes(path: Path) -> None:
+    if "def build(" not in path.read_text():
+        pytest.skip("not a model file")
+    model, args, kwargs, loss_fn = report._load(path)
+    assert isinstance(model, nn.Module)
+    assert any(parameter.requires_grad for parameter in model.parameters())
+    tensors = [*args, *kwargs.values()]
+    assert tensors
+    assert all(isinstance(tensor, Tensor) for tensor in tensors)
+    assert loss_fn is None or callable(loss_fn)
+
+
+def test_the_example_mlp_is_worth_a_report(capsys: pytest.CaptureFixture[str]) -> None:
+    (path,) = [path for path in EXAMPLES if path.stem == "mlp"]
+    result = _json(capsys, str(path))
+    assert {value["decision"] for value in result["values"]} >= {"encode", "keep"}
+    totals = result["totals"]
+    assert totals["saved_after_nbytes"] + totals["state_nbytes"] < totals["saved_before_nbytes"]

@@ -1,0 +1,681 @@
+"""Subspace state: ownership, random streams, the refresh schedule, saving and loading."""
+
+from __future__ import annotations
+
+import copy
+import gc
+import io
+import weakref
+from itertools import pairwise
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from prac_fx.codecs import PracCodec
+from prac_fx.config import PracConfig
+from prac_fx.errors import StateError
+from prac_fx.state import (
+    Subspace,
+    SubspaceKey,
+    load_state_dict,
+    state_dict,
+    subspace_for,
+    subspaces_of,
+)
+from prac_fx.torch_compat import autograd_references
+
+CPU = torch.device("cpu")
+PRAC = PracCodec(features=16, principal=4, random=4, blocks=1, sample_rows=16)
+PRAC_4 = PracCodec(features=32, principal=8, random=8, blocks=4, sample_rows=16)
+RAC = PracCodec(features=16, principal=0, random=4, blocks=1, sample_rows=0)
+PAC = PracCodec(features=16, principal=4, random=0, blocks=1, sample_rows=16)
+CODECS = [PRAC, PRAC_4, RAC, PAC]
+DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
+
+
+def _randn(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float32) -> Tensor:
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randn(shape, generator=generator, dtype=torch.float64).to(dtype)
+
+
+def _parameter(seed: int = 0) -> nn.Parameter:
+    return nn.Parameter(_randn(8, 16, seed=seed))
+
+
+def _key(codec: PracCodec = PRAC, slot: int = 0, dtype: torch.dtype = torch.float32) -> SubspaceKey:
+    return SubspaceKey(slot, codec, dtype)
+
+
+def _subspace(
+    owner: Tensor,
+    key: SubspaceKey | None = None,
+    name: str = "weight",
+    config: PracConfig | None = None,
+) -> Subspace:
+    return subspace_for(owner, key or _key(), CPU, name, config or PracConfig())
+
+
+def _forward(subspace: Subspace, step: int) -> None:
+    """One training forward pass: begin it, then write the rows as the compiled graph does."""
+    subspace.begin_step()
+    if subspace.rows is not None:
+        subspace.rows.copy_(_randn(*subspace.rows.shape, seed=step, dtype=subspace.rows.dtype))
+
+
+def _steps_with_a_draw(subspace: Subspace, steps: int) -> list[int]:
+    """The steps, counted from 0, before which something was refreshed."""
+    found = []
+    for step in range(steps):
+        draws = subspace.draws
+        _forward(subspace, step)
+        if subspace.draws != draws:
+            assert subspace.draws == draws + 1
+            found.append(step)
+    return found
+
+
+def _parts(subspace: Subspace) -> tuple[Tensor, Tensor]:
+    r1 = subspace.key.codec.principal // subspace.key.codec.blocks
+    return subspace.basis[..., :r1].clone(), subspace.basis[..., r1:].clone()
+
+
+# -- ownership ------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("codec", CODECS, ids=PracCodec.describe)
+def test_created_as_its_codec_says(codec: PracCodec, dtype: torch.dtype) -> None:
+    """Shapes, dtype and bytes are those of the codec, and P P^T is a scaled projection."""
+    owner = _parameter()
+    subspace = _subspace(owner, _key(codec, dtype=dtype))
+    assert subspace.basis.shape == codec.basis_shape
+    assert subspace.basis.dtype == dtype
+    assert not subspace.basis.requires_grad
+    if codec.sample_rows:
+        assert subspace.rows is not None
+        assert subspace.rows.shape == (codec.sample_rows, codec.features)
+        assert subspace.rows.dtype == dtype
+    else:
+        assert subspace.rows is None
+    assert subspace.nbytes() == codec.state_nbytes(dtype.itemsize)
+    p = subspace.basis.double()
+    gram = torch.full((codec.rank // codec.blocks,), codec.scale, dtype=torch.float64)
+    gram[: codec.principal // codec.blocks] = 1.0
+    expected = torch.diag(gram).expand(*p.shape[:-2], -1, -1)
+    torch.testing.assert_close(p.mT @ p, expected, rtol=0, atol=16 * torch.finfo(dtype).eps)
+
+
+def test_created_once() -> None:
+    """Later calls return the same object with the same tensors."""
+    owner = _parameter()
+    first = _subspace(owner)
+    basis, address = first.basis, first.basis.data_ptr()
+    second = _subspace(owner)
+    assert second is first
+    assert second.basis is basis
+    assert second.basis.data_ptr() == address
+    assert subspaces_of(owner) == {_key(): first}
+
+
+def test_nothing_to_find() -> None:
+    """A parameter without state has none, and asking does not create any."""
+    owner = _parameter()
+    assert subspaces_of(owner) == {}
+    assert state_dict(nn.Linear(4, 4))["subspaces"] == []
+
+
+def test_schedule_is_taken_from_the_last_options() -> None:
+    """Compiling again with other options changes the schedule of the state that is there."""
+    owner = _parameter()
+    first = _subspace(owner, config=PracConfig(refresh_every=50))
+    assert (first.refresh_every, first.tail_every) == (50, 50)
+    second = _subspace(owner, config=PracConfig(refresh_every=200, tail_every=10))
+    assert second is first
+    assert (first.refresh_every, first.tail_every) == (200, 10)
+
+
+def test_freed_with_its_parameter() -> None:
+    """State holds no parameter, and goes when the parameter does."""
+    owner = _parameter()
+    subspace: Subspace | None = _subspace(owner)
+    assert subspace is not None
+    _forward(subspace, 0)
+    _forward(subspace, 1)
+    of_state, of_basis = weakref.ref(subspace), weakref.ref(subspace.basis)
+    of_owner = weakref.ref(owner)
+    subspace = None
+    gc.collect()
+    assert of_state() is not None
+    del owner
+    gc.collect()
+    assert of_owner() is None
+    assert of_state() is None
+    assert of_basis() is None
+
+
+def test_state_does_not_keep_its_parameter() -> None:
+    """Whoever holds the state (compiled code does) does not hold the parameter."""
+    owner = _parameter()
+    subspace = _subspace(owner)
+    of_owner = weakref.ref(owner)
+    del owner
+    gc.collect()
+    assert of_owner() is None
+    assert subspace.basis.isfinite().all()
+
+
+def test_separate_for_each_slot_and_parameter() -> None:
+    """Slots, codecs and dtypes of one parameter, and parameters: each has its own tensors."""
+    owner, other = _parameter(0), _parameter(1)
+    found = [
+        _subspace(owner),
+        _subspace(owner, _key(slot=1)),
+        _subspace(owner, _key(RAC)),
+        _subspace(owner, _key(dtype=torch.bfloat16)),
+        _subspace(other),
+    ]
+    assert len({id(subspace) for subspace in found}) == 5
+    assert len({subspace.basis.data_ptr() for subspace in found}) == 5
+    assert len(subspaces_of(owner)) == 4
+    assert len(subspaces_of(other)) == 1
+    bases = [found[0], found[1], found[4]]
+    assert len({subspace.stream for subspace in bases}) == 3
+    assert not torch.allclose(found[0].basis, found[1].basis)
+    assert not torch.allclose(found[0].basis, found[4].basis)
+
+
+def test_created_within_inference_mode() -> None:
+    """A first forward pass in inference mode does not spoil the state for training."""
+    owner = _parameter()
+    with torch.inference_mode():
+        subspace = _subspace(owner)
+    assert not subspace.basis.is_inference()
+    assert subspace.rows is not None
+    assert not subspace.rows.is_inference()
+    for step in range(3):
+        _forward(subspace, step)
+
+
+# -- random streams -------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("codec", CODECS, ids=PracCodec.describe)
+def test_same_stream_in_the_next_run(codec: PracCodec) -> None:
+    """Same seed, name and parameter numbers: the same basis now and after every refresh."""
+    first, second = _parameter(), _parameter()
+    a, b = _subspace(first, _key(codec)), _subspace(second, _key(codec))
+    assert a is not b
+    assert a.stream == b.stream
+    for step in range(10):
+        assert torch.equal(a.basis, b.basis)
+        _forward(a, step)
+        _forward(b, step)
+    assert a.draws == b.draws > 1
+
+
+@pytest.mark.parametrize("change", ["seed", "numbers", "name", "slot"])
+def test_other_streams(change: str) -> None:
+    """Another seed, parameter, name or slot: other directions."""
+    first, second = _parameter(), _parameter(seed=1 if change == "numbers" else 0)
+    a = _subspace(first)
+    b = _subspace(
+        second,
+        _key(slot=1) if change == "slot" else None,
+        "other" if change == "name" else "weight",
+        PracConfig(seed=1) if change == "seed" else None,
+    )
+    assert a.stream != b.stream
+    assert not torch.allclose(a.basis, b.basis)
+    for step in range(3):
+        _forward(a, step)
+        _forward(b, step)
+    assert not torch.allclose(_parts(a)[1], _parts(b)[1])
+
+
+def test_stream_stays_when_the_parameter_trains() -> None:
+    """The numbers are read once: an optimizer step changes no stream."""
+    owner = _parameter()
+    stream = _subspace(owner).stream
+    with torch.no_grad():
+        owner.mul_(2.0)
+    assert _subspace(owner).stream == stream
+
+
+@pytest.mark.parametrize("shape", [(), (1,), (3,), (0, 4), (5, 7, 3)])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_any_parameter_can_own(shape: tuple[int, ...], dtype: torch.dtype) -> None:
+    """Scalars, empty and transposed parameters have a stream too."""
+    owner = nn.Parameter(_randn(*shape, dtype=dtype).mT if len(shape) > 1 else _randn(*shape))
+    assert len(_subspace(owner).stream) == 32
+
+
+@pytest.mark.parametrize("codec", CODECS, ids=PracCodec.describe)
+def test_user_random_state_is_untouched(codec: PracCodec) -> None:
+    """Neither creation nor any refresh reads or advances the global stream."""
+    torch.manual_seed(3)
+    before = torch.get_rng_state()
+    owner = _parameter()
+    subspace = _subspace(owner, _key(codec), config=PracConfig(refresh_every=2))
+    for step in range(12):
+        _forward(subspace, step)
+    assert subspace.draws > 3
+    assert torch.equal(torch.get_rng_state(), before)
+    torch.manual_seed(4)
+    other = _parameter()
+    assert _subspace(other, _key(codec)).stream == subspace.stream
+
+
+# -- schedule -------------------------------------------------------------------------------------
+
+
+def _owners(count: int) -> list[nn.Parameter]:
+    return [_parameter(seed) for seed in range(count)]
+
+
+@pytest.mark.parametrize("every", [1, 2, 7, 50, 64, 200])
+@pytest.mark.parametrize("codec", [PRAC, RAC], ids=["prac", "rac"])
+def test_refresh_times(codec: PracCodec, every: int) -> None:
+    """Over 500 steps: 1, 2, 4, ... up to the interval, and then every so many steps, on a grid."""
+    owner = _parameter()
+    subspace = _subspace(owner, _key(codec), config=PracConfig(refresh_every=every))
+    found = _steps_with_a_draw(subspace, 500)
+    doubling = [1]
+    while doubling[-1] < every:
+        doubling.append(2 * doubling[-1])
+    assert found[: len(doubling)] == doubling
+    grid = found[len(doubling) :]
+    assert 1 <= grid[0] - doubling[-1] <= every
+    assert {b - a for a, b in pairwise(grid)} <= {every}
+    assert grid[-1] + every >= 500
+    phase = int(subspace.stream[:8], 16) % every
+    assert {step % every for step in grid} == {phase}
+    assert len(grid) == len([t for t in range(doubling[-1] + 1, 500) if t % every == phase])
+    assert subspace.steps == 500
+
+
+def test_refreshes_are_staggered() -> None:
+    """After the doubling, no step pays for all sites: their times spread over the interval."""
+    every, owners = 50, _owners(24)
+    subspaces = [_subspace(owner, config=PracConfig(refresh_every=every)) for owner in owners]
+    at_step: dict[int, int] = {}
+    for subspace in subspaces:
+        for step in _steps_with_a_draw(subspace, 300):
+            at_step[step] = at_step.get(step, 0) + 1
+    assert at_step[64] == len(owners)
+    later = [count for step, count in at_step.items() if step > 64]
+    assert max(later) <= len(owners) // 4
+    assert len({subspace.next_refresh for subspace in subspaces}) > len(owners) // 2
+
+
+def test_late_refresh_returns_to_the_grid() -> None:
+    """A refresh that had to wait shortens the next interval instead of moving the grid."""
+    owner = _parameter()
+    subspace = _subspace(owner, config=PracConfig(refresh_every=10))
+    phase = int(subspace.stream[:8], 16) % 10
+    for waited in range(15):
+        subspace.steps = 100 + phase + waited
+        following = subspace._next_on_grid(10)
+        assert following % 10 == phase
+        assert 1 <= following - subspace.steps <= 10
+
+
+@pytest.mark.parametrize(
+    ("codec", "dtype"),
+    [(PRAC, torch.float64), (PRAC, torch.float32), (PRAC_4, torch.float32), (PRAC, torch.bfloat16)],
+    ids=str,
+)
+def test_tail_alone(codec: PracCodec, dtype: torch.dtype) -> None:
+    """Between refreshes a new tail leaves Q1 as it is; the scaled tail stays orthogonal to it."""
+    owner = _parameter()
+    config = PracConfig(refresh_every=64, tail_every=4)
+    subspace = _subspace(owner, _key(codec, dtype=dtype), config=config)
+    principal, tails = set[int](), set[int]()
+    for step in range(300):
+        (q1, q2), draws = _parts(subspace), subspace.draws
+        due = subspace.next_refresh
+        _forward(subspace, step)
+        new_q1, new_q2 = _parts(subspace)
+        if subspace.draws == draws:
+            assert torch.equal(subspace.basis, torch.cat([q1, q2], dim=-1))
+            continue
+        tails.add(step)
+        assert not torch.allclose(new_q2, q2, rtol=0.1, atol=0.1)
+        if step >= due:
+            principal.add(step)
+            assert not torch.allclose(new_q1, q1, rtol=0.1, atol=0.1)
+        else:
+            torch.testing.assert_close(new_q1, q1, rtol=0, atol=torch.finfo(dtype).eps)
+        overlap = (new_q1.double().mT @ new_q2.double()).abs().max()
+        assert float(overlap) < 8 * torch.finfo(dtype).eps
+    assert sorted(principal)[:7] == [1, 2, 4, 8, 16, 32, 64]
+    assert 9 <= len(principal) <= 12
+    assert len(tails) >= 300 // 4
+    ordered = sorted(tails)
+    assert max(b - a for a, b in pairwise(ordered)) <= 4
+
+
+def test_first_refresh_finds_the_subspace() -> None:
+    """From random directions, with what the first forward pass wrote, before the second one."""
+    owner = _parameter()
+    subspace = _subspace(owner, _key(dtype=torch.float64))
+    top = torch.linalg.qr(_randn(16, 4, seed=1, dtype=torch.float64))[0]
+    subspace.begin_step()
+    assert subspace.draws == 0
+    assert subspace.rows is not None
+    subspace.rows.copy_(_randn(16, 4, seed=2, dtype=torch.float64) @ top.mT)
+    subspace.rows.add_(_randn(16, 16, seed=3, dtype=torch.float64), alpha=1e-3)
+    subspace.begin_step()
+    assert subspace.draws == 1
+    q1 = _parts(subspace)[0]
+    assert float(torch.linalg.matrix_norm(top - q1 @ (q1.mT @ top), ord=2)) < 0.05
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), 0.0])
+def test_rows_without_information_keep_the_principal_part(value: float) -> None:
+    """An overflowed or an all-zero forward pass: Q1 stays, the tail is drawn, everything finite."""
+    owner = _parameter()
+    subspace = _subspace(owner, config=PracConfig(refresh_every=4))
+    for step in range(9):
+        _forward(subspace, step)
+    assert subspace.rows is not None
+    subspace.rows.fill_(value)
+    (q1, q2), refreshed = _parts(subspace), 0
+    for _ in range(12):
+        draws = subspace.draws
+        subspace.begin_step()
+        refreshed += subspace.draws - draws
+    assert refreshed == 3
+    new_q1, new_q2 = _parts(subspace)
+    torch.testing.assert_close(new_q1, q1, rtol=0, atol=1e-6)
+    assert not torch.allclose(new_q2, q2, rtol=0.1, atol=0.1)
+    assert subspace.basis.isfinite().all()
+    # and it recovers with the next good rows
+    for step in range(9):
+        _forward(subspace, step)
+    assert not torch.allclose(_parts(subspace)[0], q1, rtol=0.1, atol=0.1)
+
+
+def test_rac_draws_a_tail_on_schedule() -> None:
+    """Without a principal part there are no rows, and `tail_every` is the schedule."""
+    owner = _parameter()
+    config = PracConfig(principal=0, refresh_every=50, tail_every=5)
+    subspace = _subspace(owner, _key(RAC), config=config)
+    seen = [subspace.basis.clone()]
+    times = _steps_with_a_draw(subspace, 5)
+    assert times == [1, 2, 4]
+    for _ in range(45):
+        subspace.begin_step()
+        if not torch.equal(subspace.basis, seen[-1]):
+            seen.append(subspace.basis.clone())
+    assert subspace.rows is None
+    assert 9 <= len(seen) <= 12
+    gram = RAC.scale * torch.eye(4)
+    for basis in seen:
+        torch.testing.assert_close(basis.mT @ basis, gram, rtol=0, atol=1e-5)
+
+
+# -- a backward that is still to come --------------------------------------------------------------
+
+
+@pytest.mark.parametrize("codec", [PRAC, RAC, PRAC_4], ids=PracCodec.describe)
+def test_refresh_waits_for_backward(codec: PracCodec) -> None:
+    """While a pending graph holds the basis it stays as it is; afterwards it is changed in place."""
+    owner = _parameter()
+    subspace = _subspace(owner, _key(codec), config=PracConfig(refresh_every=1))
+    for step in range(3):
+        _forward(subspace, step)
+    assert subspace.draws == 2
+    before, address, version = (
+        subspace.basis.clone(),
+        subspace.basis.data_ptr(),
+        subspace.basis._version,
+    )
+    assert autograd_references(subspace.basis) == 1
+    weight = nn.Parameter(_randn(*subspace.basis.mT.shape, seed=5))
+    y = weight @ subspace.basis
+    assert autograd_references(subspace.basis) > 1
+    for step in range(4):
+        _forward(subspace, step)
+        assert torch.equal(subspace.basis, before)
+        assert subspace.basis._version == version
+    assert subspace.draws == 2
+    assert subspace.steps == 7
+    y.sum().backward()
+    assert weight.grad is not None
+    torch.testing.assert_close(weight.grad, torch.ones_like(y) @ before.mT)
+    del y
+    subspace.begin_step()
+    assert subspace.draws == 3
+    assert not torch.allclose(subspace.basis, before, rtol=0.1, atol=0.1)
+    assert subspace.basis.data_ptr() == address
+
+
+def test_refresh_waits_for_all_of_several_backwards() -> None:
+    """Gradient accumulation over two forward passes: the refresh comes after the last backward."""
+    owner = _parameter()
+    subspace = _subspace(owner, config=PracConfig(refresh_every=1))
+    weight = nn.Parameter(_randn(3, 16, seed=5))
+    outputs = []
+    for step in range(4):
+        _forward(subspace, step)
+        outputs.append((weight @ subspace.basis).sum())
+    assert subspace.draws == 0
+    for left in (3, 2, 1):
+        outputs.pop().backward()
+        subspace.begin_step()
+        assert subspace.draws == 0, f"{left} backwards are still to come"
+    outputs.pop().backward()
+    subspace.begin_step()
+    assert subspace.draws == 1
+
+
+def test_refresh_does_not_wait_for_an_abandoned_graph() -> None:
+    """A forward pass whose result is dropped never has a backward."""
+    owner = _parameter()
+    subspace = _subspace(owner, config=PracConfig(refresh_every=1))
+    _forward(subspace, 0)
+    y = nn.Parameter(_randn(3, 16, seed=5)) @ subspace.basis
+    del y
+    subspace.begin_step()
+    assert subspace.draws == 1
+
+
+# -- saving and loading ----------------------------------------------------------------------------
+
+
+class _Model(nn.Module):
+    """Two parameters that own four sites in all."""
+
+    def __init__(self, seed: int) -> None:
+        super().__init__()
+        self.first = nn.Linear(16, 8, bias=False)
+        self.second = nn.Linear(32, 8, bias=False)
+        with torch.no_grad():
+            for index, parameter in enumerate(self.parameters()):
+                parameter.copy_(_randn(*parameter.shape, seed=100 * seed + index))
+
+
+CONFIG = PracConfig(refresh_every=6, tail_every=2)
+
+
+def _bind(model: _Model) -> list[Subspace]:
+    """What binding a compiled graph does: find or create the state of every site."""
+    return [
+        _subspace(model.first.weight, _key(PRAC, 0), "first.weight", CONFIG),
+        _subspace(model.first.weight, _key(RAC, 1), "first.weight", CONFIG),
+        _subspace(model.second.weight, _key(PRAC_4, 0), "second.weight", CONFIG),
+        _subspace(model.second.weight, _key(PRAC_4, 1, torch.bfloat16), "second.weight", CONFIG),
+    ]
+
+
+def _train(subspaces: list[Subspace], steps: range) -> list[Tensor]:
+    """Copies of every basis after every step."""
+    seen = []
+    for step in steps:
+        for subspace in subspaces:
+            _forward(subspace, step)
+            seen.append(subspace.basis.clone())
+    return seen
+
+
+def _through_a_file(state: dict[str, Any]) -> dict[str, Any]:
+    file = io.BytesIO()
+    torch.save(state, file)
+    file.seek(0)
+    loaded: dict[str, Any] = torch.load(file, weights_only=True)
+    return loaded
+
+
+def _assert_same(found: list[Tensor], expected: list[Tensor]) -> None:
+    assert len(found) == len(expected)
+    for a, b in zip(found, expected, strict=True):
+        assert a.dtype == b.dtype
+        assert torch.equal(a, b)
+
+
+def _assert_same_state(found: dict[str, Any], expected: dict[str, Any]) -> None:
+    assert found["version"] == expected["version"]
+    assert len(found["subspaces"]) == len(expected["subspaces"])
+    for a, b in zip(found["subspaces"], expected["subspaces"], strict=True):
+        assert a.keys() == b.keys()
+        for name in a:
+            same = (
+                torch.equal(a[name], b[name]) if isinstance(a[name], Tensor) else a[name] == b[name]
+            )
+            assert same, name
+
+
+@pytest.mark.parametrize("steps", [0, 1, 2, 5, 23])
+def test_resumed_run_continues_bit_for_bit(steps: int) -> None:
+    """Saved at any time and loaded into a fresh model with other numbers: the same from there on."""
+    model = _Model(0)
+    subspaces = _bind(model)
+    _train(subspaces, range(steps))
+    saved = _through_a_file(state_dict(model))
+    expected = _train(subspaces, range(steps, steps + 20))
+    fresh = _Model(1)
+    load_state_dict(fresh, saved)
+    resumed = _bind(fresh)
+    _assert_same_state(state_dict(fresh), saved)
+    _assert_same(_train(resumed, range(steps, steps + 20)), expected)
+
+
+def test_loading_before_the_first_step_is_what_binding_finds() -> None:
+    """State loaded before the first compiled step is used by it, not created anew."""
+    model, fresh = _Model(0), _Model(1)
+    _train(_bind(model), range(3))
+    load_state_dict(fresh, state_dict(model))
+    loaded = subspaces_of(fresh.first.weight)[_key(PRAC, 0)]
+    assert _bind(fresh)[0] is loaded
+    assert loaded.steps == 3
+
+
+def test_loading_into_existing_state_overwrites_in_place() -> None:
+    """Compiled code is bound to objects and addresses: both stay, their contents change."""
+    model, other = _Model(0), _Model(1)
+    subspaces, existing = _bind(model), _bind(other)
+    _train(subspaces, range(7))
+    _train(existing, range(20, 40))
+    saved = _through_a_file(state_dict(model))
+    expected = _train(subspaces, range(7, 27))
+    bases, rows = [s.basis for s in existing], [s.rows for s in existing]
+    addresses = [t.data_ptr() for t in [*bases, *rows] if t is not None]
+    load_state_dict(other, saved)
+    assert all(a is b for a, b in zip(_bind(other), existing, strict=True))
+    assert all(s.basis is basis for s, basis in zip(existing, bases, strict=True))
+    assert all(s.rows is one for s, one in zip(existing, rows, strict=True))
+    assert [t.data_ptr() for t in [*bases, *rows] if t is not None] == addresses
+    _assert_same_state(state_dict(other), saved)
+    _assert_same(_train(existing, range(7, 27)), expected)
+    assert [t.data_ptr() for t in [*bases, *rows] if t is not None] == addresses
+
+
+def test_saved_state_is_a_copy() -> None:
+    """Training on does not change what was saved, nor what was loaded from it."""
+    model, fresh = _Model(0), _Model(1)
+    subspaces = _bind(model)
+    _train(subspaces, range(3))
+    saved = state_dict(model)
+    kept = copy.deepcopy(saved)
+    _train(subspaces, range(3, 9))
+    _assert_same_state(saved, kept)
+    load_state_dict(fresh, saved)
+    _train(_bind(fresh), range(3, 9))
+    _assert_same_state(saved, kept)
+
+
+def test_saved_state_is_plain() -> None:
+    """Tensors, numbers and text only; every site of every parameter is there."""
+    model = _Model(0)
+    _bind(model)
+    saved = state_dict(model)
+    assert saved["version"] == 1
+    named = [(entry["parameter"], entry["slot"], entry["dtype"]) for entry in saved["subspaces"]]
+    assert named == [
+        ("first.weight", 0, "float32"),
+        ("first.weight", 1, "float32"),
+        ("second.weight", 0, "float32"),
+        ("second.weight", 1, "bfloat16"),
+    ]
+    for entry in saved["subspaces"]:
+        for value in entry.values():
+            assert isinstance(value, Tensor | int | str | dict | None)
+
+
+def test_parameters_that_are_not_mentioned_keep_their_state() -> None:
+    """A saved state of one layer changes that layer only."""
+    model, other = _Model(0), _Model(1)
+    _train(_bind(model), range(5))
+    saved = state_dict(model)
+    saved["subspaces"] = [e for e in saved["subspaces"] if e["parameter"] == "first.weight"]
+    existing = _bind(other)
+    untouched = [existing[2].basis.clone(), existing[3].basis.clone()]
+    load_state_dict(other, saved)
+    _assert_same([existing[2].basis, existing[3].basis], untouched)
+    assert [s.steps for s in existing] == [5, 5, 0, 0]
+
+
+def _spoil(saved: dict[str, Any], how: str) -> object:
+    last = saved["subspaces"][-1]
+    if how == "version":
+        saved["version"] = 99
+    elif how == "no version":
+        del saved["version"]
+    elif how == "not a mapping":
+        return [saved]
+    elif how == "parameter":
+        last["parameter"] = "third.weight"
+    elif how == "basis":
+        last["basis"] = last["basis"][..., :-1]
+    elif how == "rows":
+        last["rows"] = last["rows"][:-1]
+    elif how == "rows missing":
+        last["rows"] = None
+    return saved
+
+
+@pytest.mark.parametrize("bound", [True, False], ids=["bound", "fresh"])
+@pytest.mark.parametrize(
+    ("how", "message"),
+    [
+        ("version", "expected version 1, got 99"),
+        ("no version", "expected version 1, got None"),
+        ("not a mapping", "expected version 1, got 'list'"),
+        ("parameter", "no parameter 'third.weight'"),
+        ("basis", r"'second.weight': basis has shape \(4, 8, 3\), its codec needs \(4, 8, 4\)"),
+        ("rows", r"'second.weight': rows do not fit \(16, 32\)"),
+        ("rows missing", r"'second.weight': rows do not fit \(16, 32\)"),
+    ],
+)
+def test_state_that_does_not_fit_changes_nothing(how: str, message: str, bound: bool) -> None:
+    """The error says what is wrong, even in the last entry, and nothing was loaded by then."""
+    model, other = _Model(0), _Model(1)
+    _train(_bind(model), range(5))
+    if bound:
+        _train(_bind(other), range(3))
+    before = state_dict(other)
+    with pytest.raises(StateError, match=message):
+        load_state_dict(other, _spoil(state_dict(model), how))  # type: ignore[arg-type]
+    _assert_same_state(state_dict(other), before)
