@@ -1,4 +1,4 @@
-"""Does it matter for the final loss how often the tail basis is drawn anew?
+r"""Does it matter for the final loss how often the tail basis is drawn anew?
 
 Trains the small byte-level LLaMA of basis_quality.py with its role-W weight gradients (query, key,
 value, gate, up, down) estimated by the codec, everything else exact, and compares the validation
@@ -6,7 +6,7 @@ loss with exact training. Runs of one seed share initial weights, batches and ra
 
 Command, from the repository root (one thread, about half an hour):
 
-    PYTHONPATH=. python benchmarks/convergence_probe.py \\
+    PYTHONPATH=. python benchmarks/convergence_probe.py \
         --output benchmarks/results/convergence_probe.json
 """
 

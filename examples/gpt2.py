@@ -15,7 +15,6 @@ def build() -> tuple[torch.nn.Module, dict[str, torch.Tensor]]:
         use_cache=False,
         bos_token_id=None,
         eos_token_id=None,
-        loss_type="ForCausalLM",
     )
     torch.manual_seed(0)
     tokens = torch.randint(0, config.vocab_size, (16, 256))

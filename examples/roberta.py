@@ -18,6 +18,6 @@ def build() -> tuple[torch.nn.Module, dict[str, torch.Tensor]]:
     inputs = {
         "input_ids": torch.randint(2, config.vocab_size, (32, 128)),
         "attention_mask": torch.ones(32, 128, dtype=torch.long),
-        "labels": torch.randint(0, config.num_labels, (32,)),
+        "labels": torch.randint(0, 2, (32,)),
     }
     return RobertaForSequenceClassification(config), inputs

@@ -44,6 +44,7 @@ def _factor_reader(one: EncodedSite, reader: fx.Node, side: int, inline: Inliner
         tag=_BACKWARD,
         like=reader,
         key=("weight_gradient", side, codec),
+        name="weight_gradient",
     )[-1]
     if reader.target in (_aten.addmm.default, _aten.baddbmm.default):
         result = _add_summand(reader, result, inline)
@@ -63,4 +64,5 @@ def _add_summand(reader: fx.Node, product: fx.Node, inline: Inliner) -> fx.Node:
         tag=_BACKWARD,
         like=reader,
         key=("add", beta, alpha),
+        name="weight_gradient",
     )[-1]

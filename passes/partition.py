@@ -30,7 +30,7 @@ class PartitionedGraph:
         fw: the forward module, with the sampling of rows in it.
         bw: the backward module.
         saved: what the forward hands to the backward.
-        coordinates: name of each encoded value -> name of its coordinates.
+        coordinates: name of each encoded value -> name of the saved value that holds its coordinates.
     """
 
     fw: fx.GraphModule
@@ -62,9 +62,10 @@ def partition(
     outputs = _output_names(gm, num_fwd_outputs)
     fw, bw = min_cut_rematerialization_partition(gm, joint_inputs, **partition_options)
     saved = saved_values(gm.graph, fw, num_fwd_outputs)
+    by_storage = {storage_of(value.node): value.node.name for value in saved}
     _check(fw, saved, encoded, outputs, num_fwd_outputs, nbytes_before)
     sample(fw, encoded)
-    coordinates = {one.value.name: one.coordinates.name for one in encoded}
+    coordinates = {one.value.name: by_storage[storage_of(one.coordinates)] for one in encoded}
     return PartitionedGraph(fw, bw, saved, coordinates)
 
 
@@ -81,11 +82,13 @@ def _check(
     num_fwd_outputs: int,
     nbytes_before: int,
 ) -> None:
-    names = {value.node.name for value in saved}
     storages = {storage_of(value.node) for value in saved}
     for one in encoded:
-        if one.coordinates.name not in names:
-            raise CannotRewriteError(f"the partitioner does not save the coordinates of {one.value}")
+        # min-cut may save the coordinates or a view of them, which is the same memory
+        if storage_of(one.coordinates) not in storages:
+            raise CannotRewriteError(
+                f"the partitioner does not save the coordinates of {one.value}"
+            )
         if storage_of(one.value) in storages:
             raise CannotRewriteError(f"the partitioner saves {one.value} although it is encoded")
     if _output_names(fw, num_fwd_outputs) != outputs:

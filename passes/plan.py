@@ -167,6 +167,7 @@ def make_plan(
     for role in sorted(roles, key=lambda role: position[without_views(role.value.node)]):
         row = _describe(role, argument_names)
         is_activation = role.value.node in classification.activations
+        kept: PlannedValue | tuple[str, str] | None
         kept = _reason_to_keep(role, row, config, is_activation)
         if kept is None:
             kept = _try_site(role, row, config, argument_names, slots, sites)
@@ -196,7 +197,9 @@ def _describe(role: ValueRole, argument_names: Mapping[int, str]) -> PlannedValu
     value = tensor_value(node)
     assert value is not None
     names = dict.fromkeys(
-        argument_names.get(reader.owner, reader.node.name) if reader.owner >= 0 else str(reader.node.target)
+        argument_names.get(reader.owner, reader.node.name)
+        if reader.owner >= 0
+        else str(reader.node.target)
         for reader in role.readers
     )
     return PlannedValue(
@@ -270,7 +273,7 @@ class _Matrix:
 
     @property
     def value(self) -> torch.Tensor:
-        value = self.node.meta["val"]
+        value: torch.Tensor = self.node.meta["val"]
         return value.mT if self.transposed else value
 
 
@@ -341,16 +344,17 @@ def _try_site(
 
 
 def _bad_rank(n: int, config: PracConfig) -> tuple[str, str] | None:
-    wanted = (_rank(config.principal, n), config.principal), (_rank(config.random, n), config.random)
+    wanted = (
+        (_rank(config.principal, n), config.principal),
+        (_rank(config.random, n), config.random),
+    )
     rank = sum(directions for directions, _ in wanted)
     if any(directions == 0 and option != 0 for directions, option in wanted) or rank > n:
         return "too_few_features", f"rank {rank} for {n} features"
     return None
 
 
-def _too_few(
-    matrix: torch.Tensor, codec: PracCodec, config: PracConfig
-) -> tuple[str, str] | None:
+def _too_few(matrix: torch.Tensor, codec: PracCodec, config: PracConfig) -> tuple[str, str] | None:
     """Are there enough tokens for the encoding to pay? None if so.
 
     A symbolic number of tokens is compared with a guard: torch then compiles again, and we decide again,
@@ -440,7 +444,11 @@ def _checkpointed(
         storage = storage_of(node)
         if value is None or storage in saved or storage in rows or not has_tag_must_recompute(node):
             continue
-        if node.name not in survey.recomputed or not value.dtype.is_floating_point or value.dim() < 2:
+        if (
+            node.name not in survey.recomputed
+            or not value.dtype.is_floating_point
+            or value.dim() < 2
+        ):
             continue
         rows[storage] = PlannedValue(
             name=node.name,

@@ -20,7 +20,7 @@ from dataclasses import dataclass
 import torch.fx as fx
 
 from prac_fx.errors import CannotRewriteError
-from prac_fx.graph_edit import Inliner
+from prac_fx.graph_edit import Inliner, without_views
 from prac_fx.passes.plan import Site
 from prac_fx.passes.roles import MATMULS
 from prac_fx.torch_compat import CheckpointPolicy
@@ -102,9 +102,10 @@ def _rewrite_site(
         tag=_FORWARD,
         like=matrix,
         key=("encode", site.codec),
+        name="coordinates",
     )
     coordinates = encoding[-1]
-    coordinates.meta["recompute"] = CheckpointPolicy.MUST_SAVE
+    without_views(coordinates).meta["recompute"] = CheckpointPolicy.MUST_SAVE
     readers = tuple((nodes[name], side) for name, side in site.readers)
     first = min((reader for reader, _ in readers), key=position.__getitem__)
     decode_nodes = inline(
@@ -114,6 +115,7 @@ def _rewrite_site(
         tag=_BACKWARD,
         like=first,
         key=("decode", site.codec),
+        name="decoded",
     )
     decoded = decode_nodes[-1]
     for reader, side in readers:
@@ -128,4 +130,12 @@ def _rewrite_site(
 
 def _transpose(inline: Inliner, node: fx.Node, *, before: fx.Node, tag: str) -> fx.Node:
     """The matrix with its last two dimensions swapped."""
-    return inline(lambda x: x.mT, [node], before=before, tag=tag, like=node, key="transpose")[-1]
+    return inline(
+        lambda x: x.mT,
+        [node],
+        before=before,
+        tag=tag,
+        like=node,
+        key="transpose",
+        name=f"{node.name}_t",
+    )[-1]

@@ -27,7 +27,7 @@ from prac_fx.torch_compat import gradient_argument_index
 _aten = torch.ops.aten
 
 # position of the two matrices among the operator's arguments
-MATMULS = {
+MATMULS: dict[object, tuple[int, int]] = {
     _aten.mm.default: (0, 1),
     _aten.bmm.default: (0, 1),
     _aten.addmm.default: (1, 2),

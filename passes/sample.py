@@ -1,12 +1,12 @@
 """Pass 7, sample: the forward graph copies some rows of each encoded value into the site's buffer.
 
-    positions = arange(s) * 648055 % 2**20 * m // 2**20
+    positions = (arange(s) + fraction) * m / s
     rows = index(x, [positions])
     copy_(rows_buffer, rows)
 
-The refresh of a basis then needs no extra forward pass and no side channel. The positions come from a
-multiplicative (golden ratio) sequence: evenly spread for every number of tokens m, symbolic ones included,
-and never in step with the sequence length, as a fixed stride would be.
+The refresh of a basis then needs no extra forward pass and no side channel. There is one
+position in each of s equal strata, at a fraction of it that follows the golden ratio: evenly spread for every
+number of tokens m, symbolic ones included, and not in step with the sequence length, as a fixed stride would be.
 """
 
 from __future__ import annotations
@@ -20,19 +20,20 @@ from torch import Tensor
 from prac_fx.graph_edit import Inliner
 from prac_fx.passes.rewrite import EncodedSite
 
-_BITS = 20
-_STEP = 648055  # odd, and about 2**20 times the golden ratio's fraction
+_BITS = 16
+_STEP = 40503  # odd, and about 2**16 times the golden ratio's fraction
 
 
 def sample_positions(count: int, tokens: int | torch.SymInt, device: torch.device) -> Tensor:
-    """`count` token positions below `tokens`, spread evenly; int64, shape (count,)."""
-    spread = torch.arange(count, device=device) * _STEP % (1 << _BITS)
-    return spread * tokens >> _BITS
+    """`count` token positions below `tokens`, one in each of `count` equal strata; int64, (count,)."""
+    number = torch.arange(count, device=device)
+    place = (number << _BITS) + number * _STEP % (1 << _BITS)
+    return place * tokens // (count << _BITS)
 
 
 def sample_matrix(x: Tensor, buffer: Tensor) -> Tensor:
     """Rows of `x`, (m, n) or (E, m, n), as many as `buffer` has; positions repeat when m is smaller."""
-    tokens = x.reshape(-1, x.shape[-1])
+    tokens = x if x.dim() == 2 else x.reshape(-1, x.shape[-1])
     return tokens[sample_positions(buffer.shape[0], tokens.shape[0], x.device)]
 
 
@@ -53,6 +54,7 @@ def sample(fw: fx.GraphModule, encoded: Sequence[EncodedSite]) -> None:
             tag="is_forward",
             like=matrix,
             key="sample",
+            name="sampled_rows",
         )[-1]
         with graph.inserting_before(output):
             copied = graph.call_function(torch.ops.aten.copy_.default, (buffer, rows))

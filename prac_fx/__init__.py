@@ -14,8 +14,6 @@ from prac_fx.errors import (
 from prac_fx.explain import MemoryReport, explain
 from prac_fx.state import load_state_dict, state_dict
 
-
-
 __all__ = [
     "CannotRewriteError",
     "MemoryReport",

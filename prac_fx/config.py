@@ -160,7 +160,9 @@ def _check_int(
     maximum: int | None = None,
     alternative: str | None = None,
 ) -> None:
-    allowed = f"an int of at least {minimum}" if maximum is None else f"an int in {minimum}..{maximum}"
+    allowed = (
+        f"an int of at least {minimum}" if maximum is None else f"an int in {minimum}..{maximum}"
+    )
     if alternative:
         allowed += f", or {alternative}"
     # bool is an int in Python, and never what is meant here
@@ -170,7 +172,9 @@ def _check_int(
 
 
 def _check_rank(name: str, value: object) -> None:
-    allowed = "a fraction of the features in 0.0 .. 1.0 or a whole number of directions (int, at least 0)"
+    allowed = (
+        "a fraction of the features in 0.0 .. 1.0 or a whole number of directions (int, at least 0)"
+    )
     if isinstance(value, bool) or not isinstance(value, int | float):
         raise PracOptionError(f"{PREFIX}{name}={value!r}: expected {allowed}")
     if value < 0 or value != value or (isinstance(value, float) and value > 1.0):
@@ -187,7 +191,9 @@ def _check_rank_sum(principal: float, random: float) -> None:
 
 def _globs(name: str, value: object) -> tuple[str, ...]:
     patterns = [value] if isinstance(value, str) else value
-    if not isinstance(patterns, list | tuple) or not all(isinstance(p, str) and p for p in patterns):
+    if not isinstance(patterns, list | tuple) or not all(
+        isinstance(p, str) and p for p in patterns
+    ):
         raise PracOptionError(
             f"{PREFIX}{name}={value!r}: expected a glob on module paths or a list of them, "
             'such as ["*.mlp.*"]'

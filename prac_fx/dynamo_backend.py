@@ -11,7 +11,7 @@ import logging
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, NoReturn
+from typing import Any, NoReturn, cast
 
 import torch
 import torch.fx as fx
@@ -22,7 +22,7 @@ from prac_fx.errors import PracOptionError, PracWarning
 from prac_fx.memory import format_nbytes
 from prac_fx.origin import clean_path
 from prac_fx.passes.plan import Plan, Site
-from prac_fx.pipeline import AnalysisDone, AnalysePartitioner, RewritePartitioner
+from prac_fx.pipeline import AnalysePartitioner, AnalysisDone, RewritePartitioner
 from prac_fx.plan_text import plan_as_text
 from prac_fx.runtime import training_step
 from prac_fx.torch_compat import (
@@ -97,7 +97,7 @@ class PracBackend:
             )
         if inductor_config.custom_partitioner_fn is not None:
             raise PracOptionError(
-                "torch._inductor.config.custom_partitioner_fn is set: backend=\"prac\" is a "
+                'torch._inductor.config.custom_partitioner_fn is set: backend="prac" is a '
                 "partitioner itself and cannot be combined with another one"
             )
         try:
@@ -118,10 +118,10 @@ def _compile(
     gm: fx.GraphModule, example_inputs: Sequence[Any], config: PracConfig, patches: dict[str, Any]
 ) -> Callable[..., Any]:
     def plain() -> Callable[..., Any]:
-        compiled: Callable[..., Any] = compile_fx(
+        compiled = compile_fx(
             copy_dynamo_graph(gm), list(example_inputs), config_patches=patches or None
         )
-        return compiled
+        return cast(Callable[..., Any], compiled)
 
     graph = DynamoGraph(gm, tuple(example_inputs))
     if not graph.trainable:
@@ -236,10 +236,10 @@ def _compile_rewritten(
     """Phase 2: compile with the partitioner that applies the plan."""
     gm, inputs = with_state_inputs(graph, plan.sites)
     partitioner = RewritePartitioner(plan, len(graph.example_inputs), config)
-    compiled: Callable[..., Any] = compile_fx(
+    compiled = compile_fx(
         gm, inputs, config_patches={**patches, "custom_partitioner_fn": partitioner}
     )
-    return compiled
+    return cast(Callable[..., Any], compiled)
 
 
 def _log_plan(plan: Plan | None) -> None:

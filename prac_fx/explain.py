@@ -84,9 +84,7 @@ def explain(
         return result if loss_fn is None else loss_fn(result)
 
     # a code object of its own, so that no earlier call counts against Dynamo's recompile limit
-    fresh = types.FunctionType(
-        step.__code__.replace(), step.__globals__, closure=step.__closure__
-    )
+    fresh = types.FunctionType(step.__code__.replace(), step.__globals__, closure=step.__closure__)
     with torch.enable_grad():
         torch.compile(fresh, backend=collector)(model, *args, **kwargs)
     if not collector.plans:

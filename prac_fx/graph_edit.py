@@ -10,7 +10,7 @@ import torch
 import torch.fx as fx
 from torch import Tensor
 
-from prac_fx.torch_compat import FakeTensor, inductor_decompositions, make_fx
+from prac_fx.torch_compat import FakeTensor, inductor_decompositions, make_fx, rename_node
 
 # Operators that hand on the same elements in another shape. Deliberately without slice, select and
 # expand, which hand on fewer or repeated ones.
@@ -64,7 +64,8 @@ class Inliner:
         before: fx.Node,
         tag: str,
         like: fx.Node,
-        key: object = None,
+        key: object,
+        name: str,
     ) -> list[fx.Node]:
         """Inline `function(*args)`.
 
@@ -74,13 +75,14 @@ class Inliner:
             before: the new nodes go in front of this node.
             tag: `partitioner_tag` of the new nodes (torch._functorch.partitioners).
             like: node whose source location the new nodes carry.
-            key: names the function in the trace cache, together with the arguments' shapes.
+            key: identifies the function in the trace cache, together with the arguments' shapes.
+            name: of the last new node.
 
         Returns:
             The new nodes in order; the last one is the result.
         """
         values = [arg.meta["val"] for arg in args]
-        cache_key = (key if key is not None else function, tuple(map(_signature, values)))
+        cache_key = (key, tuple(map(_signature, values)))
         traced = self._traced.get(cache_key)
         if traced is None:
             # a plain function around it: make_fx counts a bound method's `self` as an argument
@@ -89,10 +91,17 @@ class Inliner:
             )
             traced = trace(*values)
             self._traced[cache_key] = traced
-        return self._copy(traced, args, before, tag, like)
+        added = self._copy(traced, args, before, tag, like)
+        rename_node(added[-1], name)
+        return added
 
     def _copy(
-        self, traced: fx.GraphModule, args: Sequence[fx.Node], before: fx.Node, tag: str, like: fx.Node
+        self,
+        traced: fx.GraphModule,
+        args: Sequence[fx.Node],
+        before: fx.Node,
+        tag: str,
+        like: fx.Node,
     ) -> list[fx.Node]:
         env = dict(zip(traced.graph.find_nodes(op="placeholder"), args, strict=True))
         added: list[fx.Node] = []
@@ -129,7 +138,9 @@ def fake_result(node: fx.Node) -> Any:
     """
     args, kwargs = fx.node.map_arg((node.args, node.kwargs), lambda arg: arg.meta["val"])
     fakes = [arg.meta["val"] for arg in node.all_input_nodes]
-    mode = next((value.fake_mode for value in fakes if isinstance(value, FakeTensor)), nullcontext())
+    mode = next(
+        (value.fake_mode for value in fakes if isinstance(value, FakeTensor)), nullcontext()
+    )
     with mode:
         return node.target(*args, **kwargs)  # type: ignore[operator]
 

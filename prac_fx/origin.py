@@ -28,7 +28,9 @@ class Origin:
     line: int
 
 
-_OWN_FOLDER = os.path.dirname(__file__)  # `explain` calls the model, but is not where a value comes from
+_OWN_FOLDER = os.path.dirname(
+    __file__
+)  # `explain` calls the model, but is not where a value comes from
 _FRAME = re.compile(r'File "([^"]+)", line (\d+)')
 _INDEX = re.compile(r"\[(?:'([^']*)'|\"([^\"]*)\"|(\d+))\]")
 _CONTAINERS = ("_modules", "_parameters", "_buffers")

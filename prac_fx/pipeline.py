@@ -109,6 +109,7 @@ class AnalysePartitioner(CustomPartitionerFn):
     def __call__(
         self, gm: fx.GraphModule, joint_inputs: Sequence[object], **options: Any
     ) -> NoReturn:
+        """Plan, and leave with the plan."""
         plan = analyse(
             gm,
             joint_inputs,
@@ -142,6 +143,7 @@ class RewritePartitioner(CustomPartitionerFn):
     def __call__(
         self, gm: fx.GraphModule, joint_inputs: Sequence[object], **options: Any
     ) -> tuple[fx.GraphModule, fx.GraphModule]:
+        """Forward and backward graph."""
         result = self.run(gm, joint_inputs, options)
         return result.fw, result.bw
 

@@ -77,7 +77,9 @@ def _parser() -> argparse.ArgumentParser:
         "options", nargs="*", metavar="option=value", help="as in torch.compile(options=...)"
     )
     parser.add_argument("--format", choices=("table", "json"), default="table")
-    parser.add_argument("-o", "--output", metavar="FILE", help="file to write, - for standard output")
+    parser.add_argument(
+        "-o", "--output", metavar="FILE", help="file to write, - for standard output"
+    )
     return parser
 
 

@@ -51,9 +51,12 @@ def training_step(
         owners = [args[index] for index in indices]
         subspaces = tuple(_bind_site(o, s, config) for o, s in zip(owners, plan.sites, strict=True))
         tensors = [t for s in subspaces for t in (s.basis, s.rows) if t is not None]
+
+        def forget(_: object) -> None:
+            bindings.pop(key, None)
+
         references = tuple(
-            weakref.ref(owner, (lambda _, key=key: bindings.pop(key, None)) if not i else None)
-            for i, owner in enumerate(owners)
+            weakref.ref(owner, forget if not i else None) for i, owner in enumerate(owners)
         )
         bindings[key] = _Binding(references, subspaces, tuple(tensors))
         return bindings[key]

@@ -9,9 +9,9 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
-from collections.abc import Mapping
+from collections.abc import Mapping, MutableMapping
 from dataclasses import dataclass, field
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -60,6 +60,7 @@ class Subspace:
         steps: training forward passes begun so far.
         next_refresh, next_tail: step counts at which the principal basis or the tail is due.
         draws: how many times randomness was drawn; names the next draw.
+        refreshes: how many times the rows gave a new principal basis.
         refresh_every, tail_every: schedule, from the options of the last compilation that bound it.
     """
 
@@ -71,6 +72,7 @@ class Subspace:
     next_refresh: int = 1
     next_tail: int = 1
     draws: int = 0
+    refreshes: int = 0
     refresh_every: int = 1
     tail_every: int = 1
     due: int = field(default=0, init=False)
@@ -100,11 +102,11 @@ class Subspace:
         q1 = self.basis[..., :r1].to(working_dtype(self.key.dtype))
         if principal:
             assert self.rows is not None
-            cold = self.next_refresh <= 1
-            new = refresh_principal(
-                self.rows, q1, _COLD_ITERATIONS if cold else _WARM_ITERATIONS
-            )
-            q1 = new if new is not None else q1
+            iterations = _WARM_ITERATIONS if self.refreshes else _COLD_ITERATIONS
+            new = refresh_principal(self.rows, q1, iterations)
+            if new is not None:  # else the rows say nothing, and the old basis stays
+                q1 = new
+                self.refreshes += 1
             self.next_refresh = self._next_on_grid(self.refresh_every)
         r2 = self.key.codec.random // self.key.codec.blocks
         generator = seeded_generator(q1.device, self.stream, self.draws)
@@ -121,8 +123,9 @@ class Subspace:
         Early steps drift fast, so the interval first doubles: 1, 2, 4, ... After that the times lie on a
         grid whose phase differs from site to site, so that no single step pays for all sites.
         """
-        if self.steps < every:
-            return self.steps + max(1, self.steps)
+        doubled = self.steps + max(1, self.steps)
+        if doubled < every:
+            return doubled
         phase = int(self.stream[:8], 16) % every
         return self.steps + every - (self.steps - phase) % every
 
@@ -132,12 +135,12 @@ class Subspace:
 
 
 # parameter -> {key: state}; weak in the parameter, so state is freed with it
-_OWNERS = WeakTensorKeyDictionary()
+_OWNERS: MutableMapping[Tensor, dict[SubspaceKey, Subspace]] = WeakTensorKeyDictionary()
 
 
 def subspaces_of(owner: Tensor) -> dict[SubspaceKey, Subspace]:
     """All states of one parameter; empty when it has none."""
-    return cast(dict[SubspaceKey, Subspace], _OWNERS.get(owner, {}))
+    return _OWNERS.get(owner, {})
 
 
 def subspace_for(
@@ -215,6 +218,7 @@ def state_dict(model: torch.nn.Module) -> dict[str, Any]:
                     "next_refresh": subspace.next_refresh,
                     "next_tail": subspace.next_tail,
                     "draws": subspace.draws,
+                    "refreshes": subspace.refreshes,
                 }
             )
     return {"version": STATE_VERSION, "subspaces": entries}
@@ -227,14 +231,17 @@ def load_state_dict(model: torch.nn.Module, state: Mapping[str, Any]) -> None:
     State is matched by parameter name. Parameters that `state` does not mention keep what they have.
 
     Raises:
-        StateError: wrong version, a parameter that the model does not have, or a tensor whose shape does
-            not fit its codec. Nothing is changed then.
+        StateError: wrong version, missing or unknown fields, a parameter that the model does not have, or
+            a tensor whose shape does not fit its codec. Nothing is changed then.
     """
     if not isinstance(state, Mapping) or state.get("version") != STATE_VERSION:
         found = state.get("version") if isinstance(state, Mapping) else type(state).__name__
         raise StateError(f"subspace state: expected version {STATE_VERSION}, got {found!r}")
     parameters = dict(model.named_parameters())
-    loaded = [_parse(entry, parameters) for entry in state["subspaces"]]
+    try:
+        loaded = [_parse(entry, parameters) for entry in state["subspaces"]]
+    except (KeyError, TypeError, AttributeError) as error:
+        raise StateError(f"subspace state: not what state_dict() returned: {error!r}") from error
     for parameter, new in loaded:
         states = _OWNERS.setdefault(parameter, {})
         old = states.get(new.key)
@@ -245,13 +252,11 @@ def load_state_dict(model: torch.nn.Module, state: Mapping[str, Any]) -> None:
         old.basis.copy_(new.basis)
         if old.rows is not None and new.rows is not None:
             old.rows.copy_(new.rows)
-        for name in ("stream", "steps", "next_refresh", "next_tail", "draws", "due"):
+        for name in ("stream", "steps", "next_refresh", "next_tail", "draws", "refreshes", "due"):
             setattr(old, name, getattr(new, name))
 
 
-def _parse(
-    entry: Mapping[str, Any], parameters: Mapping[str, Tensor]
-) -> tuple[Tensor, Subspace]:
+def _parse(entry: Mapping[str, Any], parameters: Mapping[str, Tensor]) -> tuple[Tensor, Subspace]:
     name = entry["parameter"]
     if name not in parameters:
         raise StateError(f"subspace state: the model has no parameter {name!r}")
@@ -277,5 +282,6 @@ def _parse(
         next_refresh=entry["next_refresh"],
         next_tail=entry["next_tail"],
         draws=entry["draws"],
+        refreshes=entry["refreshes"],
     )
     return parameter, subspace

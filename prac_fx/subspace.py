@@ -32,7 +32,8 @@ def orthonormalize(a: Tensor) -> Tensor:
 
     Rank-deficient columns are completed by arbitrary orthonormal ones, so the result always has r.
     """
-    return torch.linalg.qr(a)[0]
+    q: Tensor = torch.linalg.qr(a)[0]
+    return q
 
 
 def draw_tail(q1: Tensor, r2: int, generator: torch.Generator) -> Tensor:
@@ -81,7 +82,9 @@ def refresh_principal(rows: Tensor, q1: Tensor, iterations: int = 1) -> Tensor |
     if not bool(torch.isfinite(largest)) or float(largest) == 0.0:
         return None
     x = x / largest  # so that squares neither overflow nor vanish
+    # a block without any signal keeps its directions, so the floor is above zero
     mean_eigenvalue = x.square().sum(dim=(-2, -1), keepdim=True) / x.shape[-1]
+    mean_eigenvalue = mean_eigenvalue.clamp_min(1e-12)
     for _ in range(iterations):
         q1 = orthonormalize(x.mT @ (x @ q1) + _TIE_BREAK * mean_eigenvalue * q1)
     return q1 if bool(torch.isfinite(q1).all()) else None

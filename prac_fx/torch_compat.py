@@ -6,7 +6,6 @@ in prac_fx or passes may import from a module whose path has a leading underscor
 
 from __future__ import annotations
 
-import weakref
 from collections.abc import Mapping, Sequence
 from typing import Any, cast
 
@@ -21,7 +20,7 @@ from torch._inductor import config as inductor_config
 from torch._inductor.compile_fx import compile_fx
 from torch._inductor.custom_graph_pass import CustomPartitionerFn
 from torch._inductor.decomposition import select_decomp_table
-from torch._logging import trace_structured
+from torch._logging._internal import trace_structured
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.fx.experimental.symbolic_shapes import guard_or_false
@@ -37,7 +36,6 @@ __all__ = [
     "autograd_references",
     "compile_fx",
     "copy_dynamo_graph",
-    "finalize_with",
     "fx_graph_cse",
     "gradient_argument_index",
     "guard_or_false",
@@ -48,6 +46,7 @@ __all__ = [
     "make_fx",
     "min_cut_rematerialization_partition",
     "placeholder_source_name",
+    "rename_node",
     "storage_key",
     "trace_structured",
     "tracing_fake_mode",
@@ -68,7 +67,7 @@ def tracing_fake_mode(example_inputs: Sequence[object]) -> FakeTensorMode:
     """The fake mode that Dynamo is tracing under (torch._guards.TracingContext)."""
     context = TracingContext.try_get()
     if context is not None and context.fake_mode is not None:
-        return cast(FakeTensorMode, context.fake_mode)
+        return context.fake_mode
     for value in example_inputs:
         if isinstance(value, FakeTensor):
             return value.fake_mode
@@ -81,7 +80,8 @@ def storage_key(value: torch.Tensor) -> int:
     Raises:
         NotImplementedError: for tensors without storage (sparse).
     """
-    return value.untyped_storage()._cdata
+    address: int = value.untyped_storage()._cdata
+    return address
 
 
 def autograd_references(value: torch.Tensor) -> int:
@@ -145,14 +145,14 @@ def copy_dynamo_graph(
     outputs = graph.graph_copy(gm.graph, copies)
     for node, copied in copies.items():
         if node.op == "placeholder":
-            copied._dynamo_source = getattr(node, "_dynamo_source", None)  # type: ignore[attr-defined]
+            copied._dynamo_source = getattr(node, "_dynamo_source", None)
     placeholders = graph.find_nodes(op="placeholder")
     last = placeholders[-1] if placeholders else None
     for name, fake in extra_inputs:
         point = graph.inserting_after(last) if last is not None else graph.inserting_before()
         with point:
             last = graph.placeholder(name)
-        last._dynamo_source = None  # type: ignore[attr-defined]
+        last._dynamo_source = None
         last.meta["example_value"] = fake
         last.meta["tensor_dict"] = {"_dynamo_static_input_type": "unguarded"}
     old_output = next(iter(gm.graph.find_nodes(op="output")))
@@ -182,10 +182,11 @@ def inductor_patches(mode: str | None, options: Mapping[str, Any]) -> dict[str, 
     Raises:
         RuntimeError: from torch, for an unknown mode, an unknown key, or a value of the wrong type.
     """
-    wrapper = torch._TorchCompileInductorWrapper(mode, dict(options), None)
-    return cast(dict[str, Any], wrapper.config)
+    wrapper: Any = torch._TorchCompileInductorWrapper
+    config: dict[str, Any] = wrapper(mode, dict(options), None).config
+    return config
 
 
-def finalize_with(owner: object, callback: Any) -> None:
-    """Call `callback` when `owner` (a tensor) is freed. Source: `weakref.finalize`, never at exit."""
-    weakref.finalize(owner, callback).atexit = False
+def rename_node(node: fx.Node, name: str) -> None:
+    """Give a node this name, or the nearest free one (fx.Node has only a private way to do it)."""
+    node._rename(name)

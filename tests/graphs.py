@@ -35,13 +35,13 @@ class Traced:
 
     def value(self, reason_or_decision: str) -> PlannedValue:
         """The only value with this reason or decision."""
-        (found,) = [
-            v for v in self.plan.values if reason_or_decision in (v.reason, v.decision)
-        ]
+        (found,) = [v for v in self.plan.values if reason_or_decision in (v.reason, v.decision)]
         return found
 
 
-def trace(model: Callable[..., Any], *args: Any, dynamic: bool | None = None, **options: Any) -> Traced:
+def trace(
+    model: Callable[..., Any], *args: Any, dynamic: bool | None = None, **options: Any
+) -> Traced:
     """Run the passes on a model's step; options without their `prac.` prefix."""
     config, _ = split_options({**SMALL, **{f"prac.{key}": v for key, v in options.items()}})
     traced = Traced()
@@ -63,7 +63,7 @@ def trace(model: Callable[..., Any], *args: Any, dynamic: bool | None = None, **
     return traced
 
 
-class _recorded:  # noqa: N801
+class _recorded:
     """While active, the editing passes leave the text of the graph before and after them."""
 
     def __init__(self, traced: Traced) -> None:
@@ -101,9 +101,15 @@ def readable(graph: fx.Graph) -> str:
             outputs = ", ".join(str(output) for output in _flat(node.args))
             lines.append(f"return {outputs}")
         else:
-            arguments = ", ".join(map(str, [*node.args, *(f"{k}={v}" for k, v in node.kwargs.items())]))
-            target = str(getattr(node.target, "_opname", getattr(node.target, "__name__", node.target)))
-            must = "  # backward" if node.meta.get("partitioner_tag") == "must_be_in_backward" else ""
+            arguments = ", ".join(
+                map(str, [*node.args, *(f"{k}={v}" for k, v in node.kwargs.items())])
+            )
+            target = str(
+                getattr(node.target, "_opname", getattr(node.target, "__name__", node.target))
+            )
+            must = (
+                "  # backward" if node.meta.get("partitioner_tag") == "must_be_in_backward" else ""
+            )
             lines.append(f"{node.name} = {target}({arguments}) -> {_shape(node)}{must}")
     return "\n".join(lines)
 
@@ -125,5 +131,7 @@ def rows_of(plan: Plan) -> str:
             continue
         codec = value.codec.describe() if value.codec else value.reason
         where = value.origin.module or value.origin.op
-        lines.append(f"{where:<42} {'x'.join(value.shape):<12} {value.role:<4} {value.decision:<9} {codec}")
+        lines.append(
+            f"{where:<42} {'x'.join(value.shape):<12} {value.role:<4} {value.decision:<9} {codec}"
+        )
     return "\n".join(line.rstrip() for line in lines)

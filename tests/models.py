@@ -21,7 +21,9 @@ Build = Callable[[], tuple[nn.Module, dict[str, Any]]]
 VOCABULARY = 96
 
 
-def llama(layers: int = 1, *, batch: int = 8, **changes: Any) -> tuple[nn.Module, dict[str, Tensor]]:
+def llama(
+    layers: int = 1, *, batch: int = 8, **changes: Any
+) -> tuple[nn.Module, dict[str, Tensor]]:
     """A LLaMA that computes its own loss."""
     torch.manual_seed(0)
     config = LlamaConfig(
@@ -39,7 +41,9 @@ def llama(layers: int = 1, *, batch: int = 8, **changes: Any) -> tuple[nn.Module
     return LlamaForCausalLM(config), _tokens(batch)
 
 
-def gpt2(layers: int = 1, *, batch: int = 8, dropout: float = 0.0) -> tuple[nn.Module, dict[str, Tensor]]:
+def gpt2(
+    layers: int = 1, *, batch: int = 8, dropout: float = 0.0
+) -> tuple[nn.Module, dict[str, Tensor]]:
     """A GPT-2 with tied embeddings that computes its own loss."""
     torch.manual_seed(0)
     config = GPT2Config(
@@ -60,7 +64,9 @@ def gpt2(layers: int = 1, *, batch: int = 8, dropout: float = 0.0) -> tuple[nn.M
     return model, _tokens(batch)
 
 
-def roberta(layers: int = 1, *, batch: int = 16, dropout: float = 0.0) -> tuple[nn.Module, dict[str, Tensor]]:
+def roberta(
+    layers: int = 1, *, batch: int = 16, dropout: float = 0.0
+) -> tuple[nn.Module, dict[str, Tensor]]:
     """A RoBERTa sequence classifier that computes its own loss."""
     torch.manual_seed(0)
     config = RobertaConfig(

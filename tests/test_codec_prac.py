@@ -25,7 +25,7 @@ UNBIASED = [PRAC, RAC, PRAC_4, RAC_4]
 BIASED = [PAC, PAC_4]
 DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
 
-TOKENS, OUTPUTS, EXPERTS, DRAWS = 6, 3, 2, 1500
+TOKENS, OUTPUTS, EXPERTS, DRAWS = 6, 3, 2, 1000
 
 
 def _generator(seed: int = 0) -> torch.Generator:

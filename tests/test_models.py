@@ -65,7 +65,9 @@ def test_forward_bits_exact_and_projected_gradients(name: str, precision: str) -
         torch._dynamo.reset()
         model, inputs = build()
         model = model.to(dtype)
-        context = torch.autocast("cpu", torch.bfloat16) if precision == "autocast" else nullcontext()
+        context = (
+            torch.autocast("cpu", torch.bfloat16) if precision == "autocast" else nullcontext()
+        )
         with context:
             loss = step(compiler(model), model, **inputs)
         results += [loss, gradients(model)]

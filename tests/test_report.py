@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 from torch import Tensor, nn
 
+import prac_fx
 from prac_fx import report
 from prac_fx.config import split_options
 from prac_fx.passes.plan import REASONS
@@ -150,12 +151,12 @@ def test_json_schema(capsys: pytest.CaptureFixture[str], encodable: str) -> None
     result = _json(capsys, encodable, "prac.min_nbytes=0")
     assert list(result) == ["schema", "prac_fx", "options", "graphs", "totals", "values"]
     assert result["schema"] == report.SCHEMA == 1
-    assert result["prac_fx"] == report.__version__
+    assert result["prac_fx"] == prac_fx.__version__
     assert result["graphs"] == 1
     for value in result["values"]:
         assert list(value) == list(VALUE_FIELDS)
         for field, kind in VALUE_FIELDS.items():
-            assert isinstance(value[field], kind), field  # type: ignore[arg-type]
+            assert isinstance(value[field], kind), field
         assert value["decision"] in ("encode", "keep", "recompute")
         assert value["role"] in ("W", "A", "W+A", "-")
         assert value["reason"] in REASONS
@@ -224,9 +225,7 @@ def test_inputs_are_counted_not_listed(capsys: pytest.CaptureFixture[str], encod
     assert not any(value["name"] in out for value in inputs)
 
 
-def test_output_file(
-    capsys: pytest.CaptureFixture[str], encodable: str, tmp_path: Path
-) -> None:
+def test_output_file(capsys: pytest.CaptureFixture[str], encodable: str, tmp_path: Path) -> None:
     assert report.main([encodable, "-o", "-"]) == 0
     printed = capsys.readouterr().out
     path = tmp_path / "report.txt"

@@ -282,7 +282,7 @@ def test_refresh_times(codec: PracCodec, every: int) -> None:
     subspace = _subspace(owner, _key(codec), config=PracConfig(refresh_every=every))
     found = _steps_with_a_draw(subspace, 500)
     doubling = [1]
-    while doubling[-1] < every:
+    while 2 * doubling[-1] < every:
         doubling.append(2 * doubling[-1])
     assert found[: len(doubling)] == doubling
     grid = found[len(doubling) :]
@@ -303,8 +303,8 @@ def test_refreshes_are_staggered() -> None:
     for subspace in subspaces:
         for step in _steps_with_a_draw(subspace, 300):
             at_step[step] = at_step.get(step, 0) + 1
-    assert at_step[64] == len(owners)
-    later = [count for step, count in at_step.items() if step > 64]
+    assert at_step[32] == len(owners)
+    later = [count for step, count in at_step.items() if step > 32]
     assert max(later) <= len(owners) // 4
     assert len({subspace.next_refresh for subspace in subspaces}) > len(owners) // 2
 
@@ -349,7 +349,7 @@ def test_tail_alone(codec: PracCodec, dtype: torch.dtype) -> None:
             torch.testing.assert_close(new_q1, q1, rtol=0, atol=torch.finfo(dtype).eps)
         overlap = (new_q1.double().mT @ new_q2.double()).abs().max()
         assert float(overlap) < 8 * torch.finfo(dtype).eps
-    assert sorted(principal)[:7] == [1, 2, 4, 8, 16, 32, 64]
+    assert sorted(principal)[:6] == [1, 2, 4, 8, 16, 32]
     assert 9 <= len(principal) <= 12
     assert len(tails) >= 300 // 4
     ordered = sorted(tails)
@@ -360,15 +360,17 @@ def test_first_refresh_finds_the_subspace() -> None:
     """From random directions, with what the first forward pass wrote, before the second one."""
     owner = _parameter()
     subspace = _subspace(owner, _key(dtype=torch.float64))
-    top = torch.linalg.qr(_randn(16, 4, seed=1, dtype=torch.float64))[0]
+    # a gap of 3 is far too little for a single iteration
+    u = torch.linalg.qr(_randn(16, 16, seed=1, dtype=torch.float64))[0]
+    v = torch.linalg.qr(_randn(16, 16, seed=2, dtype=torch.float64))[0]
+    values = torch.tensor([3.0] * 4 + [1.0] * 12, dtype=torch.float64)
     subspace.begin_step()
     assert subspace.draws == 0
     assert subspace.rows is not None
-    subspace.rows.copy_(_randn(16, 4, seed=2, dtype=torch.float64) @ top.mT)
-    subspace.rows.add_(_randn(16, 16, seed=3, dtype=torch.float64), alpha=1e-3)
+    subspace.rows.copy_((u * values) @ v.mT)
     subspace.begin_step()
     assert subspace.draws == 1
-    q1 = _parts(subspace)[0]
+    q1, top = _parts(subspace)[0], v[:, :4]
     assert float(torch.linalg.matrix_norm(top - q1 @ (q1.mT @ top), ord=2)) < 0.05
 
 

@@ -79,7 +79,8 @@ class PracCodec:
             basis: `basis_shape`, dtype of `x`.
 
         Returns:
-            (m, r), (E, m, r), or (B, r / B, m); dtype of `x`. Finite for finite `x`.
+            (m, r), (E, m, r), or (B, r / B, m); dtype of `x`. Finite as long as the norm of each
+            token, times sqrt(k), is within the range of float32 (float16 included).
         """
         basis = self._guarded(basis)
         if self.blocks == 1:
@@ -93,10 +94,11 @@ class PracCodec:
     def decode(self, coordinates: Tensor, basis: Tensor) -> Tensor:
         """X~ = C P^T, the unbiased estimate of x, in the shape that was encoded."""
         if self.blocks == 1:
-            flat = _times(
-                coordinates.reshape(-1, self.rank).mm(basis.mT), self._unguard(basis.dtype)
-            )
-            return flat.view(*coordinates.shape[:-1], self.features)
+            flat = coordinates if coordinates.dim() == 2 else coordinates.reshape(-1, self.rank)
+            decoded = _times(flat.mm(basis.mT), self._unguard(basis.dtype))
+            if coordinates.dim() == 2:
+                return decoded
+            return decoded.view(*coordinates.shape[:-1], self.features)
         per_block = _times(basis.bmm(coordinates), self._unguard(basis.dtype))  # (B, n / B, m)
         return per_block.permute(2, 0, 1).reshape(-1, self.features)
 
@@ -170,7 +172,7 @@ class PracCodec:
         return (basis + self.sample_rows * self.features) * itemsize
 
     def flops(self, tokens: int, outputs: int) -> int:
-        """FLOPs of encoding once and of weight gradients with `outputs` columns in all."""
+        """FLOPs of encoding one matrix once, and of weight gradients with `outputs` columns in all."""
         encode = 2 * tokens * self.features * self.rank // self.blocks
         small = 2 * tokens * self.rank * outputs
         project = 2 * self.features * self.rank * outputs // self.blocks
