@@ -33,7 +33,7 @@ REASONS = {
     "input": "an input of the graph, a parameter, or a view of one: the step does not allocate it",
     "user_output": "also returned to the caller, so its memory stays anyway",
     "shared_storage": "a view of another saved value, counted there",
-    "parameter_only": "computed from parameters alone (a cast of a weight), not an activation",
+    "not_an_activation": "computed from parameters, buffers and constants alone, such as a cast weight",
     "not_floating_point": "not a floating-point tensor (or one of 8 bits or complex)",
     "input_gradient_reads_it": "the input-gradient path reads it: noise would run through earlier layers",
     "also_read_elsewhere": "a weight gradient reads it, but so does something that needs it exact",
@@ -232,7 +232,7 @@ def _reason_to_keep(
     if saved.is_output:
         return "user_output", ""
     if not is_activation:
-        return "parameter_only", ""
+        return "not_an_activation", ""
     if value.dtype not in _ENCODABLE_DTYPES:
         return "not_floating_point", str(value.dtype)
     if any(reader.kind == "attention" for reader in others):

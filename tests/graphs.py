@@ -90,28 +90,49 @@ class _recorded:
         self.traced.graphs["factor"] = readable(inline.graph)
 
 
+_OURS = ("coordinates", "decoded", "weight_gradient", "sampled_rows")
+
+
 def readable(graph: fx.Graph) -> str:
-    """A graph as short text: one line a node, shapes at the end, and where the partitioner must put it."""
-    lines = []
+    """A graph as short text: one line a node, its shape, and whether it must be in backward.
+
+    Operators are numbered in order of appearance: torch's own numbers depend on its version.
+    """
+    lines, names = [], _names(graph)
     for node in graph.nodes:
         if node.op == "placeholder":
             if node.users:
-                lines.append(f"{node.name}: {_shape(node)}")
+                lines.append(f"{names[node]}: {_shape(node)}")
         elif node.op == "output":
-            outputs = ", ".join(str(output) for output in _flat(node.args))
-            lines.append(f"return {outputs}")
+            outputs = fx.node.map_arg(node.args, names.__getitem__)
+            lines.append("return " + ", ".join(map(str, _flat(outputs))))
         else:
-            arguments = ", ".join(
-                map(str, [*node.args, *(f"{k}={v}" for k, v in node.kwargs.items())])
+            args, kwargs = fx.node.map_arg((node.args, node.kwargs), names.__getitem__)
+            given = [str(arg).replace("'", "") for arg in args]
+            given += [f"{key}={value}" for key, value in kwargs.items()]
+            must = node.meta.get("partitioner_tag") == "must_be_in_backward"
+            lines.append(
+                f"{names[node]} = {_operator(node)}({', '.join(given)}) -> {_shape(node)}"
+                + ("  # backward" if must else "")
             )
-            target = str(
-                getattr(node.target, "_opname", getattr(node.target, "__name__", node.target))
-            )
-            must = (
-                "  # backward" if node.meta.get("partitioner_tag") == "must_be_in_backward" else ""
-            )
-            lines.append(f"{node.name} = {target}({arguments}) -> {_shape(node)}{must}")
     return "\n".join(lines)
+
+
+def _names(graph: fx.Graph) -> dict[fx.Node, str]:
+    counts: dict[str, int] = {}
+    names = {}
+    for node in graph.nodes:
+        if node.op != "call_function" or node.name.startswith(_OURS):
+            names[node] = node.name
+            continue
+        count = counts[_operator(node)] = counts.get(_operator(node), 0) + 1
+        names[node] = f"{_operator(node)}_{count}"
+    return names
+
+
+def _operator(node: fx.Node) -> str:
+    target = node.target
+    return str(getattr(target, "_opname", getattr(target, "__name__", target)))
 
 
 def _shape(node: fx.Node) -> str:
@@ -124,10 +145,10 @@ def _flat(args: Any) -> list[Any]:
 
 
 def rows_of(plan: Plan) -> str:
-    """The plan as golden text: a line for each value that is not an input."""
+    """The plan as golden text: a line for each value that is neither an input nor a mask."""
     lines = []
     for value in plan.values:
-        if value.reason == "input":
+        if value.reason == "input" or value.dtype == "bool":
             continue
         codec = value.codec.describe() if value.codec else value.reason
         where = value.origin.module or value.origin.op

@@ -26,7 +26,7 @@ model.model.layers.0.self_attn.q_proj      512x64       W    encode    prac 19+1
 model.model.layers.0.self_attn             8x4x64x16    A    keep      attention_reads_it
 model.model.layers.0.self_attn             8x4x64x16    A    keep      attention_reads_it
 model.model.layers.0.self_attn             8x4x64x16    A    keep      attention_reads_it
-model.model.layers.0.self_attn             8x1x64x64    A    keep      parameter_only
+model.model.layers.0.self_attn             8x1x64x64    A    keep      not_an_activation
 model.model.layers.0.self_attn             8x4x64x16    W+A  keep      attention_reads_it
 model.model.layers.0.self_attn             8x4x64       A    keep      attention_reads_it
 model.model.layers.0.self_attn.o_proj      512x64       A    keep      input_gradient_reads_it
@@ -51,15 +51,15 @@ def test_gpt2() -> None:
         _table(models.gpt2()),
         """\
 model.transformer.wte                      8x64x64      A    keep      input_gradient_reads_it
-model.transformer                          1x64         A    keep      parameter_only
-model.transformer.wpe                      1x64x64      A    keep      parameter_only
+model.transformer                          1x64         A    keep      not_an_activation
+model.transformer.wpe                      1x64x64      A    keep      not_an_activation
 model.transformer.h.0.ln_1                 8x64x1       A    keep      input_gradient_reads_it
 model.transformer.h.0.ln_1                 8x64x1       A    keep      input_gradient_reads_it
 model.transformer.h.0.ln_1                 64x512       W    encode    prac 19+19/64
 model.transformer.h.0.attn                 8x4x64x16    A    keep      shared_storage
 model.transformer.h.0.attn                 8x4x64x16    A    keep      attention_reads_it
 model.transformer.h.0.attn                 8x4x64x16    A    keep      shared_storage
-model.transformer.h.0.attn                 8x1x64x64    A    keep      parameter_only
+model.transformer.h.0.attn                 8x1x64x64    A    keep      not_an_activation
 model.transformer.h.0.attn                 8x4x64x16    W+A  keep      attention_reads_it
 model.transformer.h.0.attn                 8x4x64       A    keep      attention_reads_it
 model.transformer.h.0.ln_2                 8x64x64      A    keep      input_gradient_reads_it
@@ -101,10 +101,7 @@ model.classifier.dropout                   16x64        W    keep      too_few_t
 model.classifier                           16x64        W+A  keep      also_read_elsewhere
 model.classifier.out_proj                  16x2         A    keep      input_gradient_reads_it
 model                                                   A    keep      input_gradient_reads_it
-ne.Scalar                                  16x1         A    keep      not_floating_point
-eq.Tensor                                  16x2         A    keep      not_floating_point
 div.Tensor                                 16x64x1      A    keep      input_gradient_reads_it
 div.Tensor                                 16x64x1      A    keep      input_gradient_reads_it
-div.Tensor                                 16x64x1      A    keep      input_gradient_reads_it
-bitwise_and.Tensor                         16x64x1      A    keep      not_floating_point""",
+div.Tensor                                 16x64x1      A    keep      input_gradient_reads_it""",
     )

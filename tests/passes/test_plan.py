@@ -129,7 +129,7 @@ def test_reason_layouts_differ() -> None:
     assert reasons & {"layouts_differ"}
 
 
-def test_reason_parameter_only() -> None:
+def test_reason_not_an_activation() -> None:
     """A cast weight in the first layer leads to nothing but leaf gradients, and is no activation."""
 
     class CastWeight(nn.Module):
@@ -143,12 +143,12 @@ def test_reason_parameter_only() -> None:
                 return torch.sin(self.body(x + self.position)).float().sum()
 
     plan = trace(CastWeight(), inputs()).plan
-    (cast,) = [value for value in plan.values if value.reason == "parameter_only"]
+    (cast,) = [value for value in plan.values if value.reason == "not_an_activation"]
     assert cast.dtype == "bfloat16"
 
 
 def test_every_reason_has_a_meaning_and_a_test() -> None:
-    tested = {*REASON_CASES, "too_few_tokens", "symbolic_size", "layouts_differ", "parameter_only"}
+    tested = {*REASON_CASES, "too_few_tokens", "symbolic_size", "layouts_differ", "not_an_activation"}
     elsewhere = {"", "checkpointed", "min_cut", "shared_storage", "not_read"}
     assert set(REASONS) == tested | elsewhere
     assert all(REASONS.values())

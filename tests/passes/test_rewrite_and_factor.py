@@ -14,7 +14,7 @@ from tests.passes.modules import Conv1d, Experts, Mlp, SharedInput, inputs
 
 
 def test_rewrite_encodes_and_decodes() -> None:
-    graphs = trace(Mlp(), inputs()).graphs
+    graphs = trace(Mlp(), inputs(), blocks=1).graphs
     assert_expected_inline(
         graphs["joint"],
         """\
@@ -22,22 +22,22 @@ primals_1: 128x64
 primals_2: 512x64
 primals_3: 64x128
 tangents_1: scalar
-permute = permute(primals_1, [1, 0]) -> 64x128
-mm = mm(primals_2, permute) -> 512x128
-sin = sin(mm) -> 512x128
-permute_1 = permute(primals_3, [1, 0]) -> 128x64
-mm_1 = mm(sin, permute_1) -> 512x64
-sum_1 = sum(mm_1) -> scalar
-expand = expand(tangents_1, [512, 64]) -> 512x64
-permute_2 = permute(expand, [1, 0]) -> 64x512
-mm_2 = mm(permute_2, sin) -> 64x128
-permute_4 = permute(permute_1, [1, 0]) -> 64x128
-mm_3 = mm(expand, permute_4) -> 512x128
-cos = cos(mm) -> 512x128
-mul = mul(mm_3, cos) -> 512x128
-permute_6 = permute(mul, [1, 0]) -> 128x512
-mm_4 = mm(permute_6, primals_2) -> 128x64
-return sum_1, mm_4, None, mm_2, None, None""",
+permute_1 = permute(primals_1, [1, 0]) -> 64x128
+mm_1 = mm(primals_2, permute_1) -> 512x128
+sin_1 = sin(mm_1) -> 512x128
+permute_2 = permute(primals_3, [1, 0]) -> 128x64
+mm_2 = mm(sin_1, permute_2) -> 512x64
+sum_1 = sum(mm_2) -> scalar
+expand_1 = expand(tangents_1, [512, 64]) -> 512x64
+permute_3 = permute(expand_1, [1, 0]) -> 64x512
+mm_3 = mm(permute_3, sin_1) -> 64x128
+permute_4 = permute(permute_2, [1, 0]) -> 64x128
+mm_4 = mm(expand_1, permute_4) -> 512x128
+cos_1 = cos(mm_1) -> 512x128
+mul_1 = mul(mm_4, cos_1) -> 512x128
+permute_5 = permute(mul_1, [1, 0]) -> 128x512
+mm_5 = mm(permute_5, primals_2) -> 128x64
+return sum_1, mm_5, None, mm_3, None, None""",
     )
     assert_expected_inline(
         graphs["rewrite"],
@@ -45,129 +45,111 @@ return sum_1, mm_4, None, mm_2, None, None""",
 primals_1: 128x64
 primals_2: 512x64
 primals_3: 64x128
-primals_4: 2x64x38
+primals_4: 128x76
 tangents_1: scalar
-permute = permute(primals_1, [1, 0]) -> 64x128
-mm = mm(primals_2, permute) -> 512x128
-sin = sin(mm) -> 512x128
-view = view(sin, [-1, 2, 64]) -> 512x2x64
-permute_7 = permute(primals_4, [0, 2, 1]) -> 2x38x64
-permute_8 = permute(view, [1, 2, 0]) -> 2x64x512
-coordinates = bmm(permute_7, permute_8) -> 2x38x512
-permute_1 = permute(primals_3, [1, 0]) -> 128x64
-mm_1 = mm(sin, permute_1) -> 512x64
-sum_1 = sum(mm_1) -> scalar
-expand = expand(tangents_1, [512, 64]) -> 512x64
-permute_2 = permute(expand, [1, 0]) -> 64x512
-bmm_1 = bmm(primals_4, coordinates) -> 2x64x512  # backward
-permute_9 = permute(bmm_1, [2, 0, 1]) -> 512x2x64  # backward
-decoded = view(permute_9, [512, 128]) -> 512x128  # backward
-mm_2 = mm(permute_2, decoded) -> 64x128
-permute_4 = permute(permute_1, [1, 0]) -> 64x128
-mm_3 = mm(expand, permute_4) -> 512x128
-cos = cos(mm) -> 512x128
-mul = mul(mm_3, cos) -> 512x128
-permute_6 = permute(mul, [1, 0]) -> 128x512
-mm_4 = mm(permute_6, primals_2) -> 128x64
-return sum_1, mm_4, None, mm_2, None, None""",
+permute_1 = permute(primals_1, [1, 0]) -> 64x128
+mm_1 = mm(primals_2, permute_1) -> 512x128
+sin_1 = sin(mm_1) -> 512x128
+coordinates = mm(sin_1, primals_4) -> 512x76
+permute_2 = permute(primals_3, [1, 0]) -> 128x64
+mm_2 = mm(sin_1, permute_2) -> 512x64
+sum_1 = sum(mm_2) -> scalar
+expand_1 = expand(tangents_1, [512, 64]) -> 512x64
+permute_3 = permute(expand_1, [1, 0]) -> 64x512
+permute_4 = permute(primals_4, [1, 0]) -> 76x128  # backward
+decoded = mm(coordinates, permute_4) -> 512x128  # backward
+mm_3 = mm(permute_3, decoded) -> 64x128
+permute_5 = permute(permute_2, [1, 0]) -> 64x128
+mm_4 = mm(expand_1, permute_5) -> 512x128
+cos_1 = cos(mm_1) -> 512x128
+mul_1 = mul(mm_4, cos_1) -> 512x128
+permute_6 = permute(mul_1, [1, 0]) -> 128x512
+mm_5 = mm(permute_6, primals_2) -> 128x64
+return sum_1, mm_5, None, mm_3, None, None""",
     )
 
 
 def test_factor_never_builds_the_decoded_value() -> None:
     assert_expected_inline(
-        trace(Mlp(), inputs()).graphs["factor"],
+        trace(Mlp(), inputs(), blocks=1).graphs["factor"],
         """\
 primals_1: 128x64
 primals_2: 512x64
 primals_3: 64x128
-primals_4: 2x64x38
+primals_4: 128x76
 tangents_1: scalar
-permute = permute(primals_1, [1, 0]) -> 64x128
-mm = mm(primals_2, permute) -> 512x128
-sin = sin(mm) -> 512x128
-view = view(sin, [-1, 2, 64]) -> 512x2x64
-permute_7 = permute(primals_4, [0, 2, 1]) -> 2x38x64
-permute_8 = permute(view, [1, 2, 0]) -> 2x64x512
-coordinates = bmm(permute_7, permute_8) -> 2x38x512
-permute_1 = permute(primals_3, [1, 0]) -> 128x64
-mm_1 = mm(sin, permute_1) -> 512x64
-sum_1 = sum(mm_1) -> scalar
-expand = expand(tangents_1, [512, 64]) -> 512x64
-permute_2 = permute(expand, [1, 0]) -> 64x512
-permute_10 = permute(permute_2, [1, 0]) -> 512x64  # backward
-view_2 = view(coordinates, [76, -1]) -> 76x512  # backward
-mm_5 = mm(view_2, permute_10) -> 76x64  # backward
-view_3 = view(mm_5, [2, 38, -1]) -> 2x38x64  # backward
-bmm_2 = bmm(primals_4, view_3) -> 2x64x64  # backward
-view_4 = view(bmm_2, [128, -1]) -> 128x64  # backward
-weight_gradient = permute(view_4, [1, 0]) -> 64x128  # backward
-permute_4 = permute(permute_1, [1, 0]) -> 64x128
-mm_3 = mm(expand, permute_4) -> 512x128
-cos = cos(mm) -> 512x128
-mul = mul(mm_3, cos) -> 512x128
-permute_6 = permute(mul, [1, 0]) -> 128x512
-mm_4 = mm(permute_6, primals_2) -> 128x64
-return sum_1, mm_4, None, weight_gradient, None, None""",
+permute_1 = permute(primals_1, [1, 0]) -> 64x128
+mm_1 = mm(primals_2, permute_1) -> 512x128
+sin_1 = sin(mm_1) -> 512x128
+coordinates = mm(sin_1, primals_4) -> 512x76
+permute_2 = permute(primals_3, [1, 0]) -> 128x64
+mm_2 = mm(sin_1, permute_2) -> 512x64
+sum_1 = sum(mm_2) -> scalar
+expand_1 = expand(tangents_1, [512, 64]) -> 512x64
+permute_3 = permute(expand_1, [1, 0]) -> 64x512
+mm_3 = mm(permute_3, coordinates) -> 64x76  # backward
+permute_4 = permute(primals_4, [1, 0]) -> 76x128  # backward
+weight_gradient = mm(mm_3, permute_4) -> 64x128  # backward
+permute_5 = permute(permute_2, [1, 0]) -> 64x128
+mm_4 = mm(expand_1, permute_5) -> 512x128
+cos_1 = cos(mm_1) -> 512x128
+mul_1 = mul(mm_4, cos_1) -> 512x128
+permute_6 = permute(mul_1, [1, 0]) -> 128x512
+mm_5 = mm(permute_6, primals_2) -> 128x64
+return sum_1, mm_5, None, weight_gradient, None, None""",
     )
 
 
 def test_partition_gives_both_halves() -> None:
-    graphs = trace(Mlp(), inputs()).graphs
+    graphs = trace(Mlp(), inputs(), blocks=1).graphs
     assert_expected_inline(
         graphs["fw"],
         """\
 primals_1: 128x64
 primals_2: 512x64
 primals_3: 64x128
-primals_4: 2x64x38
-primals_5: 19x128
-permute = permute(primals_1, [1, 0]) -> 64x128
-mm = mm(primals_2, permute) -> 512x128
-sin = sin(mm) -> 512x128
-view = view(sin, [-1, 2, 64]) -> 512x2x64
-permute_7 = permute(primals_4, [0, 2, 1]) -> 2x38x64
-permute_8 = permute(view, [1, 2, 0]) -> 2x64x512
-coordinates = bmm(permute_7, permute_8) -> 2x38x512
-permute_1 = permute(primals_3, [1, 0]) -> 128x64
-mm_1 = mm(sin, permute_1) -> 512x64
-sum_1 = sum(mm_1) -> scalar
-iota = iota(19, start=0, step=1, dtype=torch.int64, device=cpu, requires_grad=False) -> 19
-lshift = __lshift__(iota, 16) -> 19
-mul = mul(iota, 40503) -> 19
-remainder = remainder(mul, 65536) -> 19
-add = add(lshift, remainder) -> 19
-mul_1 = mul(add, 512) -> 19
-div = div(mul_1, 1245184, rounding_mode=floor) -> 19
-sampled_rows = index(sin, [div]) -> 19x128
-copy__default = copy_(primals_5, sampled_rows) -> 19x128
-return sum_1, primals_2, primals_3, primals_4, mm, coordinates""",
+primals_4: 128x76
+primals_5: 38x128
+permute_1 = permute(primals_1, [1, 0]) -> 64x128
+mm_1 = mm(primals_2, permute_1) -> 512x128
+sin_1 = sin(mm_1) -> 512x128
+coordinates = mm(sin_1, primals_4) -> 512x76
+permute_2 = permute(primals_3, [1, 0]) -> 128x64
+mm_2 = mm(sin_1, permute_2) -> 512x64
+sum_1 = sum(mm_2) -> scalar
+iota_1 = iota(38, start=0, step=1, dtype=torch.int64, device=cpu, requires_grad=False) -> 38
+__lshift___1 = __lshift__(iota_1, 16) -> 38
+mul_1 = mul(iota_1, 40503) -> 38
+remainder_1 = remainder(mul_1, 65536) -> 38
+add_1 = add(__lshift___1, remainder_1) -> 38
+mul_2 = mul(add_1, 512) -> 38
+div_1 = div(mul_2, 2490368, rounding_mode=floor) -> 38
+sampled_rows = index(sin_1, [div_1]) -> 38x128
+copy__1 = copy_(primals_5, sampled_rows) -> 38x128
+return sum_1, primals_2, primals_3, primals_4, mm_1, coordinates""",
     )
     assert_expected_inline(
         graphs["bw"],
         """\
 primals_2: 512x64
 primals_3: 64x128
-primals_4: 2x64x38
+primals_4: 128x76
 mm: 512x128
-coordinates: 2x38x512
+coordinates: 512x76
 tangents_1: scalar
-expand = expand(tangents_1, [512, 64]) -> 512x64
-permute_2 = permute(expand, [1, 0]) -> 64x512
-permute_10 = permute(permute_2, [1, 0]) -> 512x64  # backward
-view_2 = view(coordinates, [76, -1]) -> 76x512  # backward
-mm_5 = mm(view_2, permute_10) -> 76x64  # backward
-view_3 = view(mm_5, [2, 38, -1]) -> 2x38x64  # backward
-bmm_2 = bmm(primals_4, view_3) -> 2x64x64  # backward
-view_4 = view(bmm_2, [128, -1]) -> 128x64  # backward
-weight_gradient = permute(view_4, [1, 0]) -> 64x128  # backward
-permute_1 = permute(primals_3, [1, 0]) -> 128x64
-permute_4 = permute(permute_1, [1, 0]) -> 64x128
-mm_3 = mm(expand, permute_4) -> 512x128
-cos = cos(mm) -> 512x128
-mul = mul(mm_3, cos) -> 512x128
-permute_6 = permute(mul, [1, 0]) -> 128x512
-mm_4 = mm(permute_6, primals_2) -> 128x64
-return mm_4, None, weight_gradient, None, None""",
+expand_1 = expand(tangents_1, [512, 64]) -> 512x64
+permute_1 = permute(expand_1, [1, 0]) -> 64x512
+mm_1 = mm(permute_1, coordinates) -> 64x76  # backward
+permute_2 = permute(primals_4, [1, 0]) -> 76x128  # backward
+weight_gradient = mm(mm_1, permute_2) -> 64x128  # backward
+permute_3 = permute(primals_3, [1, 0]) -> 128x64
+permute_4 = permute(permute_3, [1, 0]) -> 64x128
+mm_2 = mm(expand_1, permute_4) -> 512x128
+cos_1 = cos(mm) -> 512x128
+mul_1 = mul(mm_2, cos_1) -> 512x128
+permute_5 = permute(mul_1, [1, 0]) -> 128x512
+mm_3 = mm(permute_5, primals_2) -> 128x64
+return mm_3, None, weight_gradient, None, None""",
     )
 
 
@@ -181,21 +163,21 @@ primals_4: 2x64x38
 mm: 512x128
 coordinates: 2x38x512
 tangents_1: scalar
-expand = expand(tangents_1, [512, 64]) -> 512x64
-view_4 = view(coordinates, [76, -1]) -> 76x512  # backward
-mm_5 = mm(view_4, expand) -> 76x64  # backward
-view_5 = view(mm_5, [2, 38, -1]) -> 2x38x64  # backward
-bmm_2 = bmm(primals_4, view_5) -> 2x64x64  # backward
-weight_gradient = view(bmm_2, [128, -1]) -> 128x64  # backward
-view = view(primals_3, [128, 64]) -> 128x64
-permute_2 = permute(view, [1, 0]) -> 64x128
-mm_3 = mm(expand, permute_2) -> 512x128
-view_1 = view(weight_gradient, [64, 128]) -> 64x128
-cos = cos(mm) -> 512x128
-mul = mul(mm_3, cos) -> 512x128
-permute_3 = permute(mul, [1, 0]) -> 128x512
-mm_4 = mm(permute_3, primals_2) -> 128x64
-return mm_4, None, view_1, None, None""",
+expand_1 = expand(tangents_1, [512, 64]) -> 512x64
+view_1 = view(coordinates, [76, -1]) -> 76x512  # backward
+mm_1 = mm(view_1, expand_1) -> 76x64  # backward
+view_2 = view(mm_1, [2, 38, -1]) -> 2x38x64  # backward
+bmm_1 = bmm(primals_4, view_2) -> 2x64x64  # backward
+weight_gradient = view(bmm_1, [128, -1]) -> 128x64  # backward
+view_3 = view(primals_3, [128, 64]) -> 128x64
+permute_1 = permute(view_3, [1, 0]) -> 64x128
+mm_2 = mm(expand_1, permute_1) -> 512x128
+view_4 = view(weight_gradient, [64, 128]) -> 64x128
+cos_1 = cos(mm) -> 512x128
+mul_1 = mul(mm_2, cos_1) -> 512x128
+permute_2 = permute(mul_1, [1, 0]) -> 128x512
+mm_3 = mm(permute_2, primals_2) -> 128x64
+return mm_3, None, view_4, None, None""",
     )
 
 
@@ -215,41 +197,41 @@ coordinates: 512x38
 mm: 512x128
 mm_1: 512x128
 tangents_1: scalar
-expand = expand(tangents_1, [512, 128]) -> 512x128
-permute_3 = permute(expand, [1, 0]) -> 128x512
-mm_11 = mm(permute_3, coordinates) -> 128x38  # backward
-permute_15 = permute(primals_6, [1, 0]) -> 38x64  # backward
-weight_gradient = mm(mm_11, permute_15) -> 128x64  # backward
-permute_2 = permute(primals_5, [1, 0]) -> 64x128
-permute_5 = permute(permute_2, [1, 0]) -> 128x64
-mm_4 = mm(expand, permute_5) -> 512x64
-mul_2 = mul(expand, mm) -> 512x128
-cos = cos(mm_1) -> 512x128
-mul_3 = mul(expand, cos) -> 512x128
+expand_1 = expand(tangents_1, [512, 128]) -> 512x128
+permute_1 = permute(expand_1, [1, 0]) -> 128x512
+mm_1 = mm(permute_1, coordinates) -> 128x38  # backward
+permute_2 = permute(primals_6, [1, 0]) -> 38x64  # backward
+weight_gradient = mm(mm_1, permute_2) -> 128x64  # backward
+permute_3 = permute(primals_5, [1, 0]) -> 64x128
+permute_4 = permute(permute_3, [1, 0]) -> 128x64
+mm_2 = mm(expand_1, permute_4) -> 512x64
+mul_1 = mul(expand_1, mm) -> 512x128
+cos_1 = cos(mm_1) -> 512x128
+mul_2 = mul(expand_1, cos_1) -> 512x128
 sin_1 = sin(mm_1) -> 512x128
-neg = neg(sin_1) -> 512x128
-mul_4 = mul(mul_2, neg) -> 512x128
-permute_7 = permute(mul_4, [1, 0]) -> 128x512
-mm_13 = mm(permute_7, coordinates) -> 128x38  # backward
-weight_gradient_1 = mm(mm_13, permute_15) -> 128x64  # backward
-permute_1 = permute(primals_4, [1, 0]) -> 64x128
-permute_9 = permute(permute_1, [1, 0]) -> 128x64
-mm_6 = mm(mul_4, permute_9) -> 512x64
-add_1 = add(mm_4, mm_6) -> 512x64
-permute_11 = permute(mul_3, [1, 0]) -> 128x512
-mm_15 = mm(permute_11, coordinates) -> 128x38  # backward
-weight_gradient_2 = mm(mm_15, permute_15) -> 128x64  # backward
-permute = permute(primals_3, [1, 0]) -> 64x128
-permute_13 = permute(permute, [1, 0]) -> 128x64
-mm_8 = mm(mul_3, permute_13) -> 512x64
-add_2 = add(add_1, mm_8) -> 512x64
-mul = mul(primals_2, primals_1) -> 512x64
-cos_1 = cos(mul) -> 512x64
-mul_5 = mul(add_2, cos_1) -> 512x64
+neg_1 = neg(sin_1) -> 512x128
+mul_3 = mul(mul_1, neg_1) -> 512x128
+permute_5 = permute(mul_3, [1, 0]) -> 128x512
+mm_3 = mm(permute_5, coordinates) -> 128x38  # backward
+weight_gradient_1 = mm(mm_3, permute_2) -> 128x64  # backward
+permute_6 = permute(primals_4, [1, 0]) -> 64x128
+permute_7 = permute(permute_6, [1, 0]) -> 128x64
+mm_4 = mm(mul_3, permute_7) -> 512x64
+add_1 = add(mm_2, mm_4) -> 512x64
+permute_8 = permute(mul_2, [1, 0]) -> 128x512
+mm_5 = mm(permute_8, coordinates) -> 128x38  # backward
+weight_gradient_2 = mm(mm_5, permute_2) -> 128x64  # backward
+permute_9 = permute(primals_3, [1, 0]) -> 64x128
+permute_10 = permute(permute_9, [1, 0]) -> 128x64
+mm_6 = mm(mul_2, permute_10) -> 512x64
+add_2 = add(add_1, mm_6) -> 512x64
+mul_4 = mul(primals_2, primals_1) -> 512x64
+cos_2 = cos(mul_4) -> 512x64
+mul_5 = mul(add_2, cos_2) -> 512x64
 mul_6 = mul(mul_5, primals_2) -> 512x64
-sum_2 = sum(mul_6, [0], True) -> 1x64
-view = view(sum_2, [64]) -> 64
-return view, None, weight_gradient_2, weight_gradient_1, weight_gradient, None, None""",
+sum_1 = sum(mul_6, [0], True) -> 1x64
+view_1 = view(sum_1, [64]) -> 64
+return view_1, None, weight_gradient_2, weight_gradient_1, weight_gradient, None, None""",
     )
 
 
@@ -263,26 +245,26 @@ primals_2: 512x64
 primals_3: 64x128
 primals_4: 2x64x38
 primals_5: 19x128
-permute = permute(primals_1, [1, 0]) -> 64x128
-mm = mm(primals_2, permute) -> 512x128
-sin = sin(mm) -> 512x128
-view = view(sin, [-1, 2, 64]) -> 512x2x64
-permute_7 = permute(primals_4, [0, 2, 1]) -> 2x38x64
-permute_8 = permute(view, [1, 2, 0]) -> 2x64x512
-coordinates = bmm(permute_7, permute_8) -> 2x38x512
-permute_1 = permute(primals_3, [1, 0]) -> 128x64
-mm_1 = mm(sin, permute_1) -> 512x64
-sum_1 = sum(mm_1) -> scalar
-iota = iota(19, start=0, step=1, dtype=torch.int64, device=cpu, requires_grad=False) -> 19
-lshift = __lshift__(iota, 16) -> 19
-mul = mul(iota, 40503) -> 19
-remainder = remainder(mul, 65536) -> 19
-add = add(lshift, remainder) -> 19
-mul_1 = mul(add, 512) -> 19
-div = div(mul_1, 1245184, rounding_mode=floor) -> 19
-sampled_rows = index(sin, [div]) -> 19x128
-copy__default = copy_(primals_5, sampled_rows) -> 19x128
-return sum_1, primals_2, primals_3, primals_4, mm, coordinates""",
+permute_1 = permute(primals_1, [1, 0]) -> 64x128
+mm_1 = mm(primals_2, permute_1) -> 512x128
+sin_1 = sin(mm_1) -> 512x128
+view_1 = view(sin_1, [-1, 2, 64]) -> 512x2x64
+permute_2 = permute(primals_4, [0, 2, 1]) -> 2x38x64
+permute_3 = permute(view_1, [1, 2, 0]) -> 2x64x512
+coordinates = bmm(permute_2, permute_3) -> 2x38x512
+permute_4 = permute(primals_3, [1, 0]) -> 128x64
+mm_2 = mm(sin_1, permute_4) -> 512x64
+sum_1 = sum(mm_2) -> scalar
+iota_1 = iota(19, start=0, step=1, dtype=torch.int64, device=cpu, requires_grad=False) -> 19
+__lshift___1 = __lshift__(iota_1, 16) -> 19
+mul_1 = mul(iota_1, 40503) -> 19
+remainder_1 = remainder(mul_1, 65536) -> 19
+add_1 = add(__lshift___1, remainder_1) -> 19
+mul_2 = mul(add_1, 512) -> 19
+div_1 = div(mul_2, 1245184, rounding_mode=floor) -> 19
+sampled_rows = index(sin_1, [div_1]) -> 19x128
+copy__1 = copy_(primals_5, sampled_rows) -> 19x128
+return sum_1, primals_2, primals_3, primals_4, mm_1, coordinates""",
     )
     assert_expected_inline(
         graphs["bw"],
@@ -293,23 +275,23 @@ primals_4: 2x64x38
 mm: 512x128
 coordinates: 2x38x512
 tangents_1: scalar
-expand = expand(tangents_1, [512, 64]) -> 512x64
-permute_2 = permute(expand, [1, 0]) -> 64x512
-permute_10 = permute(permute_2, [1, 0]) -> 512x64  # backward
-view_2 = view(coordinates, [76, -1]) -> 76x512  # backward
-mm_5 = mm(view_2, permute_10) -> 76x64  # backward
-view_3 = view(mm_5, [2, 38, -1]) -> 2x38x64  # backward
-bmm_2 = bmm(primals_4, view_3) -> 2x64x64  # backward
-view_4 = view(bmm_2, [128, -1]) -> 128x64  # backward
-weight_gradient = permute(view_4, [1, 0]) -> 64x128  # backward
-permute_1 = permute(primals_3, [1, 0]) -> 128x64
-permute_4 = permute(permute_1, [1, 0]) -> 64x128
-mm_3 = mm(expand, permute_4) -> 512x128
-cos = cos(mm) -> 512x128
-mul = mul(mm_3, cos) -> 512x128
-permute_6 = permute(mul, [1, 0]) -> 128x512
-mm_4 = mm(permute_6, primals_2) -> 128x64
-return mm_4, None, weight_gradient, None, None""",
+expand_1 = expand(tangents_1, [512, 64]) -> 512x64
+permute_1 = permute(expand_1, [1, 0]) -> 64x512
+permute_2 = permute(permute_1, [1, 0]) -> 512x64  # backward
+view_1 = view(coordinates, [76, -1]) -> 76x512  # backward
+mm_1 = mm(view_1, permute_2) -> 76x64  # backward
+view_2 = view(mm_1, [2, 38, -1]) -> 2x38x64  # backward
+bmm_1 = bmm(primals_4, view_2) -> 2x64x64  # backward
+view_3 = view(bmm_1, [128, -1]) -> 128x64  # backward
+weight_gradient = permute(view_3, [1, 0]) -> 64x128  # backward
+permute_3 = permute(primals_3, [1, 0]) -> 128x64
+permute_4 = permute(permute_3, [1, 0]) -> 64x128
+mm_2 = mm(expand_1, permute_4) -> 512x128
+cos_1 = cos(mm) -> 512x128
+mul_1 = mul(mm_2, cos_1) -> 512x128
+permute_5 = permute(mul_1, [1, 0]) -> 128x512
+mm_3 = mm(permute_5, primals_2) -> 128x64
+return mm_3, None, weight_gradient, None, None""",
     )
 
 
@@ -323,18 +305,18 @@ bmm: 2x256x128
 mm: 512x76
 permute_2: 2x64x256
 tangents_1: scalar
-expand = expand(tangents_1, [2, 256, 64]) -> 2x256x64
+expand_1 = expand(tangents_1, [2, 256, 64]) -> 2x256x64
 coordinates = view(mm, [2, -1, 76]) -> 2x256x76
-permute_5 = permute(coordinates, [0, 2, 1]) -> 2x76x256  # backward
-bmm_5 = bmm(permute_5, expand) -> 2x76x64  # backward
-expand_1 = expand(primals_4, [2, -1, -1]) -> 2x128x76  # backward
-weight_gradient = bmm(expand_1, bmm_5) -> 2x128x64  # backward
-permute_1 = permute(primals_3, [0, 2, 1]) -> 2x64x128
-bmm_3 = bmm(expand, permute_1) -> 2x256x128
-cos = cos(bmm) -> 2x256x128
-mul = mul(bmm_3, cos) -> 2x256x128
-bmm_4 = bmm(permute_2, mul) -> 2x64x128
-return None, bmm_4, weight_gradient, None, None""",
+permute_1 = permute(coordinates, [0, 2, 1]) -> 2x76x256  # backward
+bmm_1 = bmm(permute_1, expand_1) -> 2x76x64  # backward
+expand_2 = expand(primals_4, [2, -1, -1]) -> 2x128x76  # backward
+weight_gradient = bmm(expand_2, bmm_1) -> 2x128x64  # backward
+permute_2 = permute(primals_3, [0, 2, 1]) -> 2x64x128
+bmm_2 = bmm(expand_1, permute_2) -> 2x256x128
+cos_1 = cos(bmm) -> 2x256x128
+mul_1 = mul(bmm_2, cos_1) -> 2x256x128
+bmm_3 = bmm(permute_2, mul_1) -> 2x64x128
+return None, bmm_3, weight_gradient, None, None""",
     )
 
 
@@ -348,24 +330,24 @@ primals_4: 2x64x38
 mm: 512x128
 coordinates: 2x38x512
 tangents_1: scalar
-expand = expand(tangents_1, [512, 64]) -> 512x64
-permute_2 = permute(expand, [1, 0]) -> 64x512
-permute_10 = permute(permute_2, [1, 0]) -> 512x64  # backward
-view_2 = view(coordinates, [76, -1]) -> 76x512  # backward
-mm_5 = mm(view_2, permute_10) -> 76x64  # backward
-mul_3 = mul(mm_5, 16.0) -> 76x64  # backward
-view_3 = view(mul_3, [2, 38, -1]) -> 2x38x64  # backward
-bmm_2 = bmm(primals_4, view_3) -> 2x64x64  # backward
-view_4 = view(bmm_2, [128, -1]) -> 128x64  # backward
-weight_gradient = permute(view_4, [1, 0]) -> 64x128  # backward
-permute_1 = permute(primals_3, [1, 0]) -> 128x64
-permute_4 = permute(permute_1, [1, 0]) -> 64x128
-mm_3 = mm(expand, permute_4) -> 512x128
-cos = cos(mm) -> 512x128
-mul = mul(mm_3, cos) -> 512x128
-permute_6 = permute(mul, [1, 0]) -> 128x512
-mm_4 = mm(permute_6, primals_2) -> 128x64
-return mm_4, None, weight_gradient, None, None""",
+expand_1 = expand(tangents_1, [512, 64]) -> 512x64
+permute_1 = permute(expand_1, [1, 0]) -> 64x512
+permute_2 = permute(permute_1, [1, 0]) -> 512x64  # backward
+view_1 = view(coordinates, [76, -1]) -> 76x512  # backward
+mm_1 = mm(view_1, permute_2) -> 76x64  # backward
+mul_1 = mul(mm_1, 16.0) -> 76x64  # backward
+view_2 = view(mul_1, [2, 38, -1]) -> 2x38x64  # backward
+bmm_1 = bmm(primals_4, view_2) -> 2x64x64  # backward
+view_3 = view(bmm_1, [128, -1]) -> 128x64  # backward
+weight_gradient = permute(view_3, [1, 0]) -> 64x128  # backward
+permute_3 = permute(primals_3, [1, 0]) -> 128x64
+permute_4 = permute(permute_3, [1, 0]) -> 64x128
+mm_2 = mm(expand_1, permute_4) -> 512x128
+cos_1 = cos(mm) -> 512x128
+mul_2 = mul(mm_2, cos_1) -> 512x128
+permute_5 = permute(mul_2, [1, 0]) -> 128x512
+mm_3 = mm(permute_5, primals_2) -> 128x64
+return mm_3, None, weight_gradient, None, None""",
     )
 
 
@@ -387,27 +369,27 @@ primals_3: s77x64
 primals_4: 64x128
 primals_5: 2x64x38
 primals_6: 19x128
-permute = permute(primals_1, [1, 0]) -> 64x128
-mm = mm(primals_3, permute) -> s77x128
-sin = sin(mm) -> s77x128
-view = view(sin, [-1, 2, 64]) -> s77x2x64
-permute_7 = permute(primals_5, [0, 2, 1]) -> 2x38x64
-permute_8 = permute(view, [1, 2, 0]) -> 2x64xs77
-coordinates = bmm(permute_7, permute_8) -> 2x38xs77
-permute_1 = permute(primals_4, [1, 0]) -> 128x64
-mm_1 = mm(sin, permute_1) -> s77x64
-sum_1 = sum(mm_1) -> scalar
-iota = iota(19, start=0, step=1, dtype=torch.int64, device=cpu, requires_grad=False) -> 19
-lshift = __lshift__(iota, 16) -> 19
-mul = mul(iota, 40503) -> 19
-remainder = remainder(mul, 65536) -> 19
-add = add(lshift, remainder) -> 19
-sym_size_int = sym_size(sin, 0) -> ?
-mul_1 = mul(add, sym_size_int) -> 19
-div = div(mul_1, 1245184, rounding_mode=floor) -> 19
-sampled_rows = index(sin, [div]) -> 19x128
-copy__default = copy_(primals_6, sampled_rows) -> 19x128
-return sum_1, primals_3, primals_4, primals_5, mm, coordinates, primals_2""",
+permute_1 = permute(primals_1, [1, 0]) -> 64x128
+mm_1 = mm(primals_3, permute_1) -> s77x128
+sin_1 = sin(mm_1) -> s77x128
+view_1 = view(sin_1, [-1, 2, 64]) -> s77x2x64
+permute_2 = permute(primals_5, [0, 2, 1]) -> 2x38x64
+permute_3 = permute(view_1, [1, 2, 0]) -> 2x64xs77
+coordinates = bmm(permute_2, permute_3) -> 2x38xs77
+permute_4 = permute(primals_4, [1, 0]) -> 128x64
+mm_2 = mm(sin_1, permute_4) -> s77x64
+sum_1 = sum(mm_2) -> scalar
+iota_1 = iota(19, start=0, step=1, dtype=torch.int64, device=cpu, requires_grad=False) -> 19
+__lshift___1 = __lshift__(iota_1, 16) -> 19
+mul_1 = mul(iota_1, 40503) -> 19
+remainder_1 = remainder(mul_1, 65536) -> 19
+add_1 = add(__lshift___1, remainder_1) -> 19
+sym_size_1 = sym_size(sin_1, 0) -> ?
+mul_2 = mul(add_1, sym_size_1) -> 19
+div_1 = div(mul_2, 1245184, rounding_mode=floor) -> 19
+sampled_rows = index(sin_1, [div_1]) -> 19x128
+copy__1 = copy_(primals_6, sampled_rows) -> 19x128
+return sum_1, primals_3, primals_4, primals_5, mm_1, coordinates, primals_2""",
     )
 
 
