@@ -25,8 +25,8 @@ class PracConfig:
             (floor, as in the paper, section 5.1), an int is a number of directions. 0 gives RAC.
         random: r2, directions of the random tail basis, likewise. 0 gives PAC, which is biased.
         blocks: how many equal blocks of features have their own basis (P is block-diagonal). 1 is the
-            paper's dense basis; "auto" takes the fewest blocks with which the factored gradient costs
-            no more FLOPs than the exact one and the state stays small beside what it saves.
+            paper's dense basis; "auto" takes the fewest blocks with which the factored gradients cost
+            about the FLOPs of the exact ones at most and the state stays small beside what it saves.
         refresh_every: T, training forward passes between two refreshes of a principal basis.
         tail_every: forward passes between two draws of a tail basis; None means at each refresh.
         min_nbytes: values smaller than this many bytes are kept exact.
@@ -43,7 +43,7 @@ class PracConfig:
     principal: float | int = 0.3
     random: float | int = 0.3
     blocks: int | Literal["auto"] = "auto"
-    refresh_every: int = 50
+    refresh_every: int = 100
     tail_every: int | None = None
     min_nbytes: int = 64 * 1024
     include: tuple[str, ...] = ()

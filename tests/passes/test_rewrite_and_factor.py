@@ -109,7 +109,7 @@ primals_1: 128x64
 primals_2: 512x64
 primals_3: 64x128
 primals_4: 128x76
-primals_5: 38x128
+primals_5: 76x128
 permute_1 = permute(primals_1, [1, 0]) -> 64x128
 mm_1 = mm(primals_2, permute_1) -> 512x128
 sin_1 = sin(mm_1) -> 512x128
@@ -117,15 +117,15 @@ coordinates = mm(sin_1, primals_4) -> 512x76
 permute_2 = permute(primals_3, [1, 0]) -> 128x64
 mm_2 = mm(sin_1, permute_2) -> 512x64
 sum_1 = sum(mm_2) -> scalar
-iota_1 = iota(38, start=0, step=1, dtype=torch.int64, device=cpu, requires_grad=False) -> 38
-__lshift___1 = __lshift__(iota_1, 16) -> 38
-mul_1 = mul(iota_1, 40503) -> 38
-remainder_1 = remainder(mul_1, 65536) -> 38
-add_1 = add(__lshift___1, remainder_1) -> 38
-mul_2 = mul(add_1, 512) -> 38
-div_1 = div(mul_2, 2490368, rounding_mode=floor) -> 38
-sampled_rows = index(sin_1, [div_1]) -> 38x128
-copy__1 = copy_(primals_5, sampled_rows) -> 38x128
+iota_1 = iota(76, start=0, step=1, dtype=torch.int64, device=cpu, requires_grad=False) -> 76
+__lshift___1 = __lshift__(iota_1, 16) -> 76
+mul_1 = mul(iota_1, 40503) -> 76
+remainder_1 = remainder(mul_1, 65536) -> 76
+add_1 = add(__lshift___1, remainder_1) -> 76
+mul_2 = mul(add_1, 512) -> 76
+div_1 = div(mul_2, 4980736, rounding_mode=floor) -> 76
+sampled_rows = index(sin_1, [div_1]) -> 76x128
+copy__1 = copy_(primals_5, sampled_rows) -> 76x128
 return sum_1, primals_2, primals_3, primals_4, mm_1, coordinates""",
     )
     assert_expected_inline(
@@ -244,7 +244,7 @@ primals_1: 128x64
 primals_2: 512x64
 primals_3: 64x128
 primals_4: 2x64x38
-primals_5: 19x128
+primals_5: 76x128
 permute_1 = permute(primals_1, [1, 0]) -> 64x128
 mm_1 = mm(primals_2, permute_1) -> 512x128
 sin_1 = sin(mm_1) -> 512x128
@@ -255,15 +255,15 @@ coordinates = bmm(permute_2, permute_3) -> 2x38x512
 permute_4 = permute(primals_3, [1, 0]) -> 128x64
 mm_2 = mm(sin_1, permute_4) -> 512x64
 sum_1 = sum(mm_2) -> scalar
-iota_1 = iota(19, start=0, step=1, dtype=torch.int64, device=cpu, requires_grad=False) -> 19
-__lshift___1 = __lshift__(iota_1, 16) -> 19
-mul_1 = mul(iota_1, 40503) -> 19
-remainder_1 = remainder(mul_1, 65536) -> 19
-add_1 = add(__lshift___1, remainder_1) -> 19
-mul_2 = mul(add_1, 512) -> 19
-div_1 = div(mul_2, 1245184, rounding_mode=floor) -> 19
-sampled_rows = index(sin_1, [div_1]) -> 19x128
-copy__1 = copy_(primals_5, sampled_rows) -> 19x128
+iota_1 = iota(76, start=0, step=1, dtype=torch.int64, device=cpu, requires_grad=False) -> 76
+__lshift___1 = __lshift__(iota_1, 16) -> 76
+mul_1 = mul(iota_1, 40503) -> 76
+remainder_1 = remainder(mul_1, 65536) -> 76
+add_1 = add(__lshift___1, remainder_1) -> 76
+mul_2 = mul(add_1, 512) -> 76
+div_1 = div(mul_2, 4980736, rounding_mode=floor) -> 76
+sampled_rows = index(sin_1, [div_1]) -> 76x128
+copy__1 = copy_(primals_5, sampled_rows) -> 76x128
 return sum_1, primals_2, primals_3, primals_4, mm_1, coordinates""",
     )
     assert_expected_inline(
@@ -368,7 +368,7 @@ primals_2: ?
 primals_3: s77x64
 primals_4: 64x128
 primals_5: 2x64x38
-primals_6: 19x128
+primals_6: 76x128
 permute_1 = permute(primals_1, [1, 0]) -> 64x128
 mm_1 = mm(primals_3, permute_1) -> s77x128
 sin_1 = sin(mm_1) -> s77x128
@@ -379,16 +379,16 @@ coordinates = bmm(permute_2, permute_3) -> 2x38xs77
 permute_4 = permute(primals_4, [1, 0]) -> 128x64
 mm_2 = mm(sin_1, permute_4) -> s77x64
 sum_1 = sum(mm_2) -> scalar
-iota_1 = iota(19, start=0, step=1, dtype=torch.int64, device=cpu, requires_grad=False) -> 19
-__lshift___1 = __lshift__(iota_1, 16) -> 19
-mul_1 = mul(iota_1, 40503) -> 19
-remainder_1 = remainder(mul_1, 65536) -> 19
-add_1 = add(__lshift___1, remainder_1) -> 19
+iota_1 = iota(76, start=0, step=1, dtype=torch.int64, device=cpu, requires_grad=False) -> 76
+__lshift___1 = __lshift__(iota_1, 16) -> 76
+mul_1 = mul(iota_1, 40503) -> 76
+remainder_1 = remainder(mul_1, 65536) -> 76
+add_1 = add(__lshift___1, remainder_1) -> 76
 sym_size_1 = sym_size(sin_1, 0) -> ?
-mul_2 = mul(add_1, sym_size_1) -> 19
-div_1 = div(mul_2, 1245184, rounding_mode=floor) -> 19
-sampled_rows = index(sin_1, [div_1]) -> 19x128
-copy__1 = copy_(primals_6, sampled_rows) -> 19x128
+mul_2 = mul(add_1, sym_size_1) -> 76
+div_1 = div(mul_2, 4980736, rounding_mode=floor) -> 76
+sampled_rows = index(sin_1, [div_1]) -> 76x128
+copy__1 = copy_(primals_6, sampled_rows) -> 76x128
 return sum_1, primals_3, primals_4, primals_5, mm_1, coordinates, primals_2""",
     )
 
