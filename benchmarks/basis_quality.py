@@ -8,7 +8,7 @@ kind of site.
 
 Command, from the repository root (one thread, about ten minutes):
 
-    PYTHONPATH=. python benchmarks/basis_quality.py --output benchmarks/results/basis_quality.json
+    python -m benchmarks.basis_quality --output benchmarks/results/basis_quality.json
 """
 
 from __future__ import annotations
@@ -16,7 +16,6 @@ from __future__ import annotations
 import argparse
 import json
 import math
-import os
 import platform
 import shlex
 import statistics
@@ -31,9 +30,11 @@ import transformers
 from tabulate import tabulate
 from torch import Tensor, nn
 
+from examples.stdlib_text import batches, library_bytes
 from prac_fx import subspace
 from prac_fx.codecs import PracCodec
 from prac_fx.passes.sample import sample_positions
+from prac_fx.schedule import next_due
 
 # kind of site -> the linears of one layer that read the same X
 SITES = {
@@ -85,13 +86,6 @@ EXPERIMENTS: dict[str, list[Setting]] = {
     "basis of this batch": [Setting(this_batch=True, blocks=blocks) for blocks in (1, 4)],
     "RAC and PAC": [Setting(principal=0.0, random=0.6), Setting(principal=0.6, random=0.0)],
 }
-
-
-def next_due(step: int, every: int, phase: int) -> int:
-    """Step of the next refresh: intervals double until they reach `every`, then sites stagger."""
-    if step < every:
-        return step + max(1, min(every, step))
-    return step + 1 + (phase - step - 1) % every
 
 
 class SiteBasis:
@@ -174,15 +168,6 @@ def capture(sites: dict[str, list[nn.Linear]]) -> tuple[dict[str, Tensor], dict[
     return x_of, dy_of
 
 
-def library_bytes(limit: int) -> Tensor:
-    """The standard library's own sources as one row of byte values."""
-    root, text = Path(os.__file__).parent, bytearray()
-    for path in sorted(root.rglob("*.py")):
-        if "site-packages" not in path.parts and len(text) < limit:
-            text += path.read_bytes()
-    return torch.frombuffer(text[:limit], dtype=torch.uint8).long()
-
-
 def small_llama(sequence: int) -> nn.Module:
     shape = {"hidden_size": 256, "intermediate_size": 688}
     depth = {"num_hidden_layers": 4, "num_attention_heads": 4}
@@ -190,13 +175,6 @@ def small_llama(sequence: int) -> nn.Module:
         vocab_size=256, max_position_embeddings=sequence, use_cache=False, **shape, **depth
     )
     return transformers.LlamaForCausalLM(config)
-
-
-def batches(text: Tensor, batch: int, sequence: int, seed: int) -> Iterator[Tensor]:
-    generator = torch.Generator().manual_seed(seed)
-    while True:
-        starts = torch.randint(len(text) - sequence, (batch, 1), generator=generator)
-        yield text[starts + torch.arange(sequence)]
 
 
 def minibatch_noise(

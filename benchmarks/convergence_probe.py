@@ -6,7 +6,7 @@ loss with exact training. Runs of one seed share initial weights, batches and ra
 
 Command, from the repository root (one thread, about half an hour):
 
-    PYTHONPATH=. python benchmarks/convergence_probe.py \
+    python -m benchmarks.convergence_probe \
         --output benchmarks/results/convergence_probe.json
 """
 
@@ -18,17 +18,11 @@ import time
 from pathlib import Path
 
 import torch
-from basis_quality import (
-    Setting,
-    SiteBasis,
-    batches,
-    find_sites,
-    library_bytes,
-    small_llama,
-    write_record,
-)
 from tabulate import tabulate
 from torch import Tensor, nn
+
+from benchmarks.basis_quality import Setting, SiteBasis, find_sites, small_llama, write_record
+from examples.stdlib_text import batches, library_bytes
 
 VARIANTS: dict[str, Setting | None] = {
     "exact": None,

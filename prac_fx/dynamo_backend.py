@@ -7,10 +7,11 @@ partitioner meets the same joint graph again and rewrites it. Everything else is
 
 from __future__ import annotations
 
+import functools
 import logging
 import warnings
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any, NoReturn, cast
 
 import torch
@@ -79,7 +80,11 @@ class PracBackend:
     """A Dynamo backend with a fixed configuration. Equal configurations share compiled code."""
 
     config: PracConfig
-    __name__: str = field(default="prac", init=False, repr=False)
+
+    @property
+    def __name__(self) -> str:
+        """The name that Dynamo shows in its logs and errors."""
+        return "prac"
 
     def __call__(
         self,
@@ -95,23 +100,29 @@ class PracBackend:
             raise PracOptionError(
                 f"option {ours[0]!r} contradicts the PracConfig that this backend was made with"
             )
+        _, inductor_options = split_options(options)
         if inductor_config.custom_partitioner_fn is not None:
             raise PracOptionError(
                 'torch._inductor.config.custom_partitioner_fn is set: backend="prac" is a '
                 "partitioner itself and cannot be combined with another one"
             )
         try:
-            patches = inductor_patches(mode, options or {})
+            patches = inductor_patches(mode, inductor_options)
         except RuntimeError as error:
             raise PracOptionError(f"options: {error}") from None
         if self.config.is_biased:
-            warnings.warn(
-                "prac.random=0 (PAC) gives biased gradients: the random part is what makes the "
-                "estimator unbiased",
-                PracWarning,
-                stacklevel=2,
-            )
+            _warn_biased()
         return _compile(gm, example_inputs, self.config, patches)
+
+
+@functools.cache  # once: compiling clears the registry by which Python shows a warning once
+def _warn_biased() -> None:
+    warnings.warn(
+        "prac.random=0 (PAC) gives biased gradients: the random part is what makes the estimator "
+        "unbiased",
+        PracWarning,
+        stacklevel=4,
+    )
 
 
 def _compile(

@@ -20,6 +20,7 @@ from torch.utils.weak import WeakTensorKeyDictionary
 from prac_fx.codecs import PracCodec
 from prac_fx.config import PracConfig
 from prac_fx.errors import StateError
+from prac_fx.schedule import next_due
 from prac_fx.subspace import (
     draw_tail,
     initial_basis,
@@ -118,16 +119,8 @@ class Subspace:
         self.due = min(self.next_refresh, self.next_tail)
 
     def _next_on_grid(self, every: int) -> int:
-        """When to do again what is done every so many steps.
-
-        Early steps drift fast, so the interval first doubles: 1, 2, 4, ... After that the times lie on a
-        grid whose phase differs from site to site, so that no single step pays for all sites.
-        """
-        doubled = self.steps + max(1, self.steps)
-        if doubled < every:
-            return doubled
         phase = int(self.stream[:8], 16) % every
-        return self.steps + every - (self.steps - phase) % every
+        return next_due(self.steps, every, phase)
 
     def nbytes(self) -> int:
         """Bytes of the tensors held."""

@@ -323,8 +323,8 @@ def test_double_backward_is_refused_with_a_message() -> None:
     model = Sequential()
     x = rows().requires_grad_()
     out = compile_prac(model)(x).square().mean()
+    (gradient,) = torch.autograd.grad(out, x, create_graph=True)
     with pytest.raises(RuntimeError, match="double backward"):
-        (gradient,) = torch.autograd.grad(out, x, create_graph=True)
         gradient.square().sum().backward()
 
 

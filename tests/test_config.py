@@ -349,9 +349,6 @@ def test_equal_backends_are_equal() -> None:
     assert prac_fx.backend(PracConfig(seed=1)) != prac_fx.backend(PracConfig())
 
 
-@pytest.mark.xfail(
-    strict=True, reason="the dataclass takes the class's own __name__ as the default"
-)
 def test_the_backend_is_called_prac() -> None:
     assert prac_fx.backend().__name__ == "prac"
 
@@ -389,7 +386,6 @@ def test_an_inductor_option_of_the_wrong_type_is_refused_before_tracing(options:
         assert "should be bool" in str(caught.value)
 
 
-@pytest.mark.xfail(strict=True, reason="PracBackend hands its options to torch unchecked")
 @pytest.mark.parametrize(
     ("key", "message"),
     [
@@ -459,6 +455,7 @@ def warnings_of(monkeypatch: pytest.MonkeyPatch) -> Callable[..., list[str]]:
         return forward
 
     monkeypatch.setattr(dynamo_backend, "_compile", compile_nothing)
+    dynamo_backend._warn_biased.cache_clear()
 
     def run(rows: list[int], **options: Any) -> list[str]:
         given = {f"prac.{name}": value for name, value in options.items()}
@@ -479,9 +476,6 @@ def test_pac_warns_of_its_bias(warnings_of: Callable[..., list[str]]) -> None:
     assert "biased" in text
 
 
-@pytest.mark.xfail(
-    strict=True, reason="torch clears Python's memory of shown warnings as it compiles"
-)
 def test_pac_warns_once_for_all_graphs(warnings_of: Callable[..., list[str]]) -> None:
     # the second number of rows compiles again
     assert len(warnings_of([4, 6], random=0)) == 1

@@ -148,7 +148,13 @@ def test_reason_not_an_activation() -> None:
 
 
 def test_every_reason_has_a_meaning_and_a_test() -> None:
-    tested = {*REASON_CASES, "too_few_tokens", "symbolic_size", "layouts_differ", "not_an_activation"}
+    tested = {
+        *REASON_CASES,
+        "too_few_tokens",
+        "symbolic_size",
+        "layouts_differ",
+        "not_an_activation",
+    }
     elsewhere = {"", "checkpointed", "min_cut", "shared_storage", "not_read"}
     assert set(REASONS) == tested | elsewhere
     assert all(REASONS.values())
