@@ -1,6 +1,6 @@
 """Train a small LLaMA on real text twice, with plain Inductor and with backend="prac", and compare.
 
-    python examples/demo.py [--steps 60]
+    python examples/demo.py [--steps 100]
 
 Both runs see the same initial weights and the same batches. They alternate step by step, so that the ratio of
 their step times does not depend on how busy the machine is. Prints one table.
@@ -92,7 +92,7 @@ def train(steps: int) -> dict[str, Run]:
 def main() -> None:
     """Train, then print the table."""
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    parser.add_argument("--steps", type=int, default=60, help="training steps of each run")
+    parser.add_argument("--steps", type=int, default=100, help="training steps of each run")
     steps = parser.parse_args().steps
     runs = train(steps)
     held_out = next(batches(library_bytes(4_000_000)[-100_000:], 16, SEQUENCE, seed=2))
