@@ -47,6 +47,7 @@ REASONS = {
     "symbolic_size": "its size is symbolic, and too small or known only at run time",
     "layouts_differ": "its readers see it in different shapes",
     "min_cut": "torch's min-cut decides otherwise once the other values are encoded",
+    "cannot_rewrite": "the rewritten graph failed a check, so plain Inductor compiles this graph",
     "checkpointed": "inside a checkpointed region: backward computes it again",
 }
 

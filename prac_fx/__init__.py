@@ -11,7 +11,7 @@ from prac_fx.errors import (
     ReportError,
     StateError,
 )
-from prac_fx.explain import MemoryReport, explain
+from prac_fx.memory_report import MemoryReport, explain
 from prac_fx.state import load_state_dict, state_dict
 
 __all__ = [

@@ -47,7 +47,7 @@ def analyse(
     trainable: Collection[int],
     argument_names: Mapping[int, str],
 ) -> Plan:
-    """Passes 1 to 4: classify, survey, roles, plan. Leaves `gm` unchanged but for merged duplicates.
+    """Passes 1 to 4: classify, survey, roles, plan. Leaves `gm` as it is but for `merge_duplicates`.
 
     Args:
         gm: the joint graph module.
@@ -57,7 +57,7 @@ def analyse(
         trainable: argument indices of leaves that require a gradient.
         argument_names: names of the arguments, relative to the compiled module.
     """
-    gm.graph = fx_graph_cse(gm.graph)  # one node where query, key and value read the same view
+    merge_duplicates(gm)
     surveyed = survey(gm, joint_inputs, partition_options)
     static = {*trainable, *(partition_options.get("static_lifetime_input_indices") or ())}
     classification = classify(gm.graph, static)
@@ -71,6 +71,15 @@ def analyse(
     return make_plan(
         gm.graph, classification, surveyed, roles, config=config, argument_names=argument_names
     )
+
+
+def merge_duplicates(gm: fx.GraphModule) -> None:
+    """Drop dead nodes and merge equal ones, as torch's partitioner does first of all.
+
+    Query, key and value then read one node, and both phases see the same graph.
+    """
+    gm.graph.eliminate_dead_code()
+    gm.graph = fx_graph_cse(gm.graph)
 
 
 def apply_plan(
@@ -151,7 +160,7 @@ class RewritePartitioner(CustomPartitionerFn):
         self, gm: fx.GraphModule, joint_inputs: Sequence[object], options: Mapping[str, Any]
     ) -> PartitionedGraph:
         """Rewrite and partition."""
-        gm.graph = fx_graph_cse(gm.graph)
+        merge_duplicates(gm)
         if fingerprint(gm.graph) != self._plan.fingerprint:
             raise CannotRewriteError("tracing the model twice gave two different joint graphs")
         _trace_graph("prac_joint_graph_before", gm)

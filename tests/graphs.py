@@ -12,7 +12,7 @@ from torch import Tensor
 from prac_fx import pipeline
 from prac_fx.config import split_options
 from prac_fx.dynamo_backend import DynamoGraph, analyse_graph
-from prac_fx.explain import rewrite_graph
+from prac_fx.memory_report import rewrite_graph
 from prac_fx.passes.partition import PartitionedGraph
 from prac_fx.passes.plan import Plan, PlannedValue
 from tests.compiling import SMALL

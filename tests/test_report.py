@@ -14,7 +14,7 @@ import pytest
 from torch import Tensor, nn
 
 import prac_fx
-from prac_fx import PracConfig, report
+from prac_fx import PracConfig, memory_report, report
 from prac_fx.config import split_options
 from prac_fx.passes.plan import REASONS, sample_rows
 
@@ -417,8 +417,7 @@ def test_a_failure_that_is_not_the_models(
     def fail(*args: object) -> None:
         raise RuntimeError("no plan\nat all")
 
-    # `prac_fx.explain` is the function
-    monkeypatch.setattr(sys.modules["prac_fx.explain"], "analyse_graph", fail)
+    monkeypatch.setattr(memory_report, "analyse_graph", fail)
     assert _error(capsys, encodable) == "the model could not be traced: RuntimeError: no plan"
 
 

@@ -155,7 +155,7 @@ def test_every_reason_has_a_meaning_and_a_test() -> None:
         "layouts_differ",
         "not_an_activation",
     }
-    elsewhere = {"", "checkpointed", "min_cut", "shared_storage", "not_read"}
+    elsewhere = {"", "cannot_rewrite", "checkpointed", "min_cut", "shared_storage", "not_read"}
     assert set(REASONS) == tested | elsewhere
     assert all(REASONS.values())
 

@@ -427,3 +427,22 @@ def test_a_graph_that_changed_since_planning_is_refused(monkeypatch: pytest.Monk
     monkeypatch.setattr("prac_fx.pipeline.fingerprint", lambda graph: "another")
     with pytest.raises(Exception, match="two different joint graphs"):
         trace(Mlp(), inputs())
+
+
+def test_tensor_constants_do_not_make_the_second_trace_differ() -> None:
+    """Constant folding leaves dead nodes behind in one phase and not in the other (T5, DeBERTa)."""
+
+    class Scaled(Mlp):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            hidden = torch.sin(self.up(x)) / torch.sqrt(torch.tensor(64.0))
+            return self.down(hidden).sum()
+
+    assert "coordinates" in trace(Scaled(), inputs()).graphs["fw"]
+
+
+def test_explain_reports_a_graph_that_cannot_be_rewritten(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("prac_fx.pipeline.fingerprint", lambda graph: "another")
+    report = prac_fx.explain(Mlp(), inputs(), options={"prac.min_nbytes": 0})
+    assert report.saved_before_nbytes == report.saved_after_nbytes
+    (value,) = [v for v in report.values if v.reason == "cannot_rewrite"]
+    assert value.decision == "keep"

@@ -16,7 +16,7 @@ import torch.fx as fx
 
 from prac_fx.config import PracConfig, split_options
 from prac_fx.dynamo_backend import DynamoGraph, analyse_graph, with_state_inputs
-from prac_fx.errors import PracOptionError, ReportError
+from prac_fx.errors import CannotRewriteError, PracOptionError, ReportError
 from prac_fx.graph_edit import tensor_value
 from prac_fx.origin import origin_of
 from prac_fx.passes.partition import PartitionedGraph
@@ -89,8 +89,8 @@ def explain(
         torch.compile(fresh, backend=collector)(model, *args, **kwargs)
     if not collector.plans:
         raise ReportError(
-            "the model has no backward: no parameter requires a gradient, or the result does not "
-            "depend on one"
+            "the model has no backward that torch.compile can see: no parameter requires a gradient, "
+            "the result does not depend on one, or Dynamo does not trace the model"
         )
     return MemoryReport(tuple(collector.values), len(collector.plans), config)
 
@@ -173,7 +173,10 @@ def values_after(
     """
     if not plan.sites:
         return list(plan.values)
-    result = rewrite_graph(graph, plan, config, patches)
+    try:
+        result = rewrite_graph(graph, plan, config, patches)
+    except CannotRewriteError as error:
+        return [_kept_instead(value, str(error)) for value in plan.values]
     saved = {one.node.name: one for one in result.saved}
     rows = []
     for value in plan.values:
@@ -185,6 +188,21 @@ def values_after(
         else:
             rows.append(value)
     return rows + [_new_row(one) for one in saved.values() if not one.is_input]
+
+
+def _kept_instead(value: PlannedValue, why: str) -> PlannedValue:
+    """The row of a value in a graph that the backend would compile with plain Inductor."""
+    if value.decision != "encode":
+        return value
+    return replace(
+        value,
+        decision="keep",
+        reason="cannot_rewrite",
+        detail=why,
+        codec=None,
+        nbytes_after=value.nbytes_before,
+        state_nbytes=0,
+    )
 
 
 def _new_row(saved: SavedValue) -> PlannedValue:
