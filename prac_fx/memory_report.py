@@ -89,8 +89,8 @@ def explain(
         torch.compile(fresh, backend=collector)(model, *args, **kwargs)
     if not collector.plans:
         raise ReportError(
-            "the model has no backward that torch.compile can see: no parameter requires a gradient, "
-            "the result does not depend on one, or Dynamo does not trace the model"
+            "the model has no backward: no parameter requires a gradient, the result does not depend "
+            "on one, or Dynamo does not trace the model (nn.LSTM, for one)"
         )
     return MemoryReport(tuple(collector.values), len(collector.plans), config)
 

@@ -31,8 +31,8 @@ from typing import Any
 from prac_fx._version import __version__
 from prac_fx.config import split_options
 from prac_fx.errors import PracError, ReportError
-from prac_fx.memory_report import MemoryReport, explain
 from prac_fx.memory import format_nbytes
+from prac_fx.memory_report import MemoryReport, explain
 from prac_fx.passes.plan import REASONS, PlannedValue
 from prac_fx.plan_text import values_table
 from prac_fx.torch_compat import FakeTensor
