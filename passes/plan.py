@@ -422,13 +422,15 @@ def _candidates(n: int, dimensions: int, config: PracConfig) -> list[PracCodec]:
         counts = [blocks for blocks in range(1, largest + 1) if n % blocks == 0]
     else:
         counts = [config.blocks] if n % config.blocks == 0 else [1]
-    found = []
-    for blocks in counts:
-        r1, r2 = (_rank(option, n) // blocks for option in (config.principal, config.random))
-        if (r1 == 0 and config.principal != 0) or (r2 == 0 and config.random != 0):
-            continue
-        found.append(PracCodec(n, r1 * blocks, r2 * blocks, blocks, sample_rows(r1, blocks)))
-    return found
+    ranks = _rank(config.principal, n), _rank(config.random, n)
+    # every block needs a direction of each kind that is asked for at all
+    fitting = [blocks for blocks in counts if all(r == 0 or r >= blocks for r in ranks)] or [1]
+    return [_codec(n, ranks, blocks) for blocks in fitting]
+
+
+def _codec(n: int, ranks: tuple[int, int], blocks: int) -> PracCodec:
+    r1, r2 = (rank // blocks for rank in ranks)
+    return PracCodec(n, r1 * blocks, r2 * blocks, blocks, sample_rows(r1, blocks))
 
 
 def sample_rows(r1: int, blocks: int) -> int:

@@ -27,6 +27,7 @@ class PracConfig:
         blocks: how many equal blocks of features have their own basis (P is block-diagonal). 1 is the
             paper's dense basis; "auto" takes the fewest blocks with which the factored gradients cost
             about the FLOPs of the exact ones at most and the state stays small beside what it saves.
+            A number that does not divide the features, or exceeds a rank, counts as 1.
         refresh_every: T, training forward passes between two refreshes of a principal basis.
         tail_every: forward passes between two draws of a tail basis; None means at each refresh.
         min_nbytes: values smaller than this many bytes are kept exact.

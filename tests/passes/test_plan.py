@@ -160,6 +160,12 @@ def test_every_reason_has_a_meaning_and_a_test() -> None:
     assert all(REASONS.values())
 
 
+@pytest.mark.parametrize("options", [{"blocks": 5}, {"blocks": 8, "principal": 4, "random": 4}])
+def test_blocks_that_do_not_fit_count_as_one(options: dict[str, int]) -> None:
+    (site,) = trace(Mlp(), inputs(), **options).plan.sites
+    assert site.codec.blocks == 1
+
+
 # -- forms in which weight gradients come ---------------------------------------------------------
 
 
