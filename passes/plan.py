@@ -461,17 +461,26 @@ def _checkpointed(
             or value.dim() < 2
         ):
             continue
-        rows[storage] = PlannedValue(
-            name=node.name,
-            shape=tuple(map(str, value.shape)),
-            dtype=str(value.dtype).removeprefix("torch."),
-            role="-",
-            origin=origin_of(node),
-            read_by=(),
-            decision="recompute",
-            reason="checkpointed",
-            detail="",
-            nbytes_before=0,
-            nbytes_after=0,
-        )
+        rows[storage] = row_without_readers(node, "recompute", "checkpointed", 0)
     return list(rows.values())
+
+
+def row_without_readers(
+    node: fx.Node, decision: Decision, reason: str, nbytes_after: int
+) -> PlannedValue:
+    """The row of a value that plain Inductor does not save, so that no role was assigned to it."""
+    value = tensor_value(node)
+    assert value is not None
+    return PlannedValue(
+        name=node.name,
+        shape=tuple(map(str, value.shape)),
+        dtype=str(value.dtype).removeprefix("torch."),
+        role="-",
+        origin=origin_of(node),
+        read_by=(),
+        decision=decision,
+        reason=reason,
+        detail="",
+        nbytes_before=0,
+        nbytes_after=nbytes_after,
+    )

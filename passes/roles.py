@@ -115,7 +115,7 @@ def assign_roles(
     )
 
 
-def weight_gradient_reader(
+def _weight_gradient_reader(
     node: fx.Node, operand: fx.Node, classification: Classification, gradients: _Gradients
 ) -> Reader | None:
     """The reader record of a weight-gradient matmul; None when `node` is not one for `operand`."""
@@ -204,7 +204,7 @@ def _reader(
         return Reader(node, "attention", operand)
     if not is_view:
         return Reader(node, "derived", operand)
-    found = weight_gradient_reader(node, operand, classification, gradients)
+    found = _weight_gradient_reader(node, operand, classification, gradients)
     return found if found is not None else Reader(node, "other", operand)
 
 

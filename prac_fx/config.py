@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from prac_fx.errors import PracOptionError
-from prac_fx.torch_compat import inductor_config
+from prac_fx.torch_compat import inductor_config, inductor_patches
 
 PREFIX = "prac."
 POLICIES = ("linear",)
@@ -130,6 +130,18 @@ def split_options(options: Mapping[str, Any] | None) -> tuple[PracConfig, dict[s
         else:
             inductor[_inductor_key(key, name, fields)] = value
     return PracConfig(**ours), inductor
+
+
+def config_patches(mode: str | None, options: Mapping[str, Any]) -> dict[str, Any]:
+    """Inductor's config patches for a mode and for options that `split_options` has checked.
+
+    Raises:
+        PracOptionError: unknown mode, or a value of the wrong type.
+    """
+    try:
+        return inductor_patches(mode, options)
+    except RuntimeError as error:
+        raise PracOptionError(f"options: {error}") from None
 
 
 def _inductor_key(key: str, name: str, fields: set[str]) -> str:

@@ -18,7 +18,7 @@ import torch
 import torch.fx as fx
 from torch import nn
 
-from prac_fx.config import PracConfig, split_options
+from prac_fx.config import PracConfig, config_patches, split_options
 from prac_fx.errors import PracOptionError, PracWarning
 from prac_fx.memory import format_nbytes
 from prac_fx.origin import clean_path
@@ -31,7 +31,6 @@ from prac_fx.torch_compat import (
     compile_fx,
     copy_dynamo_graph,
     inductor_config,
-    inductor_patches,
     placeholder_source_name,
     trace_structured,
     tracing_fake_mode,
@@ -60,7 +59,7 @@ def prac(
         PracOptionError: before any tracing of ours, for a bad option.
     """
     config, inductor_options = split_options(options)
-    return PracBackend(config)(gm, example_inputs, mode=mode, options=inductor_options)
+    return _checked_compile(gm, example_inputs, config, mode, inductor_options)
 
 
 def backend(config: PracConfig | None = None) -> PracBackend:
@@ -101,18 +100,26 @@ class PracBackend:
                 f"option {ours[0]!r} contradicts the PracConfig that this backend was made with"
             )
         _, inductor_options = split_options(options)
-        if inductor_config.custom_partitioner_fn is not None:
-            raise PracOptionError(
-                'torch._inductor.config.custom_partitioner_fn is set: backend="prac" is a '
-                "partitioner itself and cannot be combined with another one"
-            )
-        try:
-            patches = inductor_patches(mode, inductor_options)
-        except RuntimeError as error:
-            raise PracOptionError(f"options: {error}") from None
-        if self.config.is_biased:
-            _warn_biased()
-        return _compile(gm, example_inputs, self.config, patches)
+        return _checked_compile(gm, example_inputs, self.config, mode, inductor_options)
+
+
+def _checked_compile(
+    gm: fx.GraphModule,
+    example_inputs: Sequence[Any],
+    config: PracConfig,
+    mode: str | None,
+    inductor_options: Mapping[str, Any],
+) -> Callable[..., Any]:
+    """What both forms of the backend do once the options are split: the remaining checks, then compile."""
+    if inductor_config.custom_partitioner_fn is not None:
+        raise PracOptionError(
+            'torch._inductor.config.custom_partitioner_fn is set: backend="prac" is a '
+            "partitioner itself and cannot be combined with another one"
+        )
+    patches = config_patches(mode, inductor_options)
+    if config.is_biased:
+        _warn_biased()
+    return _compile(gm, example_inputs, config, patches)
 
 
 @functools.cache  # once: compiling clears the registry by which Python shows a warning once
@@ -139,10 +146,9 @@ def _compile(
         return plain()
     try:
         plan = analyse_graph(graph, config, patches)
-        if plan is None or not plan.sites:
-            _log_plan(plan)
-            return plain()
-        compiled = _compile_rewritten(graph, plan, config, patches)
+        rewritten = None
+        if plan is not None and plan.sites:
+            rewritten = _compile_rewritten(graph, plan, config, patches)
     except Exception as error:
         if config.strict:
             raise
@@ -157,7 +163,9 @@ def _compile(
         log.debug("fallback", exc_info=error)
         return compiled
     _log_plan(plan)
-    return training_step(compiled, plan, config)
+    if plan is None or rewritten is None:
+        return plain()
+    return training_step(rewritten, plan, config)
 
 
 @dataclass(frozen=True)

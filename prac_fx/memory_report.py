@@ -14,16 +14,13 @@ from typing import Any, NoReturn
 import torch
 import torch.fx as fx
 
-from prac_fx.config import PracConfig, split_options
+from prac_fx.config import PracConfig, config_patches, split_options
 from prac_fx.dynamo_backend import DynamoGraph, analyse_graph, with_state_inputs
-from prac_fx.errors import CannotRewriteError, PracOptionError, ReportError
-from prac_fx.graph_edit import tensor_value
-from prac_fx.origin import origin_of
+from prac_fx.errors import CannotRewriteError, ReportError
 from prac_fx.passes.partition import PartitionedGraph
-from prac_fx.passes.plan import Plan, PlannedValue
-from prac_fx.passes.survey import SavedValue
+from prac_fx.passes.plan import Plan, PlannedValue, row_without_readers
 from prac_fx.pipeline import RewritePartitioner
-from prac_fx.torch_compat import compile_fx, inductor_patches, without_autograd_cache
+from prac_fx.torch_compat import compile_fx, without_autograd_cache
 
 
 @dataclass(frozen=True)
@@ -101,10 +98,7 @@ def _read_options(
     if isinstance(options, PracConfig):
         return options, {}
     config, inductor_options = split_options(options)
-    try:
-        return config, inductor_patches(None, inductor_options)
-    except RuntimeError as error:
-        raise PracOptionError(f"options: {error}") from None
+    return config, config_patches(None, inductor_options)
 
 
 class _Collector:
@@ -187,7 +181,11 @@ def values_after(
             rows.append(replace(value, decision="recompute", reason="min_cut", nbytes_after=0))
         else:
             rows.append(value)
-    return rows + [_new_row(one) for one in saved.values() if not one.is_input]
+    return rows + [
+        row_without_readers(one.node, "keep", "min_cut", one.nbytes)
+        for one in saved.values()
+        if not one.is_input
+    ]
 
 
 def _kept_instead(value: PlannedValue, why: str) -> PlannedValue:
@@ -202,22 +200,4 @@ def _kept_instead(value: PlannedValue, why: str) -> PlannedValue:
         codec=None,
         nbytes_after=value.nbytes_before,
         state_nbytes=0,
-    )
-
-
-def _new_row(saved: SavedValue) -> PlannedValue:
-    value = tensor_value(saved.node)
-    assert value is not None
-    return PlannedValue(
-        name=saved.node.name,
-        shape=tuple(map(str, value.shape)),
-        dtype=str(value.dtype).removeprefix("torch."),
-        role="-",
-        origin=origin_of(saved.node),
-        read_by=(),
-        decision="keep",
-        reason="min_cut",
-        detail="",
-        nbytes_before=0,
-        nbytes_after=saved.nbytes,
     )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import logging
 from collections.abc import Collection, Mapping, Sequence
@@ -193,13 +194,20 @@ class RewritePartitioner(CustomPartitionerFn):
 
 def cache_key(plan: Plan, config: PracConfig) -> str:
     """What the compiled result depends on besides torch's own inputs; a warm cache is keyed by it."""
-    digest = hashlib.blake2b(digest_size=16)
-    package = Path(__file__).parent
-    for path in sorted([*package.rglob("*.py"), *(package / "passes").glob("*.py")]):
-        digest.update(path.read_bytes())
+    digest = hashlib.blake2b(_sources_digest(), digest_size=16)
     digest.update(config.cache_key().encode())
     digest.update(repr((plan.sites, plan.fingerprint)).encode())
     return digest.hexdigest()
+
+
+@functools.cache
+def _sources_digest() -> bytes:
+    digest = hashlib.blake2b(digest_size=16)
+    package = Path(__file__).parent
+    for folder in (package, package / "codecs", package / "passes"):
+        for path in sorted(folder.glob("*.py")):
+            digest.update(path.read_bytes())
+    return digest.digest()
 
 
 def _trace_graph(name: str, gm: fx.GraphModule) -> None:
