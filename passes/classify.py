@@ -26,19 +26,26 @@ class Classification:
         backward: nodes that depend on a tangent, the tangents included.
         crossing: forward nodes that a backward node reads, in graph order.
         activations: forward nodes that depend on the step's data, not on parameters and buffers alone.
+        before_parameters: forward nodes that meet a parameter later on. The others are the loss.
     """
 
     backward: frozenset[fx.Node]
     crossing: tuple[fx.Node, ...]
     activations: frozenset[fx.Node]
+    before_parameters: frozenset[fx.Node]
 
 
-def classify(graph: fx.Graph, static_arguments: Collection[int] = ()) -> Classification:
+def classify(
+    graph: fx.Graph,
+    static_arguments: Collection[int] = (),
+    parameters: Collection[int] = (),
+) -> Classification:
     """Classify every node of a joint graph; reads only.
 
     Args:
         graph: the joint graph.
         static_arguments: argument indices of parameters and buffers.
+        parameters: argument indices of parameters, frozen ones included.
     """
     backward: set[fx.Node] = set()
     for node in graph.nodes:
@@ -52,9 +59,9 @@ def classify(graph: fx.Graph, static_arguments: Collection[int] = ()) -> Classif
         for node in graph.nodes
         if node not in backward and any(user in backward for user in node.users)
     )
-    return Classification(
-        frozenset(backward), crossing, _activations(graph, backward, static_arguments)
-    )
+    activations = _activations(graph, backward, static_arguments)
+    before = _before_parameters(graph, backward, activations, parameters)
+    return Classification(frozenset(backward), crossing, activations, before)
 
 
 def _activations(
@@ -66,5 +73,32 @@ def _activations(
             continue
         is_data = node.op == "placeholder" and argument_index(node) not in static_arguments
         if is_data or any(arg in found for arg in node.all_input_nodes):
+            found.add(node)
+    return frozenset(found)
+
+
+def _before_parameters(
+    graph: fx.Graph,
+    backward: Collection[fx.Node],
+    activations: Collection[fx.Node],
+    parameters: Collection[int],
+) -> frozenset[fx.Node]:
+    # what is computed from parameters alone counts as a parameter: a cast or a transposed weight
+    weights: set[fx.Node] = set()
+    for node in graph.nodes:
+        is_parameter = node.op == "placeholder" and argument_index(node) in parameters
+        from_weights = any(arg in weights for arg in node.all_input_nodes)
+        if is_parameter or (from_weights and node not in activations and node not in backward):
+            weights.add(node)
+    found: set[fx.Node] = set()
+    for node in reversed(graph.nodes):
+        if node in backward or node in weights:
+            continue
+        forward_users = [user for user in node.users if user not in backward]
+        if any(
+            user in found or any(arg in weights for arg in user.all_input_nodes)
+            for user in forward_users
+            if user.op != "output"
+        ):
             found.add(node)
     return frozenset(found)

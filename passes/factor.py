@@ -1,4 +1,4 @@
-"""Pass 6, factor: take weight gradients from the coordinates, so that the decoded value is never built.
+"""Pass 7, factor: take weight gradients from the coordinates, so that the decoded value is never built.
 
     before                                      after
     basis_t = permute(basis, [1, 0])            small = mm(dy_t, coordinates)
@@ -16,6 +16,7 @@ from collections.abc import Sequence
 import torch
 import torch.fx as fx
 
+from prac_fx.codecs import PracCodec
 from prac_fx.graph_edit import Inliner, erase_dead
 from prac_fx.passes.rewrite import EncodedSite
 from prac_fx.passes.roles import MATMULS
@@ -34,7 +35,7 @@ def factor(encoded: Sequence[EncodedSite], inline: Inliner) -> None:
 
 def _factor_reader(one: EncodedSite, reader: fx.Node, side: int, inline: Inliner) -> None:
     codec, dy = one.site.codec, reader.args[MATMULS[reader.target][1 - side]]
-    assert isinstance(dy, fx.Node)
+    assert isinstance(dy, fx.Node) and isinstance(codec, PracCodec) and one.state is not None
     # left operand X^T: the result is (n, o); right operand X: dY^T stands left, the result is (o, n)
     gradient = codec.weight_gradient if side == 0 else codec.weight_gradient_transposed
     result = inline(
@@ -45,7 +46,7 @@ def _factor_reader(one: EncodedSite, reader: fx.Node, side: int, inline: Inliner
         like=reader,
         key=("weight_gradient", side, codec),
         name="weight_gradient",
-    )[-1]
+    ).result
     if reader.target in (_aten.addmm.default, _aten.baddbmm.default):
         result = _add_summand(reader, result, inline)
     reader.replace_all_uses_with(result)
@@ -65,4 +66,4 @@ def _add_summand(reader: fx.Node, product: fx.Node, inline: Inliner) -> fx.Node:
         like=reader,
         key=("add", beta, alpha),
         name="weight_gradient",
-    )[-1]
+    ).result

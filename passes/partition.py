@@ -1,6 +1,7 @@
-"""Pass 8, partition: min-cut on the rewritten joint graph, and the invariants that must hold afterwards.
+"""Pass 9, partition: min-cut on the rewritten joint graph, and the invariants that must hold afterwards.
 
-* every site's coordinates are saved, and neither its value nor a view of it is;
+* what every site stores is saved, and neither its value nor a view of it is;
+* nothing that backward is to compute again is saved;
 * no forward output changed;
 * no more bytes are saved than plain Inductor would save.
 
@@ -16,9 +17,11 @@ from typing import Any
 import torch.fx as fx
 
 from prac_fx.errors import CannotRewriteError
+from prac_fx.graph_edit import allocating_node, storage_of
+from prac_fx.passes.plan import Plan
 from prac_fx.passes.rewrite import EncodedSite
 from prac_fx.passes.sample import sample
-from prac_fx.passes.survey import SavedValue, saved_values, storage_of
+from prac_fx.passes.survey import SavedValue, saved_values
 from prac_fx.torch_compat import min_cut_rematerialization_partition
 
 
@@ -30,13 +33,13 @@ class PartitionedGraph:
         fw: the forward module, with the sampling of rows in it.
         bw: the backward module.
         saved: what the forward hands to the backward.
-        coordinates: name of each encoded value -> name of the saved value that holds its coordinates.
+        stored: name of each encoded value -> names of the saved values that hold its encoding.
     """
 
     fw: fx.GraphModule
     bw: fx.GraphModule
     saved: tuple[SavedValue, ...]
-    coordinates: Mapping[str, str]
+    stored: Mapping[str, tuple[str, ...]]
 
 
 def partition(
@@ -44,7 +47,7 @@ def partition(
     joint_inputs: Sequence[object],
     partition_options: Mapping[str, Any],
     encoded: Sequence[EncodedSite],
-    nbytes_before: int,
+    plan: Plan,
 ) -> PartitionedGraph:
     """Split a rewritten joint graph into forward and backward.
 
@@ -53,20 +56,62 @@ def partition(
         joint_inputs: as the partitioner received them.
         partition_options: keyword arguments of torch's partitioner.
         encoded: the sites in it.
-        nbytes_before: bytes that plain Inductor saves.
+        plan: what it was rewritten by.
 
     Raises:
         CannotRewriteError: an invariant does not hold.
     """
     num_fwd_outputs = partition_options["num_fwd_outputs"]
     outputs = _output_names(gm, num_fwd_outputs)
-    fw, bw = min_cut_rematerialization_partition(gm, joint_inputs, **partition_options)
+    fw, bw = _partition_with_outputs(
+        gm, joint_inputs, partition_options, [part for one in encoded for part in one.stored]
+    )
     saved = saved_values(gm.graph, fw, num_fwd_outputs)
     by_storage = {storage_of(value.node): value.node.name for value in saved}
-    _check(fw, saved, encoded, outputs, num_fwd_outputs, nbytes_before)
+    _check_encodings(saved, encoded)
+    if _output_names(fw, num_fwd_outputs) != outputs:
+        raise CannotRewriteError("the partitioner changed the forward outputs")
+    _check_totals(saved, encoded, plan)
     sample(fw, encoded)
-    coordinates = {one.value.name: by_storage[storage_of(one.coordinates)] for one in encoded}
-    return PartitionedGraph(fw, bw, saved, coordinates)
+    stored = {
+        one.value.name: tuple(by_storage[storage_of(part)] for part in one.stored)
+        for one in encoded
+    }
+    return PartitionedGraph(fw, bw, saved, stored)
+
+
+def _partition_with_outputs(
+    gm: fx.GraphModule,
+    joint_inputs: Sequence[object],
+    partition_options: Mapping[str, Any],
+    stored: Sequence[fx.Node],
+) -> tuple[fx.GraphModule, fx.GraphModule]:
+    """torch's partitioner, with some nodes as forward outputs while it runs.
+
+    It takes no notice of MUST_SAVE on a node that no forward output needs, and would be free to save the value
+    instead and to encode it in backward.
+    """
+    start = partition_options["num_fwd_outputs"]
+    end = start + len(stored)
+    with_stored = {**partition_options, "num_fwd_outputs": end}
+    _replace_outputs(gm.graph, slice(start, start), stored)
+    fw, bw = min_cut_rematerialization_partition(gm, joint_inputs, **with_stored)
+    for graph in (gm.graph, fw.graph):
+        _replace_outputs(graph, slice(start, end), [])
+    fw.recompile()
+    gm.recompile()
+    return fw, bw
+
+
+def _replace_outputs(graph: fx.Graph, where: slice, nodes: Sequence[fx.Node]) -> None:
+    output = next(iter(graph.find_nodes(op="output")))
+    outputs: list[Any] = list(output.args[0])  # type: ignore[arg-type]
+    outputs[where] = nodes
+    output.args = (tuple(outputs),)
+    if "desc" in output.meta:
+        descriptions = list(output.meta["desc"])
+        descriptions[where] = [None] * len(nodes)
+        output.meta["desc"] = descriptions
 
 
 def _output_names(gm: fx.GraphModule, count: int) -> list[str]:
@@ -74,27 +119,31 @@ def _output_names(gm: fx.GraphModule, count: int) -> list[str]:
     return [str(output) for output in outputs[:count]]
 
 
-def _check(
-    fw: fx.GraphModule,
-    saved: Sequence[SavedValue],
-    encoded: Sequence[EncodedSite],
-    outputs: list[str],
-    num_fwd_outputs: int,
-    nbytes_before: int,
-) -> None:
+def _check_encodings(saved: Sequence[SavedValue], encoded: Sequence[EncodedSite]) -> None:
     storages = {storage_of(value.node) for value in saved}
     for one in encoded:
-        # min-cut may save the coordinates or a view of them, which is the same memory
-        if storage_of(one.coordinates) not in storages:
+        # min-cut may save the encoding or a view of it, which is the same memory
+        if not {storage_of(part) for part in one.stored} <= storages:
             raise CannotRewriteError(
-                f"the partitioner does not save the coordinates of {one.value}"
+                f"the partitioner does not save the encoding of {one.value}", one.value.name
             )
         if storage_of(one.value) in storages:
-            raise CannotRewriteError(f"the partitioner saves {one.value} although it is encoded")
-    if _output_names(fw, num_fwd_outputs) != outputs:
-        raise CannotRewriteError("the partitioner changed the forward outputs")
-    nbytes_after = sum(value.nbytes for value in saved)
-    if nbytes_after > nbytes_before:
+            raise CannotRewriteError(
+                f"the partitioner saves {one.value} although it is encoded", one.value.name
+            )
+
+
+def _check_totals(saved: Sequence[SavedValue], encoded: Sequence[EncodedSite], plan: Plan) -> None:
+    derived = {value.allocated_by for value in plan.values if value.reason == "derived"}
+    kept = [value for value in saved if allocating_node(value.node).name in derived]
+    if kept:
+        name = kept[0].node.name
         raise CannotRewriteError(
-            f"the rewritten graph would save {nbytes_after} bytes, plain Inductor saves {nbytes_before}"
+            f"the partitioner saves {name} although backward computes it again", name
+        )
+    nbytes_after = sum(value.nbytes for value in saved)
+    if nbytes_after > plan.nbytes_before:
+        raise CannotRewriteError(
+            f"the rewritten graph would save {nbytes_after} bytes, plain Inductor saves "
+            f"{plan.nbytes_before}"
         )

@@ -1,4 +1,4 @@
-"""Pass 4, plan: decide for every saved value whether to encode it, and say why when it is kept.
+"""Pass 5, plan: decide for every saved value how to store it, and say why when it is kept.
 
 A plan is plain, hashable data. It names nodes of the joint graph by name, it is part of the compile
 cache key, and it is the single source of truth for what runs: on a warm cache no pass is called.
@@ -7,7 +7,7 @@ cache key, and it is the single source of truth for what runs: on a warm cache n
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
 from typing import Literal
@@ -15,14 +15,31 @@ from typing import Literal
 import torch
 import torch.fx as fx
 
-from prac_fx.codecs import PracCodec
-from prac_fx.config import PracConfig
-from prac_fx.graph_edit import last_two_swapped, tensor_value, without_views
+from prac_fx.codecs import PracCodec, QuantCodec
+from prac_fx.config import ProjectedRole, PracConfig
+from prac_fx.graph_edit import (
+    allocating_node,
+    last_two_swapped,
+    storage_of,
+    tensor_value,
+    without_views,
+)
+from prac_fx.layout import Layout, layout_of
 from prac_fx.memory import is_symbolic, size_hint
 from prac_fx.origin import Origin, origin_of
+from prac_fx.passes.chains import blocking_node, derivation, find_clones, is_statistic
 from prac_fx.passes.classify import Classification
+from prac_fx.passes.ranks import (
+    Projected,
+    bad_rank,
+    choose_codec,
+    coordinates_codec,
+    coordinates_nbytes,
+    relative_flops,
+    too_few,
+)
 from prac_fx.passes.roles import Reader, ValueRole
-from prac_fx.passes.survey import Survey, storage_of
+from prac_fx.passes.survey import Survey
 from prac_fx.torch_compat import guard_or_false, has_tag_must_recompute
 
 Decision = Literal["encode", "keep", "recompute"]
@@ -35,71 +52,101 @@ REASONS = {
     "shared_storage": "a view of another saved value, counted there",
     "not_an_activation": "computed from parameters, buffers and constants alone, such as a cast weight",
     "not_floating_point": "not a floating-point tensor (or one of 8 bits or complex)",
-    "input_gradient_reads_it": "the input-gradient path reads it: noise would run through earlier layers",
+    "statistic": "a statistic of each token, or what else attention reads: small, and everything depends on it",
+    "loss_intermediate": "after the last parameter, such as logits: noise would enter every gradient",
+    "input_gradient_reads_it": "the input-gradient path reads it, and prac.input_gradient is exact",
     "also_read_elsewhere": "a weight gradient reads it, but so does something that needs it exact",
-    "attention_reads_it": "the attention backward reads it exactly",
+    "attention_reads_it": "the attention backward reads it, and prac.attention is exact",
+    "weight_gradient_reads_it": "only weight gradients read it, and prac.weight_gradient is exact",
+    "rule": "a rule of prac.rules keeps it exact",
+    "feeds_recomputed": "a matmul or a checkpointed region is computed again from it",
     "not_read": "backward has no reader that could use an estimate",
     "excluded": "excluded by prac.include or prac.exclude",
     "too_small": "smaller than prac.min_nbytes",
     "too_few_features": "the rank needs more features than it has",
     "too_few_tokens": "it has no more tokens than the rank",
     "rank_saves_nothing": "coordinates and state would take as many bytes as the value",
+    "codec_saves_nothing": "the codec would take as many bytes as the value",
     "symbolic_size": "its size is symbolic, and too small or known only at run time",
     "layouts_differ": "its readers see it in different shapes",
+    "other_device": "not on the device of the graph's other stochastically rounded values",
+    "not_dense": "its elements do not fill its memory",
+    "not_derivable": "it does not follow from stored values without a matmul",
+    "derived": "follows from values that are stored anyway, without a matmul",
     "min_cut": "torch's min-cut decides otherwise once the other values are encoded",
     "cannot_rewrite": "the rewritten graph failed a check, so plain Inductor compiles this graph",
     "checkpointed": "inside a checkpointed region: backward computes it again",
 }
 
-# A block narrower than this makes batched matmuls too small to be fast, and bases too small to be good.
-_MIN_BLOCK_FEATURES = 64
-_MAX_BLOCKS = 16
-# With blocks="auto": state may take at most this share of the bytes that encoding takes away, and a site may
-# cost at most this many times the FLOPs of its exact weight gradients. The second bound is above 1 because
-# blocks add noise (benchmarks/results/basis_quality.md) and other sites cost far less than 1.
-_MAX_STATE_SHARE = 0.5
-_MAX_RELATIVE_FLOPS = 1.1
 _ENCODABLE_DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
+# weight_gradient="auto": PRAC has noise of its own and stores coordinates where computing again stores nothing;
+# it is taken where it leaves at most this share of the FLOPs of the exact weight gradients.
+_WORTHWHILE_FLOPS = 0.85
+_MIN_QUANTIZED_FEATURES = 8
 
 
 @dataclass(frozen=True)
 class Site:
-    """One value to encode. Its state is found through its owner at run time.
+    """One value to encode. Its state, if it has one, is found through its owner at run time.
+
+    A PRAC site whose value only weight gradients read is *factored*: it names the matrix they see and
+    themselves. Every other site stores the whole allocation, and backward decodes it.
 
     Attributes:
-        value: name of the saved value's node in the joint graph.
-        matrix: name of the node that readers see, (m, n) or (E, m, n), up to `transposed`.
-        transposed: True when that node is the matrix transposed.
-        readers: names of the weight-gradient matmuls, and the side of each on which the value stands:
-            0 for the left matrix (transposed), 1 for the right one.
-        codec: ranks and blocks.
+        value: name of the node that allocates the value in the joint graph.
+        codec: how it is stored.
         dtype: dtype of the value, of its coordinates and of its basis.
         device: where all of them live.
-        owner: argument index of the parameter that owns the state.
-        owner_name: that parameter's name, relative to the compiled module.
-        slot: counts the sites of one owner within a graph.
+        salt: number of the site within the plan; its rounding differs from that of others.
+        coordinates: how the coordinates of PRAC are stored; None for as they are.
+        layout: of the value, when it is decoded.
+        matrix: factored: name of the node that readers see, (m, n) or (E, m, n), up to `transposed`.
+        transposed: factored: True when that node is the matrix transposed.
+        readers: factored: names of the weight-gradient matmuls, and the side of each on which the value
+            stands: 0 for the left matrix (transposed), 1 for the right one.
+        role: selects the schedule of the basis.
+        owner: PRAC: argument index of the parameter that owns the state.
+        owner_name: PRAC: that parameter's name, relative to the compiled module.
+        slot: PRAC: counts the sites of one owner within a graph.
     """
 
     value: str
-    matrix: str
-    transposed: bool
-    readers: tuple[tuple[str, int], ...]
-    codec: PracCodec
+    codec: PracCodec | QuantCodec
     dtype: torch.dtype
     device: torch.device
-    owner: int
-    owner_name: str
-    slot: int
+    salt: int
+    coordinates: QuantCodec | None = None
+    layout: Layout | None = None
+    matrix: str = ""
+    transposed: bool = False
+    readers: tuple[tuple[str, int], ...] = ()
+    role: ProjectedRole = "weight_gradient"
+    owner: int = -1
+    owner_name: str = ""
+    slot: int = 0
+
+    @property
+    def has_state(self) -> bool:
+        """Does it need a basis?"""
+        return isinstance(self.codec, PracCodec)
+
+    @property
+    def is_random(self) -> bool:
+        """Does its encoding round stochastically?"""
+        quantizer = self.coordinates if isinstance(self.codec, PracCodec) else self.codec
+        return quantizer is not None and quantizer.is_unbiased
 
 
 @dataclass(frozen=True)
 class PlannedValue:
     """One row of the report: a value that backward needs, and what becomes of it.
 
-    `nbytes_after` is what stays stored for it; `state_nbytes` lives as long as its owner.
+    `allocated_by` is the node whose storage it is. `nbytes_after` is what stays stored for it; `state_nbytes`
+    lives as long as its owner.
     """
 
     name: str
+    allocated_by: str
     shape: tuple[str, ...]
     dtype: str
     role: str
@@ -110,8 +157,17 @@ class PlannedValue:
     detail: str
     nbytes_before: int
     nbytes_after: int
-    codec: PracCodec | None = None
+    codec: PracCodec | QuantCodec | None = None
+    coordinates: QuantCodec | None = None
     state_nbytes: int = 0
+
+    @property
+    def stored_as(self) -> str:
+        """Codec in short, or the decision when there is none."""
+        if self.codec is None:
+            return self.decision
+        text = self.codec.describe()
+        return f"{text} {self.coordinates.describe()}" if self.coordinates else text
 
 
 @dataclass(frozen=True)
@@ -121,12 +177,30 @@ class Plan:
     Attributes:
         values: every value that backward needs, in the order of the forward pass.
         sites: the values to encode.
+        clones: names of the forward nodes that backward computes from decoded values, in graph order.
+        statistics: names of reductions that are saved, so that backward does not compute them so.
+        owner: argument index of the parameter that owns the seed of stochastic rounding; -1 without one.
+        owner_name: its name.
         fingerprint: identifies the joint graph; the same graph must be met again in the second phase.
     """
 
     values: tuple[PlannedValue, ...]
     sites: tuple[Site, ...]
+    clones: tuple[str, ...]
+    statistics: tuple[str, ...]
+    owner: int
+    owner_name: str
     fingerprint: str
+
+    @property
+    def changes_graph(self) -> bool:
+        """Is there anything to rewrite?"""
+        return bool(self.sites or self.clones)
+
+    @property
+    def is_random(self) -> bool:
+        """Does any site round stochastically?"""
+        return any(site.is_random for site in self.sites)
 
     @property
     def nbytes_before(self) -> int:
@@ -144,44 +218,36 @@ class Plan:
         return sum(value.state_nbytes for value in self.values)
 
 
-def make_plan(
-    graph: fx.Graph,
-    classification: Classification,
-    survey: Survey,
-    roles: Sequence[ValueRole],
-    *,
-    config: PracConfig,
-    argument_names: Mapping[int, str],
-) -> Plan:
+@dataclass(frozen=True)
+class JointGraph:
+    """A joint graph with what passes 1 to 3 found out about it.
+
+    Attributes:
+        graph: free of common subexpressions.
+        classification: of it.
+        survey: of it.
+        roles: of it.
+        argument_names: names of the arguments by index, relative to the compiled module.
+        owner: argument index of the first trainable parameter.
+    """
+
+    graph: fx.Graph
+    classification: Classification
+    survey: Survey
+    roles: tuple[ValueRole, ...]
+    argument_names: Mapping[int, str]
+    owner: int
+
+
+def make_plan(joint: JointGraph, config: PracConfig, blocked: Collection[str] = ()) -> Plan:
     """Decide for every saved value; reads only.
 
     Args:
-        graph: the joint graph, free of common subexpressions.
-        classification: of the same graph.
-        survey: of the same graph.
-        roles: of the same graph.
+        joint: the graph and what is known about it.
         config: the user's options.
-        argument_names: names of the graph's arguments by index, relative to the compiled module.
+        blocked: names of values to keep, because encoding them failed.
     """
-    values: list[PlannedValue] = []
-    sites: list[Site] = []
-    slots: dict[int, int] = {}
-    position = {node: index for index, node in enumerate(graph.nodes)}
-    # in the order of the forward pass, whatever order the partitioner lists them in
-    for role in sorted(roles, key=lambda role: position[without_views(role.value.node)]):
-        row = _describe(role, argument_names)
-        is_activation = role.value.node in classification.activations
-        kept: PlannedValue | tuple[str, str] | None
-        kept = _reason_to_keep(role, row, config, is_activation)
-        if kept is None:
-            kept = _try_site(role, row, config, argument_names, slots, sites)
-        if isinstance(kept, PlannedValue):
-            values.append(kept)
-        else:
-            reason, detail = kept
-            values.append(replace(row, decision="keep", reason=reason, detail=detail))
-    values += _checkpointed(classification, survey, argument_names)
-    return Plan(tuple(values), tuple(sites), fingerprint(graph))
+    return _Planner(joint, config, blocked).plan()
 
 
 def fingerprint(graph: fx.Graph) -> str:
@@ -196,6 +262,321 @@ def fingerprint(graph: fx.Graph) -> str:
     return digest.hexdigest()
 
 
+Reason = tuple[str, str]  # code of REASONS and detail
+
+
+class _Planner:
+    """Collects the rows and sites of one plan, value by value in the order of the forward pass."""
+
+    def __init__(self, joint: JointGraph, config: PracConfig, blocked: Collection[str]) -> None:
+        self.joint = joint
+        self.config = config
+        self.blocked = blocked
+        self.rows: dict[fx.Node, PlannedValue] = {}
+        self.sites: dict[fx.Node, Site] = {}  # by allocating node
+        self.derived: dict[fx.Node, None] = {}
+        self.slots: dict[int, int] = {}
+
+    def plan(self) -> Plan:
+        position = {node: index for index, node in enumerate(self.joint.graph.nodes)}
+        # in the order of the forward pass, whatever order the partitioner lists them in
+        roles = sorted(self.joint.roles, key=lambda r: position[without_views(r.value.node)])
+        deferred = []
+        for role in roles:
+            row = self.rows[role.value.node] = _describe(role, self.joint.argument_names)
+            chosen = self._choose(role, row)
+            if chosen in ("auto", "recompute"):
+                deferred.append((role, str(chosen)))
+            else:
+                self._decide(role, chosen)
+        # when all other values are decided it is known what is stored, and what follows from that
+        stored = {allocating_node(role.value.node) for role in roles}
+        stored -= {allocating_node(role.value.node) for role, _ in deferred}
+        stored -= {node for node, site in self.sites.items() if site.readers}
+        for role, chosen in deferred:
+            self._derive_or_project(role, chosen, stored)
+        joint, graph = self.joint, self.joint.graph
+        encoded = {node for node, site in self.sites.items() if not site.readers}
+        recomputed = joint.survey.recomputed
+        clones = find_clones(graph, joint.classification, recomputed, encoded, self.derived)
+        rows = [self.rows[role.value.node] for role in roles]
+        rows += _checkpointed(joint.classification, joint.survey, joint.argument_names)
+        return Plan(
+            tuple(rows),
+            tuple(self.sites.values()),
+            tuple(node.name for node in clones.nodes),
+            tuple(node.name for node in clones.statistics),
+            joint.owner,
+            joint.argument_names.get(joint.owner, f"argument {joint.owner}"),
+            fingerprint(graph),
+        )
+
+    # -- which codec ------------------------------------------------------------------------------
+
+    def _choose(self, role: ValueRole, row: PlannedValue) -> str | Reason:
+        """Name of the codec that the options choose for a value, or why it is kept."""
+        kept = self._must_keep(role, row)
+        if kept is not None:
+            return kept
+        if role.role == "W":
+            part, reason = "weight_gradient", "weight_gradient_reads_it"
+        elif any(reader.kind == "attention" for reader in role.readers):
+            part, reason = "attention", "attention_reads_it"
+        else:
+            part = "input_gradient"
+            reason = "input_gradient_reads_it" if role.role == "A" else "also_read_elsewhere"
+        for pattern, codec in self.config.rules:
+            if _matches(row, (pattern,)):
+                return codec if codec != "exact" else ("rule", f"rule {pattern!r}")
+        chosen: str = getattr(self.config, part)
+        return chosen if chosen != "exact" else (reason, _targets(role.readers))
+
+    def _must_keep(self, role: ValueRole, row: PlannedValue) -> Reason | None:
+        """Reason and detail, from the value alone; None when it may be encoded."""
+        saved, classification = role.value, self.joint.classification
+        value, root = tensor_value(saved.node), allocating_node(saved.node)
+        assert value is not None
+        kinds = {reader.kind for reader in role.readers}
+        if saved.is_input:
+            return "input", ""
+        if saved.shares_with:
+            return "shared_storage", f"shares storage with {saved.shares_with}"
+        if saved.is_output:
+            return "user_output", ""
+        if root not in classification.activations:
+            return "not_an_activation", ""
+        if value.dtype not in _ENCODABLE_DTYPES:
+            return "not_floating_point", str(value.dtype)
+        if "attention_statistic" in kinds or is_statistic(root, classification):
+            return "statistic", ""
+        if role.role == "-":
+            return "not_read", ""
+        if role.role != "W" and root not in classification.before_parameters:
+            return "loss_intermediate", ""
+        if not _selected(row, self.config):
+            return "excluded", ""
+        if root.name in self.blocked:
+            return "cannot_rewrite", ""
+        return None
+
+    def _decide(self, role: ValueRole, chosen: str | Reason) -> None:
+        """Encode with the codec of this name, or keep."""
+        outcome: Reason | None
+        if isinstance(chosen, tuple):
+            outcome = chosen
+        elif chosen == "prac" and role.role == "W":
+            outcome = self._factor(role)
+        elif chosen == "prac":
+            outcome = self._project(role)
+        else:
+            outcome = self._quantize(role, chosen)
+        if outcome is not None:
+            self._keep(role, outcome)
+
+    def _keep(self, role: ValueRole, reason: Reason) -> None:
+        row = self.rows[role.value.node]
+        self.rows[role.value.node] = replace(
+            row, decision="keep", reason=reason[0], detail=reason[1]
+        )
+
+    def _derive_or_project(self, role: ValueRole, chosen: str, stored: set[fx.Node]) -> None:
+        """A value that may follow from stored ones: PRAC where that saves FLOPs, else compute it again."""
+        node = role.value.node
+        chain = derivation(node, stored, self.joint.classification)
+        small = self._too_small(node)
+        if chosen == "recompute":
+            if chain is None or small:
+                self._keep(role, small or ("not_derivable", ""))
+            else:
+                self._recompute(role, chain)
+            return
+        refused = self._factor(role, _WORTHWHILE_FLOPS if chain is not None else None)
+        if refused is None:
+            return
+        if chain is not None and not small:
+            self._recompute(role, chain)
+            return
+        # PRAC does not pay and nothing gives the value: as for other values, if that is allowed
+        fallback = self.config.input_gradient
+        if fallback in (None, "exact", "prac") or self._quantize(role, str(fallback)) is not None:
+            self._keep(role, refused)
+            stored.add(allocating_node(node))
+
+    def _recompute(self, role: ValueRole, chain: Sequence[fx.Node]) -> None:
+        node = role.value.node
+        self.derived.update(dict.fromkeys(chain))
+        self.rows[node] = replace(
+            self.rows[node], decision="recompute", reason="derived", nbytes_after=0
+        )
+
+    # -- codecs -----------------------------------------------------------------------------------
+
+    def _too_small(self, node: fx.Node) -> Reason | None:
+        value = tensor_value(node)
+        assert value is not None
+        if guard_or_false(value.numel() * value.itemsize >= self.config.min_nbytes):
+            return None
+        shape = "x".join(map(str, value.shape))
+        return ("symbolic_size" if is_symbolic(value) else "too_small"), shape
+
+    def _quantize(self, role: ValueRole, name: str) -> Reason | None:
+        """Add a site that stores the whole allocation in an integer or 8-bit floating-point format."""
+        prepared = self._whole_allocation(role)
+        if isinstance(prepared, tuple):
+            return prepared
+        layout, config = prepared, self.config
+        root = allocating_node(role.value.node)
+        value = tensor_value(root)
+        assert value is not None
+        if layout.features < _MIN_QUANTIZED_FEATURES:
+            return "too_few_features", f"{layout.features} features"
+        codec = QuantCodec(
+            name,  # type: ignore[arg-type]
+            layout.features,
+            config.group_size,
+            stochastic=config.rounding == "stochastic",
+            zero_point=config.zero_point,
+        )
+        if codec.is_unbiased and self._is_elsewhere(root):
+            return "other_device", str(value.device)
+        rows = size_hint(value.numel()) // layout.features
+        stored = codec.stored_nbytes(rows, value.itemsize)
+        if stored >= role.value.nbytes:
+            return "codec_saves_nothing", codec.describe()
+        self._add_site(role, Site(**self._common(root), codec=codec, layout=layout), stored)
+        return None
+
+    def _is_elsewhere(self, root: fx.Node) -> bool:
+        """On another device than the values that already share the seed of stochastic rounding?"""
+        value = tensor_value(root)
+        assert value is not None
+        devices = {site.device for site in self.sites.values() if site.is_random}
+        return bool(devices) and value.device not in devices
+
+    def _whole_allocation(self, role: ValueRole) -> Layout | Reason:
+        """The layout of a value that is to be decoded in backward, or why that cannot be."""
+        root = allocating_node(role.value.node)
+        value = tensor_value(root)
+        assert value is not None
+        blocking = blocking_node(root, self.joint.classification, self.joint.survey.recomputed)
+        if blocking is not None:
+            return "feeds_recomputed", f"backward computes {blocking.name} again from it"
+        small = self._too_small(root)
+        if small is not None:
+            return small
+        layout = layout_of(value)
+        if layout is None:
+            return ("symbolic_size" if is_symbolic(value) else "not_dense"), ""
+        return layout
+
+    def _project(self, role: ValueRole) -> Reason | None:
+        """Add a PRAC site that is decoded in backward."""
+        layout = self._whole_allocation(role)
+        if isinstance(layout, tuple):
+            return layout
+        root = allocating_node(role.value.node)
+        value = tensor_value(root)
+        assert value is not None
+        n = layout.features
+        matrix = Projected(value.numel() // n, n, value.itemsize, 0, "input_gradient")
+        site = self._prac_site(root, matrix, self.joint.owner)
+        if isinstance(site, tuple):
+            return site
+        self._add_prac_site(role, matrix, replace(site, layout=layout))
+        return None
+
+    def _factor(self, role: ValueRole, most_flops: float | None = None) -> Reason | None:
+        """Add a PRAC site whose readers, all of them weight gradients, take the coordinates.
+
+        Args:
+            role: of the value.
+            most_flops: refuse when more than this share of the exact FLOPs would be left.
+        """
+        common = _common_matrix(role.readers)
+        if common is None:
+            return "layouts_differ", ""
+        value = common.value
+        n = value.shape[-1]
+        if not isinstance(n, int):
+            return "symbolic_size", f"feature count {n}"
+        outputs = sum(_outputs(reader) for reader in role.readers)
+        tokens = value.numel() // n
+        matrix = Projected(
+            tokens, n, value.itemsize, outputs, "weight_gradient", is_batch=value.dim() > 2
+        )
+        owner = min(reader.owner for reader in role.readers)
+        site = self._prac_site(allocating_node(role.value.node), matrix, owner)
+        if isinstance(site, tuple):
+            return site
+        assert isinstance(site.codec, PracCodec)
+        left = relative_flops(matrix, site.codec)
+        if most_flops is not None and left > most_flops:
+            return "not_derivable", f"PRAC would take {left:.2f} of the exact FLOPs"
+        readers = tuple((reader.node.name, reader.side) for reader in role.readers)
+        site = replace(
+            site, matrix=common.node.name, transposed=common.transposed, readers=readers
+        )
+        self._add_prac_site(role, matrix, site, f"{left:.2f} of the exact FLOPs")
+        return None
+
+    def _prac_site(self, root: fx.Node, matrix: Projected, owner: int) -> Site | Reason:
+        refused = bad_rank(matrix, self.config)
+        if refused is not None:
+            return refused
+        codec = choose_codec(matrix, self.config)
+        coordinates = coordinates_codec(codec, self.config)
+        refused = too_few(matrix, codec, coordinates, self.config)
+        if refused is not None:
+            return refused
+        if coordinates is not None and coordinates.is_unbiased and self._is_elsewhere(root):
+            return "other_device", ""
+        return Site(
+            **self._common(root),
+            codec=codec,
+            coordinates=coordinates,
+            role=matrix.role,
+            owner=owner,
+            owner_name=self.joint.argument_names.get(owner, f"argument {owner}"),
+            slot=self.slots.get(owner, 0),
+        )
+
+    def _common(self, root: fx.Node) -> dict[str, object]:
+        value = tensor_value(root)
+        assert value is not None
+        return {
+            "value": root.name,
+            "dtype": value.dtype,
+            "device": value.device,
+            "salt": len(self.sites),
+        }
+
+    def _add_prac_site(
+        self, role: ValueRole, matrix: Projected, site: Site, detail: str = ""
+    ) -> None:
+        assert isinstance(site.codec, PracCodec)
+        self.slots[site.owner] = site.slot + 1
+        stored = coordinates_nbytes(
+            site.codec, site.coordinates, size_hint(matrix.tokens), matrix.itemsize
+        )
+        self._add_site(role, site, stored, site.codec.state_nbytes(matrix.itemsize), detail)
+
+    def _add_site(
+        self, role: ValueRole, site: Site, stored: int, state: int = 0, detail: str = ""
+    ) -> None:
+        node = role.value.node
+        self.sites[allocating_node(node)] = site
+        self.rows[node] = replace(
+            self.rows[node],
+            decision="encode",
+            reason="",
+            detail=detail,
+            nbytes_after=stored,
+            state_nbytes=state,
+            codec=site.codec,
+            coordinates=site.coordinates,
+        )
+
+
 def _describe(role: ValueRole, argument_names: Mapping[int, str]) -> PlannedValue:
     node, nbytes = role.value.node, role.value.nbytes
     value = tensor_value(node)
@@ -208,6 +589,7 @@ def _describe(role: ValueRole, argument_names: Mapping[int, str]) -> PlannedValu
     )
     return PlannedValue(
         name=node.name,
+        allocated_by=allocating_node(node).name,
         shape=tuple(map(str, value.shape)),
         dtype=str(value.dtype).removeprefix("torch."),
         role=role.role,
@@ -221,37 +603,6 @@ def _describe(role: ValueRole, argument_names: Mapping[int, str]) -> PlannedValu
     )
 
 
-def _reason_to_keep(
-    role: ValueRole, row: PlannedValue, config: PracConfig, is_activation: bool
-) -> tuple[str, str] | None:
-    """Reason code and detail, from the value alone; None when it may be encoded."""
-    saved = role.value
-    value = tensor_value(saved.node)
-    assert value is not None
-    others = [reader for reader in role.readers if reader.kind != "weight_gradient"]
-    if saved.is_input:
-        return "input", ""
-    if saved.shares_with:
-        return "shared_storage", f"shares storage with {saved.shares_with}"
-    if saved.is_output:
-        return "user_output", ""
-    if not is_activation:
-        return "not_an_activation", ""
-    if value.dtype not in _ENCODABLE_DTYPES:
-        return "not_floating_point", str(value.dtype)
-    if any(reader.kind == "attention" for reader in others):
-        return "attention_reads_it", _targets(others)
-    if role.role == "A":
-        return "input_gradient_reads_it", _targets(others)
-    if role.role == "W+A":
-        return "also_read_elsewhere", _targets(others)
-    if role.role == "-":
-        return "not_read", ""
-    if not _selected(row, config):
-        return "excluded", ""
-    return None
-
-
 def _targets(readers: Sequence[Reader]) -> str:
     names = dict.fromkeys(str(reader.node.target).removeprefix("aten.") for reader in readers)
     return "read by " + ", ".join(list(names)[:3]) + (", ..." if len(names) > 3 else "")
@@ -259,13 +610,14 @@ def _targets(readers: Sequence[Reader]) -> str:
 
 def _selected(row: PlannedValue, config: PracConfig) -> bool:
     """Do the user's globs choose this value? They see its module and the modules that read it."""
+    excluded = _matches(row, config.exclude)
+    return not excluded and (not config.include or _matches(row, config.include))
+
+
+def _matches(row: PlannedValue, patterns: tuple[str, ...]) -> bool:
     readers = [name.rpartition(".")[0] for name in row.read_by]
     paths = [row.origin.module, *readers, *row.read_by]
-
-    def matches(patterns: tuple[str, ...]) -> bool:
-        return any(fnmatchcase(path, pattern) for path in paths for pattern in patterns)
-
-    return not matches(config.exclude) and (not config.include or matches(config.include))
+    return any(fnmatchcase(path, pattern) for path in paths for pattern in patterns)
 
 
 @dataclass(frozen=True)
@@ -297,151 +649,9 @@ def _common_matrix(readers: Sequence[Reader]) -> _Matrix | None:
     return _Matrix(*seen.pop()) if len(seen) == 1 else None
 
 
-def _try_site(
-    role: ValueRole,
-    row: PlannedValue,
-    config: PracConfig,
-    argument_names: Mapping[int, str],
-    slots: dict[int, int],
-    sites: list[Site],
-) -> PlannedValue | tuple[str, str]:
-    """Add a site and return its row, or return reason code and detail when encoding does not pay."""
-    matrix = _common_matrix(role.readers)
-    if matrix is None:
-        return "layouts_differ", ""
-    value = tensor_value(role.value.node)
-    assert value is not None
-    n = matrix.value.shape[-1]
-    if not isinstance(n, int):
-        return "symbolic_size", f"feature count {n}"
-    refused = _bad_rank(n, config)
-    if refused is not None:
-        return refused
-    outputs = sum(_outputs(reader) for reader in role.readers)
-    codec = choose_codec(matrix.value, outputs, config)
-    refused = _too_few(matrix.value, codec, config)
-    if refused is not None:
-        return refused
-    owner = min(reader.owner for reader in role.readers)
-    slot = slots[owner] = slots.get(owner, -1) + 1
-    sites.append(
-        Site(
-            value=role.value.node.name,
-            matrix=matrix.node.name,
-            transposed=matrix.transposed,
-            readers=tuple((reader.node.name, reader.side) for reader in role.readers),
-            codec=codec,
-            dtype=value.dtype,
-            device=value.device,
-            owner=owner,
-            owner_name=argument_names.get(owner, f"argument {owner}"),
-            slot=slot,
-        )
-    )
-    return replace(
-        row,
-        decision="encode",
-        nbytes_after=codec.coordinates_nbytes(_tokens(matrix.value), value.itemsize),
-        state_nbytes=codec.state_nbytes(value.itemsize),
-        codec=codec,
-    )
-
-
-def _bad_rank(n: int, config: PracConfig) -> tuple[str, str] | None:
-    wanted = (
-        (_rank(config.principal, n), config.principal),
-        (_rank(config.random, n), config.random),
-    )
-    rank = sum(directions for directions, _ in wanted)
-    if any(directions == 0 and option != 0 for directions, option in wanted) or rank > n:
-        return "too_few_features", f"rank {rank} for {n} features"
-    return None
-
-
-def _too_few(matrix: torch.Tensor, codec: PracCodec, config: PracConfig) -> tuple[str, str] | None:
-    """Are there enough tokens for the encoding to pay? None if so.
-
-    A symbolic number of tokens is compared with a guard: torch then compiles again, and we decide again,
-    for a batch on the other side of the bound. A size known only at run time cannot be guarded.
-    """
-    itemsize, n = matrix.itemsize, codec.features
-    tokens = matrix.numel() // n
-    saved_per_token = (n - codec.rank) * itemsize
-    if saved_per_token <= 0:
-        return "rank_saves_nothing", f"rank {codec.rank} for {n} features"
-    bounds = (
-        ("too_small", -(-config.min_nbytes // (n * itemsize))),
-        ("too_few_tokens", codec.rank + 1),
-        ("rank_saves_nothing", codec.state_nbytes(itemsize) // saved_per_token + 1),
-    )
-    for reason, bound in bounds:
-        if not guard_or_false(tokens >= bound):
-            shape = "x".join(map(str, matrix.shape))
-            detail = f"{shape} has fewer than {bound} tokens"
-            return ("symbolic_size" if is_symbolic(matrix) else reason), detail
-    return None
-
-
-def _rank(option: float | int, n: int) -> int:
-    """Directions for n features: floor of the fraction (paper, section 5.1), or the number itself."""
-    return int(option * n) if isinstance(option, float) else option
-
-
 def _outputs(reader: Reader) -> int:
     """o, the columns of the weight gradient that a matmul computes."""
     return size_hint(reader.node.meta["val"].shape[-2 if reader.side == 1 else -1])
-
-
-def _tokens(matrix: torch.Tensor) -> int:
-    return size_hint(matrix.numel()) // size_hint(matrix.shape[-1])
-
-
-def choose_codec(matrix: torch.Tensor, outputs: int, config: PracConfig) -> PracCodec:
-    """Ranks and blocks for a (tokens, features) matrix.
-
-    "auto" takes the fewest blocks with which encoding plus the factored weight gradients cost about the
-    FLOPs of the exact ones at most and the state stays small; failing that, the cheapest number of blocks.
-    """
-    tokens, n = _tokens(matrix), size_hint(matrix.shape[-1])
-    candidates = _candidates(n, matrix.dim(), config)
-    most_flops = _MAX_RELATIVE_FLOPS * 2 * tokens * n * outputs
-    for codec in candidates:
-        saved = tokens * (n - codec.rank) * matrix.itemsize
-        small_state = codec.state_nbytes(matrix.itemsize) <= _MAX_STATE_SHARE * saved
-        if small_state and codec.flops(tokens, outputs) <= most_flops:
-            return codec
-    return min(candidates, key=lambda codec: codec.flops(tokens, outputs))
-
-
-def _candidates(n: int, dimensions: int, config: PracConfig) -> list[PracCodec]:
-    """Codecs that fit n features, fewest blocks first. A batch of matrices takes one block only."""
-    if dimensions > 2:
-        counts = [1]
-    elif config.blocks == "auto":
-        largest = max(1, min(_MAX_BLOCKS, n // _MIN_BLOCK_FEATURES))
-        counts = [blocks for blocks in range(1, largest + 1) if n % blocks == 0]
-    else:
-        counts = [config.blocks] if n % config.blocks == 0 else [1]
-    ranks = _rank(config.principal, n), _rank(config.random, n)
-    # every block needs a direction of each kind that is asked for at all
-    fitting = [blocks for blocks in counts if all(r == 0 or r >= blocks for r in ranks)] or [1]
-    return [_codec(n, ranks, blocks) for blocks in fitting]
-
-
-def _codec(n: int, ranks: tuple[int, int], blocks: int) -> PracCodec:
-    r1, r2 = (rank // blocks for rank in ranks)
-    return PracCodec(n, r1 * blocks, r2 * blocks, blocks, sample_rows(r1, blocks))
-
-
-def sample_rows(r1: int, blocks: int) -> int:
-    """Rows copied out of each forward pass for the refresh of r1 principal directions in each block.
-
-    Measured (benchmarks/results/basis_quality.md): twice the directions cut the gradient error by a quarter
-    against once; from four times on little is gained. Blocks are cheap to sample more for.
-    """
-    if not r1:
-        return 0
-    return max(16, (2 if blocks == 1 else 4) * r1)
 
 
 def _checkpointed(
@@ -473,6 +683,7 @@ def row_without_readers(
     assert value is not None
     return PlannedValue(
         name=node.name,
+        allocated_by=allocating_node(node).name,
         shape=tuple(map(str, value.shape)),
         dtype=str(value.dtype).removeprefix("torch."),
         role="-",

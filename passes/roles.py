@@ -2,7 +2,7 @@
 
     role W    only weight-gradient matmuls read it. The estimate's noise stays in that one gradient.
     role A    something else does: the input-gradient path, attention, code that backward computes again
-              from it. Noise would run on through every earlier layer.
+              from it. Noise runs on through every earlier layer.
     role W+A  both.
 
 A matmul in backward is a *weight gradient* when one operand is the saved value (or a reshaping view of
@@ -34,7 +34,11 @@ MATMULS: dict[object, tuple[int, int]] = {
     _aten.baddbmm.default: (1, 2),
 }
 
-Kind = Literal["weight_gradient", "attention", "derived", "other"]
+# What an attention backward may read as an estimate; all else it reads (logsumexp, bias, seeds) is exact.
+# Names of the aten operators' arguments, and their positions in flex_attention_backward.
+_ATTENTION_OPERANDS = ("query", "key", "value", "out")
+
+Kind = Literal["weight_gradient", "attention", "attention_statistic", "derived", "other"]
 Role = Literal["W", "A", "W+A", "-"]
 
 
@@ -44,8 +48,9 @@ class Reader:
 
     Attributes:
         node: the backward node.
-        kind: "weight_gradient"; "attention"; "derived" when it reads something that backward first
-            computes again from the value; "other".
+        kind: "weight_gradient"; "attention" for its query, key, value or result; "attention_statistic" for what
+            else it reads; "derived" when it reads something that backward first computes again from the
+            value; "other".
         side: for a weight gradient, which matrix of the matmul the value is: 0 (left, the value
             transposed) or 1 (right).
         operand: the node it reads: the value or a view of it.
@@ -201,11 +206,23 @@ def _reader(
     gradients: _Gradients,
 ) -> Reader:
     if "attention" in str(node.target):
-        return Reader(node, "attention", operand)
+        return Reader(node, _attention_kind(node, operand), operand)
     if not is_view:
         return Reader(node, "derived", operand)
     found = _weight_gradient_reader(node, operand, classification, gradients)
     return found if found is not None else Reader(node, "other", operand)
+
+
+def _attention_kind(node: fx.Node, operand: fx.Node) -> Kind:
+    if isinstance(node.target, torch._ops.OpOverload):
+        names = [argument.name for argument in node.target._schema.arguments]
+    else:
+        names = list(_ATTENTION_OPERANDS)
+    given = dict(zip(names, node.args, strict=False))
+    encodable = [given.get(name) for name in _ATTENTION_OPERANDS]
+    others = [arg for arg in (*node.args, *node.kwargs.values()) if arg not in encodable]
+    is_operand = operand in encodable and not any(operand is other for other in others)
+    return "attention" if is_operand else "attention_statistic"
 
 
 def _role(readers: list[Reader]) -> Role:

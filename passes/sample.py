@@ -1,4 +1,4 @@
-"""Pass 7, sample: the forward graph copies some rows of each encoded value into the site's buffer.
+"""Pass 8, sample: the forward graph copies some rows of each encoded value into the site's buffer.
 
     positions = (arange(s) + fraction) * m / s
     rows = index(x, [positions])
@@ -44,7 +44,7 @@ def sample(fw: fx.GraphModule, encoded: Sequence[EncodedSite]) -> None:
     output = next(iter(graph.find_nodes(op="output")))
     inline = Inliner(graph)
     for one in encoded:
-        if one.state.rows is None:
+        if one.state is None or one.state.rows is None:
             continue
         matrix, buffer = nodes[one.matrix.name], nodes[one.state.rows.name]
         rows = inline(
@@ -55,7 +55,7 @@ def sample(fw: fx.GraphModule, encoded: Sequence[EncodedSite]) -> None:
             like=matrix,
             key="sample",
             name="sampled_rows",
-        )[-1]
+        ).result
         with graph.inserting_before(output):
             copied = graph.call_function(torch.ops.aten.copy_.default, (buffer, rows))
         copied.meta = {"val": buffer.meta["val"], "partitioner_tag": "is_forward"}

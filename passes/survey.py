@@ -13,9 +13,9 @@ from typing import Any
 
 import torch.fx as fx
 
-from prac_fx.graph_edit import tensor_value
+from prac_fx.graph_edit import storage_of, tensor_value
 from prac_fx.memory import storage_nbytes
-from prac_fx.torch_compat import min_cut_rematerialization_partition, storage_key
+from prac_fx.torch_compat import min_cut_rematerialization_partition
 
 
 @dataclass(frozen=True)
@@ -102,14 +102,3 @@ def saved_values(
             )
         )
     return tuple(saved)
-
-
-def storage_of(node: object) -> int | None:
-    """Storage identity of the tensor a node stands for; None for anything without storage."""
-    value = tensor_value(node) if isinstance(node, fx.Node) else None
-    if value is None:
-        return None
-    try:
-        return storage_key(value)
-    except NotImplementedError:
-        return None

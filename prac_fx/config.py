@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -12,24 +12,91 @@ from prac_fx.errors import PracOptionError
 from prac_fx.torch_compat import inductor_config, inductor_patches
 
 PREFIX = "prac."
-POLICIES = ("linear",)
+
+# How the saved values of each part may be stored. "auto" takes PRAC where it saves FLOPs and computes the
+# value again from stored ones where that is free.
+QUANTIZED = ("int8", "int4", "fp8_e4m3", "fp8_e5m2")
+PARTS: Mapping[str, tuple[str, ...]] = {
+    "weight_gradient": ("auto", "prac", "recompute", *QUANTIZED, "exact"),
+    "input_gradient": ("prac", *QUANTIZED, "exact"),
+    "attention": (*QUANTIZED, "exact"),
+    "coordinates": (*QUANTIZED, "exact"),
+}
+RULE_CODECS = ("prac", "recompute", *QUANTIZED, "exact")
+
+# What each policy sets wherever the user sets nothing.
+POLICIES: Mapping[str, Mapping[str, Any]] = {
+    "linear": {
+        "weight_gradient": "prac",
+        "input_gradient": "exact",
+        "attention": "exact",
+        "coordinates": "exact",
+    },
+    "balanced": {
+        "weight_gradient": "auto",
+        "input_gradient": "int8",
+        "attention": "int8",
+        "coordinates": "int8",
+    },
+    "max": {
+        "weight_gradient": "auto",
+        "input_gradient": "int4",
+        "attention": "int4",
+        "coordinates": "int4",
+    },
+    "paper": {
+        "weight_gradient": "prac",
+        "input_gradient": "prac",
+        "attention": "exact",
+        "coordinates": "exact",
+        "principal": {"weight_gradient": 0.3, "input_gradient": 0.2},
+        "random": {"weight_gradient": 0.3, "input_gradient": 0.2},
+        "blocks": 1,
+        "refresh_every": 500,
+    },
+}
+_COMMON: Mapping[str, Any] = {
+    "principal": 0.3,
+    "random": 0.3,
+    "blocks": "auto",
+    "refresh_every": 100,
+}
+
+ProjectedRole = Literal["weight_gradient", "input_gradient"]
+PROJECTED_ROLES: tuple[ProjectedRole, ...] = ("weight_gradient", "input_gradient")
 
 
 @dataclass(frozen=True, kw_only=True)
 class PracConfig:
     """Every setting of the backend; `prac.<field>` in `torch.compile(options=...)`.
 
+    A field that is None takes what the policy sets; after construction it holds that. Where "one per role" is
+    allowed, a mapping such as {"weight_gradient": 0.3, "input_gradient": 0.2} gives each role its own.
+
     Attributes:
-        policy: which saved values are candidates. "linear": those that only weight-gradient matmuls read.
-        principal: r1, directions of the principal basis. A float is a fraction of the feature count n
-            (floor, as in the paper, section 5.1), an int is a number of directions. 0 gives RAC.
+        policy: "linear" (only what weight gradients alone read, by PRAC), "balanced" (the rest as int8),
+            "max" (the rest as int4), "paper" (PRAC wherever the paper has it).
+        weight_gradient: how a value is stored that only weight-gradient matmuls read. "auto" is PRAC where
+            that saves FLOPs, else nothing where the value follows from stored ones without a matmul.
+        input_gradient: how a value is stored that the input-gradient path reads.
+        attention: how query, key, value and result of attention are stored.
+        coordinates: how the coordinates of PRAC are stored.
+        rules: (glob on module paths, codec) pairs, such as ("*.mlp.*", "int4"); the first match wins over the
+            three parts above.
+        group_size: features that share one scale in the quantised codecs, at most.
+        rounding: "stochastic" (unbiased) or "nearest", in the integer codecs.
+        zero_point: the integer codecs store an offset beside each scale.
+        principal: r1, directions of the principal basis, one number or one per role. A float is a fraction of
+            the feature count n (floor, as in the paper, section 5.1), an int is a number of directions. 0
+            gives RAC.
         random: r2, directions of the random tail basis, likewise. 0 gives PAC, which is biased.
         blocks: how many equal blocks of features have their own basis (P is block-diagonal). 1 is the
             paper's dense basis; "auto" takes the fewest blocks with which the factored gradients cost
             about the FLOPs of the exact ones at most and the state stays small beside what it saves.
             A number that does not divide the features, or exceeds a rank, counts as 1.
         refresh_every: T, training forward passes between two refreshes of a principal basis.
-        tail_every: forward passes between two draws of a tail basis; None means at each refresh.
+        tail_every: forward passes between two draws of a tail basis, one number or one per role; None means
+            at each refresh.
         min_nbytes: values smaller than this many bytes are kept exact.
         include: globs on module paths; when not empty, only matching values are compressed.
         exclude: globs on module paths whose values are kept exact. It wins over `include`.
@@ -40,12 +107,20 @@ class PracConfig:
         PracOptionError: on construction, naming the option, the value and what is allowed.
     """
 
-    policy: Literal["linear"] = "linear"
-    principal: float | int = 0.3
-    random: float | int = 0.3
-    blocks: int | Literal["auto"] = "auto"
-    refresh_every: int = 100
-    tail_every: int | None = None
+    policy: Literal["linear", "balanced", "max", "paper"] = "balanced"
+    weight_gradient: str | None = None
+    input_gradient: str | None = None
+    attention: str | None = None
+    coordinates: str | None = None
+    rules: tuple[tuple[str, str], ...] = ()
+    group_size: int = 128
+    rounding: Literal["stochastic", "nearest"] = "stochastic"
+    zero_point: bool = False
+    principal: float | int | Mapping[str, float | int] | None = None
+    random: float | int | Mapping[str, float | int] | None = None
+    blocks: int | Literal["auto"] | None = None
+    refresh_every: int | None = None
+    tail_every: int | Mapping[str, int | None] | None = None
     min_nbytes: int = 64 * 1024
     include: tuple[str, ...] = ()
     exclude: tuple[str, ...] = ()
@@ -53,29 +128,25 @@ class PracConfig:
     strict: bool = False
 
     def __post_init__(self) -> None:
-        if self.policy not in POLICIES:
-            raise PracOptionError(
-                f"prac.policy={self.policy!r}: allowed are {', '.join(map(repr, POLICIES))}"
-                f"{_near_miss(str(self.policy), POLICIES)}"
-            )
-        for name in ("principal", "random"):
-            _check_rank(name, getattr(self, name))
-        _check_rank_sum(self.principal, self.random)
-        if self.blocks != "auto":
-            _check_int("blocks", self.blocks, minimum=1, alternative='"auto"')
-        _check_int("refresh_every", self.refresh_every, minimum=1)
-        if self.tail_every is not None:
-            _check_int("tail_every", self.tail_every, minimum=1, alternative="None")
-            if self.tail_every > self.refresh_every:
+        _check_choice("policy", self.policy, tuple(POLICIES))
+        for name, value in {**_COMMON, **POLICIES[self.policy]}.items():
+            if getattr(self, name) is None:
+                object.__setattr__(self, name, value)
+        for part, allowed in PARTS.items():
+            _check_choice(part, getattr(self, part), allowed)
+        object.__setattr__(self, "rules", _rules(self.rules))
+        _check_int("group_size", self.group_size, minimum=8)
+        _check_choice("rounding", self.rounding, ("stochastic", "nearest"))
+        for name in ("zero_point", "strict"):
+            if not isinstance(getattr(self, name), bool):
                 raise PracOptionError(
-                    f"prac.tail_every={self.tail_every} contradicts prac.refresh_every="
-                    f"{self.refresh_every}: a new principal basis needs a new tail, so tail_every is at "
-                    "most refresh_every"
+                    f"{PREFIX}{name}={getattr(self, name)!r}: expected True or False"
                 )
+        for name in ("principal", "random", "tail_every"):
+            object.__setattr__(self, name, _per_role(name, getattr(self, name)))
+        self._check_projection()
         _check_int("min_nbytes", self.min_nbytes, minimum=0)
         _check_int("seed", self.seed, minimum=0, maximum=2**63 - 1)
-        if not isinstance(self.strict, bool):
-            raise PracOptionError(f"prac.strict={self.strict!r}: expected True or False")
         for name in ("include", "exclude"):
             object.__setattr__(self, name, _globs(name, getattr(self, name)))
         both = sorted(set(self.include) & set(self.exclude))
@@ -84,10 +155,37 @@ class PracConfig:
                 f"prac.include and prac.exclude contradict each other: both have {both[0]!r}"
             )
 
+    def _check_projection(self) -> None:
+        """Ranks, blocks and schedule of PRAC."""
+        if self.blocks != "auto":
+            _check_int("blocks", self.blocks, minimum=1, alternative='"auto"')
+        _check_int("refresh_every", self.refresh_every, minimum=1)
+        for role in PROJECTED_ROLES:
+            principal, random, tail = (
+                self.for_role(name, role) for name in ("principal", "random", "tail_every")
+            )
+            _check_rank("principal", principal)
+            _check_rank("random", random)
+            _check_rank_sum(principal, random)
+            if tail is None:
+                continue
+            _check_int("tail_every", tail, minimum=1, alternative="None")
+            if tail > self.refresh_every:
+                raise PracOptionError(
+                    f"prac.tail_every={tail} contradicts prac.refresh_every="
+                    f"{self.refresh_every}: a new principal basis needs a new tail, so tail_every is at "
+                    "most refresh_every"
+                )
+
+    def for_role(self, name: str, role: ProjectedRole) -> Any:
+        """The setting of one role, where one number or one per role is allowed."""
+        value = getattr(self, name)
+        return dict(value)[role] if isinstance(value, tuple) else value
+
     @property
     def is_biased(self) -> bool:
-        """True when the estimator has no random part (PAC): its gradients are biased."""
-        return self.random == 0
+        """True when PRAC has no random part (PAC): its gradients are biased."""
+        return any(self.for_role("random", role) == 0 for role in PROJECTED_ROLES)
 
     def cache_key(self) -> str:
         """Text that is equal exactly for equal configurations."""
@@ -158,6 +256,46 @@ def _inductor_key(key: str, name: str, fields: set[str]) -> str:
             f"{_near_miss(name, [*known, *(PREFIX + field for field in fields)])}"
         )
     return name
+
+
+def _check_choice(name: str, value: object, allowed: Sequence[str]) -> None:
+    if value not in allowed:
+        raise PracOptionError(
+            f"{PREFIX}{name}={value!r}: allowed are {', '.join(map(repr, allowed))}"
+            f"{_near_miss(str(value), allowed)}"
+        )
+
+
+def _per_role(name: str, value: object) -> object:
+    """One value as it is; one per role as pairs, which can be hashed."""
+    if not isinstance(value, Mapping | tuple | list):
+        return value
+    try:
+        given = dict(value)
+    except (TypeError, ValueError):
+        given = {}
+    if set(given) != set(PROJECTED_ROLES):
+        raise PracOptionError(
+            f"{PREFIX}{name}={value!r}: expected one value, or a mapping with exactly the keys "
+            f"{' and '.join(map(repr, PROJECTED_ROLES))}"
+        )
+    return tuple((role, given[role]) for role in PROJECTED_ROLES)
+
+
+def _rules(value: object) -> tuple[tuple[str, str], ...]:
+    expected = 'a list of (glob, codec) pairs, such as [("*.mlp.*", "int4")]'
+    if not isinstance(value, list | tuple):
+        raise PracOptionError(f"{PREFIX}rules={value!r}: expected {expected}")
+    for rule in value:
+        is_pair = isinstance(rule, list | tuple) and len(rule) == 2
+        if not is_pair or not all(isinstance(part, str) and part for part in rule):
+            raise PracOptionError(f"{PREFIX}rules: got {rule!r}, expected {expected}")
+        if rule[1] not in RULE_CODECS:
+            raise PracOptionError(
+                f"{PREFIX}rules: unknown codec in {tuple(rule)!r}; allowed are "
+                f"{', '.join(map(repr, RULE_CODECS))}{_near_miss(rule[1], RULE_CODECS)}"
+            )
+    return tuple((rule[0], rule[1]) for rule in value)
 
 
 def _near_miss(name: str, known: Any) -> str:

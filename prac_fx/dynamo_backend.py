@@ -10,7 +10,7 @@ from __future__ import annotations
 import functools
 import logging
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NoReturn, cast
 
@@ -18,12 +18,13 @@ import torch
 import torch.fx as fx
 from torch import nn
 
+from prac_fx.codecs import PracCodec
 from prac_fx.config import PracConfig, config_patches, split_options
-from prac_fx.errors import PracOptionError, PracWarning
+from prac_fx.errors import CannotRewriteError, PracOptionError, PracWarning
 from prac_fx.memory import format_nbytes
 from prac_fx.origin import clean_path
-from prac_fx.passes.plan import Plan, Site
-from prac_fx.pipeline import AnalysePartitioner, AnalysisDone, RewritePartitioner
+from prac_fx.passes.plan import Plan
+from prac_fx.pipeline import AnalysePartitioner, AnalysisDone, Arguments, RewritePartitioner
 from prac_fx.plan_text import plan_as_text
 from prac_fx.runtime import training_step
 from prac_fx.torch_compat import (
@@ -38,6 +39,9 @@ from prac_fx.torch_compat import (
 )
 
 log = logging.getLogger(__name__)
+
+# How many values may fail to be encoded before a graph is given up.
+_MOST_RETRIES = 8
 
 
 def prac(
@@ -145,10 +149,7 @@ def _compile(
     if not graph.trainable:
         return plain()
     try:
-        plan = analyse_graph(graph, config, patches)
-        rewritten = None
-        if plan is not None and plan.sites:
-            rewritten = _compile_rewritten(graph, plan, config, patches)
+        plan, rewritten = _plan_and_compile(graph, config, patches)
     except Exception as error:
         if config.strict:
             raise
@@ -168,6 +169,34 @@ def _compile(
     return training_step(rewritten, plan, config)
 
 
+def _plan_and_compile(
+    graph: DynamoGraph, config: PracConfig, patches: Mapping[str, Any]
+) -> tuple[Plan | None, Callable[..., Any] | None]:
+    """Both phases. A value whose encoding fails is kept, and the rest is planned again without it."""
+    blocked: list[str] = []
+    while True:
+        plan = analyse_graph(graph, config, patches, blocked)
+        if plan is None or not plan.changes_graph:
+            return plan, None
+        try:
+            return plan, _compile_rewritten(graph, plan, config, patches)
+        except Exception as error:
+            failed = _failed_value(error)
+            if config.strict or failed in ("", *blocked) or len(blocked) >= _MOST_RETRIES:
+                raise
+            log.warning("%s is kept exact: %s", failed, error)
+            blocked.append(failed)
+
+
+def _failed_value(error: BaseException | None) -> str:
+    """The value at fault, from our own error or from what Inductor made of it; empty when there is none."""
+    while error is not None:
+        if isinstance(error, CannotRewriteError):
+            return error.value
+        error = error.__cause__ or getattr(error, "inner_exception", None)
+    return ""
+
+
 @dataclass(frozen=True)
 class DynamoGraph:
     """Dynamo's graph with its inputs, and what we need to know of them."""
@@ -185,6 +214,13 @@ class DynamoGraph:
         """Names of the arguments relative to the compiled module."""
         names = (placeholder_source_name(node) for node in self.placeholders)
         return {index: clean_path(name) for index, name in enumerate(names)}
+
+    @property
+    def arguments(self) -> Arguments:
+        """What the passes need to know of the arguments."""
+        values = (node.meta.get("example_value") for node in self.placeholders)
+        parameters = frozenset(i for i, v in enumerate(values) if isinstance(v, nn.Parameter))
+        return Arguments(self.argument_names, parameters, self.trainable)
 
     @property
     def trainable(self) -> frozenset[int]:
@@ -212,10 +248,20 @@ def _refuse_inference(*args: Any, **kwargs: Any) -> NoReturn:
 
 
 def analyse_graph(
-    graph: DynamoGraph, config: PracConfig, patches: Mapping[str, Any]
+    graph: DynamoGraph,
+    config: PracConfig,
+    patches: Mapping[str, Any],
+    blocked: Collection[str] = (),
 ) -> Plan | None:
-    """Phase 1: trace up to the joint graph and plan. None when the graph has no backward."""
-    partitioner = AnalysePartitioner(config, graph.trainable, graph.argument_names)
+    """Phase 1: trace up to the joint graph and plan. None when the graph has no backward.
+
+    Args:
+        graph: Dynamo's.
+        config: the user's options.
+        patches: Inductor's.
+        blocked: names of values to keep, because encoding them failed.
+    """
+    partitioner = AnalysePartitioner(config, graph.arguments, blocked)
     try:
         with without_autograd_cache():
             compile_fx(
@@ -231,13 +277,13 @@ def analyse_graph(
     raise AssertionError("the joint graph was compiled without a call of the partitioner")
 
 
-def with_state_inputs(
-    graph: DynamoGraph, sites: Sequence[Site]
-) -> tuple[fx.GraphModule, list[Any]]:
+def with_state_inputs(graph: DynamoGraph, plan: Plan) -> tuple[fx.GraphModule, list[Any]]:
     """Copy Dynamo's graph with state placeholders appended, and its inputs with fake state."""
     extra: list[tuple[str, FakeTensor]] = []
     with tracing_fake_mode(graph.example_inputs):
-        for number, site in enumerate(sites):
+        for number, site in enumerate(plan.sites):
+            if not isinstance(site.codec, PracCodec):
+                continue
             shapes = {"basis": site.codec.basis_shape}
             if site.codec.sample_rows:
                 shapes["rows"] = (site.codec.sample_rows, site.codec.features)
@@ -245,15 +291,24 @@ def with_state_inputs(
                 fake = torch.empty(shape, dtype=site.dtype, device=site.device)
                 assert isinstance(fake, FakeTensor)
                 extra.append((f"prac_{what}_{number}", fake))
+        if plan.is_random:
+            seed = torch.empty((), dtype=torch.int64, device=_rounding_device(plan))
+            assert isinstance(seed, FakeTensor)
+            extra.append(("prac_seed", seed))
     gm = copy_dynamo_graph(graph.gm, extra)
     return gm, [*graph.example_inputs, *(fake for _, fake in extra)]
+
+
+def _rounding_device(plan: Plan) -> torch.device:
+    """Where the seed lives: with the first value that is rounded stochastically."""
+    return next(site.device for site in plan.sites if site.is_random)
 
 
 def _compile_rewritten(
     graph: DynamoGraph, plan: Plan, config: PracConfig, patches: Mapping[str, Any]
 ) -> Callable[..., Any]:
     """Phase 2: compile with the partitioner that applies the plan."""
-    gm, inputs = with_state_inputs(graph, plan.sites)
+    gm, inputs = with_state_inputs(graph, plan)
     partitioner = RewritePartitioner(plan, len(graph.example_inputs), config)
     compiled = compile_fx(
         gm, inputs, config_patches={**patches, "custom_partitioner_fn": partitioner}

@@ -21,7 +21,15 @@ class PracOptionError(PracError, ShortenTraceback, ValueError):
 
 
 class CannotRewriteError(PracError):
-    """The joint graph cannot be rewritten; the graph itself is still usable by plain Inductor."""
+    """The joint graph cannot be rewritten; the graph itself is still usable by plain Inductor.
+
+    Attributes:
+        value: name of the value whose encoding is at fault; empty when it is none in particular.
+    """
+
+    def __init__(self, message: str, value: str = "") -> None:
+        super().__init__(message)
+        self.value = value
 
 
 class StateError(PracError, ValueError):

@@ -2,15 +2,23 @@
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 import torch.fx as fx
 from torch import Tensor
 
-from prac_fx.torch_compat import FakeTensor, inductor_decompositions, make_fx, rename_node
+from prac_fx.torch_compat import (
+    FakeTensor,
+    inductor_decompositions,
+    make_fx,
+    rename_node,
+    storage_key,
+)
 
 # Operators that hand on the same elements in another shape. Deliberately without slice, select and
 # expand, which hand on fewer or repeated ones.
@@ -46,6 +54,58 @@ def without_views(node: fx.Node) -> fx.Node:
     return node
 
 
+def allocating_node(node: fx.Node) -> fx.Node:
+    """The node whose storage `node` is a view of, of whatever kind the view is; or itself."""
+    while (source := _viewed(node)) is not None:
+        node = source
+    return node
+
+
+def _viewed(node: fx.Node) -> fx.Node | None:
+    """The argument that a node is a view of; the parts of a split are views of it, and it is one of its argument."""
+    if node.op != "call_function":
+        return None
+    if node.target is operator.getitem:
+        split = node.all_input_nodes[0]
+        return split if _viewed(split) is not None else None
+    value = node.meta.get("val")
+    parts = value if isinstance(value, list | tuple) else [value]
+    storages = {_storage(part) for part in parts if isinstance(part, Tensor)} - {None}
+    return next((arg for arg in node.all_input_nodes if storage_of(arg) in storages), None)
+
+
+def storage_of(node: object) -> int | None:
+    """Storage identity of the tensor a node stands for; None for anything without storage."""
+    value = tensor_value(node) if isinstance(node, fx.Node) else None
+    return None if value is None else _storage(value)
+
+
+def _storage(value: Tensor) -> int | None:
+    try:
+        return storage_key(value)
+    except NotImplementedError:
+        return None
+
+
+@dataclass(frozen=True)
+class Inlined:
+    """What one call of an `Inliner` added.
+
+    Attributes:
+        nodes: all new nodes, in order.
+        results: the nodes that stand for the function's results.
+    """
+
+    nodes: tuple[fx.Node, ...]
+    results: tuple[fx.Node, ...]
+
+    @property
+    def result(self) -> fx.Node:
+        """The only result."""
+        (result,) = self.results
+        return result
+
+
 class Inliner:
     """Copies traced tensor code into one graph, tracing each distinct shape only once.
 
@@ -58,7 +118,7 @@ class Inliner:
 
     def __call__(
         self,
-        function: Callable[..., Tensor],
+        function: Callable[..., Tensor | tuple[Tensor, ...]],
         args: Sequence[fx.Node],
         *,
         before: fx.Node,
@@ -66,7 +126,7 @@ class Inliner:
         like: fx.Node,
         key: object,
         name: str,
-    ) -> list[fx.Node]:
+    ) -> Inlined:
         """Inline `function(*args)`.
 
         Args:
@@ -76,10 +136,7 @@ class Inliner:
             tag: `partitioner_tag` of the new nodes (torch._functorch.partitioners).
             like: node whose source location the new nodes carry.
             key: identifies the function in the trace cache, together with the arguments' shapes.
-            name: of the last new node.
-
-        Returns:
-            The new nodes in order; the last one is the result.
+            name: of the results; further ones are numbered.
         """
         values = [arg.meta["val"] for arg in args]
         cache_key = (key, tuple(map(_signature, values)))
@@ -91,9 +148,11 @@ class Inliner:
             )
             traced = trace(*values)
             self._traced[cache_key] = traced
-        added = self._copy(traced, args, before, tag, like)
-        rename_node(added[-1], name)
-        return added
+        inlined = self._copy(traced, args, before, tag, like)
+        for result in inlined.results:
+            if result in inlined.nodes:
+                rename_node(result, name)
+        return inlined
 
     def _copy(
         self,
@@ -102,7 +161,7 @@ class Inliner:
         before: fx.Node,
         tag: str,
         like: fx.Node,
-    ) -> list[fx.Node]:
+    ) -> Inlined:
         env = dict(zip(traced.graph.find_nodes(op="placeholder"), args, strict=True))
         added: list[fx.Node] = []
         with self.graph.inserting_before(before):
@@ -118,7 +177,9 @@ class Inliner:
                         copied.meta[field] = like.meta[field]
                 env[node] = copied
                 added.append(copied)
-        return added
+        returned: Any = next(iter(traced.graph.find_nodes(op="output"))).args[0]
+        results = returned if isinstance(returned, list | tuple) else (returned,)
+        return Inlined(tuple(added), tuple(env[result] for result in results))
 
 
 def _signature(value: Tensor) -> object:

@@ -147,7 +147,7 @@ def rewrite_graph(
     Raises:
         CannotRewriteError: as in compilation.
     """
-    gm, inputs = with_state_inputs(graph, plan.sites)
+    gm, inputs = with_state_inputs(graph, plan)
     partitioner = _StopAfterRewrite(plan, len(graph.example_inputs), config)
     try:
         with without_autograd_cache():
@@ -165,7 +165,7 @@ def values_after(
     Min-cut decides anew on the rewritten graph: it may drop a value that only an encoded one needed, or
     save another one; such rows say so.
     """
-    if not plan.sites:
+    if not plan.changes_graph:
         return list(plan.values)
     try:
         result = rewrite_graph(graph, plan, config, patches)
@@ -174,10 +174,14 @@ def values_after(
     saved = {one.node.name: one for one in result.saved}
     rows = []
     for value in plan.values:
-        stored = saved.pop(result.coordinates.get(value.name, value.name), None)
-        if stored is not None:
-            rows.append(replace(value, nbytes_after=stored.nbytes))
-        elif value.nbytes_before:
+        # a storage with several saved views has one row that counts
+        names = (value.name,)
+        if value.decision == "encode":
+            names = result.stored[value.allocated_by]
+        stored = [saved.pop(name) for name in names if name in saved]
+        if stored:
+            rows.append(replace(value, nbytes_after=sum(one.nbytes for one in stored)))
+        elif value.nbytes_before and value.reason != "derived":
             rows.append(replace(value, decision="recompute", reason="min_cut", nbytes_after=0))
         else:
             rows.append(value)
@@ -190,7 +194,7 @@ def values_after(
 
 def _kept_instead(value: PlannedValue, why: str) -> PlannedValue:
     """The row of a value in a graph that the backend would compile with plain Inductor."""
-    if value.decision != "encode":
+    if value.decision != "encode" and value.reason != "derived":
         return value
     return replace(
         value,
@@ -198,6 +202,7 @@ def _kept_instead(value: PlannedValue, why: str) -> PlannedValue:
         reason="cannot_rewrite",
         detail=why,
         codec=None,
+        coordinates=None,
         nbytes_after=value.nbytes_before,
         state_nbytes=0,
     )

@@ -6,19 +6,21 @@ import functools
 import hashlib
 import logging
 from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NoReturn
 
 import torch.fx as fx
 
+from prac_fx.codecs import PracCodec
 from prac_fx.config import PracConfig
 from prac_fx.errors import CannotRewriteError
 from prac_fx.graph_edit import Inliner
 from prac_fx.passes.classify import classify
 from prac_fx.passes.factor import factor
 from prac_fx.passes.partition import PartitionedGraph, partition
-from prac_fx.passes.plan import Plan, fingerprint, make_plan
-from prac_fx.passes.rewrite import SiteState, rewrite
+from prac_fx.passes.plan import JointGraph, Plan, fingerprint, make_plan
+from prac_fx.passes.rewrite import SiteState, State, rewrite
 from prac_fx.passes.roles import assign_roles
 from prac_fx.passes.survey import survey
 from prac_fx.torch_compat import (
@@ -29,6 +31,21 @@ from prac_fx.torch_compat import (
 )
 
 log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Arguments:
+    """What is known of the arguments of Dynamo's graph, by index.
+
+    Attributes:
+        names: relative to the compiled module.
+        parameters: all nn.Parameters.
+        trainable: those that require a gradient.
+    """
+
+    names: Mapping[int, str]
+    parameters: frozenset[int]
+    trainable: frozenset[int]
 
 
 class AnalysisDone(Exception):
@@ -45,33 +62,37 @@ def analyse(
     partition_options: Mapping[str, Any],
     *,
     config: PracConfig,
-    trainable: Collection[int],
-    argument_names: Mapping[int, str],
+    arguments: Arguments,
+    blocked: Collection[str] = (),
 ) -> Plan:
-    """Passes 1 to 4: classify, survey, roles, plan. Leaves `gm` as it is but for `merge_duplicates`.
+    """Passes 1 to 5: classify, survey, roles, chains, plan. Leaves `gm` as it is but for `merge_duplicates`.
 
     Args:
         gm: the joint graph module.
         joint_inputs: its inputs as the partitioner received them.
         partition_options: keyword arguments of torch's partitioner.
         config: the user's options.
-        trainable: argument indices of leaves that require a gradient.
-        argument_names: names of the arguments, relative to the compiled module.
+        arguments: what is known of the graph's arguments.
+        blocked: names of values to keep, because encoding them failed.
     """
     merge_duplicates(gm)
     surveyed = survey(gm, joint_inputs, partition_options)
-    static = {*trainable, *(partition_options.get("static_lifetime_input_indices") or ())}
-    classification = classify(gm.graph, static)
+    static = {
+        *arguments.parameters,
+        *(partition_options.get("static_lifetime_input_indices") or ()),
+    }
+    classification = classify(gm.graph, static, arguments.parameters)
     roles = assign_roles(
         gm.graph,
         classification,
         surveyed,
         num_fwd_outputs=partition_options["num_fwd_outputs"],
-        trainable=trainable,
+        trainable=arguments.trainable,
     )
-    return make_plan(
-        gm.graph, classification, surveyed, roles, config=config, argument_names=argument_names
+    joint = JointGraph(
+        gm.graph, classification, surveyed, roles, arguments.names, min(arguments.trainable)
     )
+    return make_plan(joint, config, blocked)
 
 
 def merge_duplicates(gm: fx.GraphModule) -> None:
@@ -88,19 +109,19 @@ def apply_plan(
     joint_inputs: Sequence[object],
     partition_options: Mapping[str, Any],
     plan: Plan,
-    states: Sequence[SiteState],
+    state: State,
 ) -> PartitionedGraph:
-    """Passes 5 to 8: rewrite, factor, sample, partition.
+    """Passes 6 to 9: rewrite, factor, sample, partition.
 
     Raises:
         CannotRewriteError: the graph is not the one that was planned, or an invariant does not hold.
     """
     inline = Inliner(gm.graph)
-    encoded = rewrite(gm.graph, plan.sites, states, inline)
+    encoded = rewrite(gm.graph, plan, state, inline)
     factor(encoded, inline)
     gm.graph.lint()
     gm.recompile()
-    return partition(gm, joint_inputs, partition_options, encoded, plan.nbytes_before)
+    return partition(gm, joint_inputs, partition_options, encoded, plan)
 
 
 class AnalysePartitioner(CustomPartitionerFn):
@@ -109,12 +130,12 @@ class AnalysePartitioner(CustomPartitionerFn):
     def __init__(
         self,
         config: PracConfig,
-        trainable: Collection[int],
-        argument_names: Mapping[int, str],
+        arguments: Arguments,
+        blocked: Collection[str] = (),
     ) -> None:
         self._config = config
-        self._trainable = trainable
-        self._argument_names = argument_names
+        self._arguments = arguments
+        self._blocked = blocked
 
     def __call__(
         self, gm: fx.GraphModule, joint_inputs: Sequence[object], **options: Any
@@ -125,8 +146,8 @@ class AnalysePartitioner(CustomPartitionerFn):
             joint_inputs,
             options,
             config=self._config,
-            trainable=self._trainable,
-            argument_names=self._argument_names,
+            arguments=self._arguments,
+            blocked=self._blocked,
         )
         raise AnalysisDone(plan)
 
@@ -141,7 +162,7 @@ class RewritePartitioner(CustomPartitionerFn):
     Args:
         plan: from the first phase.
         first_state: argument index of the first state placeholder; they follow in site order, the basis
-            and, where the codec samples rows, the row buffer.
+            and, where the codec samples rows, the row buffer; then the seed, if any site needs it.
         config: part of the compile cache key.
     """
 
@@ -165,27 +186,32 @@ class RewritePartitioner(CustomPartitionerFn):
         if fingerprint(gm.graph) != self._plan.fingerprint:
             raise CannotRewriteError("tracing the model twice gave two different joint graphs")
         _trace_graph("prac_joint_graph_before", gm)
-        states = self._find_states(gm.graph)
-        result = apply_plan(gm, joint_inputs, options, self._plan, states)
+        state = self._find_state(gm.graph)
+        result = apply_plan(gm, joint_inputs, options, self._plan, state)
         _trace_graph("prac_joint_graph_after", gm)
         return result
 
-    def _find_states(self, graph: fx.Graph) -> list[SiteState]:
+    def _find_state(self, graph: fx.Graph) -> State:
         by_index = {
             argument_index(node): node
             for node in graph.find_nodes(op="placeholder")
             if argument_index(node) is not None
         }
-        states, index = [], self._first_state
+        sites: dict[str, SiteState] = {}
+        index, seed = self._first_state, None
         try:
             for site in self._plan.sites:
+                if not isinstance(site.codec, PracCodec):
+                    continue
                 basis = by_index[index]
                 rows = by_index[index + 1] if site.codec.sample_rows else None
                 index += 2 if site.codec.sample_rows else 1
-                states.append(SiteState(basis, rows))
+                sites[site.value] = SiteState(basis, rows)
+            if self._plan.is_random:
+                seed = by_index[index]
         except KeyError:
             raise CannotRewriteError("a state placeholder did not reach the joint graph") from None
-        return states
+        return State(sites, seed)
 
     def uuid(self) -> str:
         """Hash of our sources, the configuration and the plan (torch._inductor.custom_graph_pass)."""
@@ -196,7 +222,8 @@ def cache_key(plan: Plan, config: PracConfig) -> str:
     """What the compiled result depends on besides torch's own inputs; a warm cache is keyed by it."""
     digest = hashlib.blake2b(_sources_digest(), digest_size=16)
     digest.update(config.cache_key().encode())
-    digest.update(repr((plan.sites, plan.fingerprint)).encode())
+    identity = (plan.sites, plan.clones, plan.statistics, plan.fingerprint)
+    digest.update(repr(identity).encode())
     return digest.hexdigest()
 
 

@@ -38,7 +38,6 @@ def source_location(value: PlannedValue) -> str:
 
 
 def _row(value: PlannedValue) -> tuple[str, ...]:
-    decision = value.codec.describe() if value.codec else value.decision
     return (
         value.origin.module or value.name,
         source_location(value),
@@ -47,6 +46,6 @@ def _row(value: PlannedValue) -> tuple[str, ...]:
         value.role,
         format_nbytes(value.nbytes_before),
         format_nbytes(value.nbytes_after),
-        decision,
+        value.stored_as,
         value.reason,
     )

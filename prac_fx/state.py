@@ -18,8 +18,9 @@ from torch import Tensor
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from prac_fx.codecs import PracCodec
-from prac_fx.config import PracConfig
+from prac_fx.config import ProjectedRole, PracConfig
 from prac_fx.errors import StateError
+from prac_fx.rounding_state import RoundingSeed, rounding_seed_of, set_rounding_seed
 from prac_fx.schedule import next_due
 from prac_fx.subspace import (
     draw_tail,
@@ -31,7 +32,7 @@ from prac_fx.subspace import (
 )
 from prac_fx.torch_compat import autograd_references
 
-STATE_VERSION = 1
+STATE_VERSION = 2
 
 # The first refresh starts from random directions, later ones from the old basis.
 _COLD_ITERATIONS = 4
@@ -81,10 +82,11 @@ class Subspace:
     def __post_init__(self) -> None:
         self.due = min(self.next_refresh, self.next_tail)
 
-    def configure(self, config: PracConfig) -> None:
-        """Take over the schedule of `config`."""
+    def configure(self, config: PracConfig, role: ProjectedRole) -> None:
+        """Take over the schedule that `config` has for a role."""
+        assert config.refresh_every is not None
         self.refresh_every = config.refresh_every
-        self.tail_every = config.tail_every or config.refresh_every
+        self.tail_every = config.for_role("tail_every", role) or config.refresh_every
 
     def begin_step(self) -> None:
         """Count one training forward pass; before it, refresh what is due.
@@ -137,7 +139,12 @@ def subspaces_of(owner: Tensor) -> dict[SubspaceKey, Subspace]:
 
 
 def subspace_for(
-    owner: Tensor, key: SubspaceKey, device: torch.device, name: str, config: PracConfig
+    owner: Tensor,
+    key: SubspaceKey,
+    device: torch.device,
+    name: str,
+    config: PracConfig,
+    role: ProjectedRole = "weight_gradient",
 ) -> Subspace:
     """The state of one site, created on first use.
 
@@ -147,16 +154,34 @@ def subspace_for(
         device: where the site's value lives; a state that was left elsewhere is moved.
         name: the owner's name relative to the compiled module; part of the random stream's seed.
         config: seed and schedule.
+        role: selects the schedule, where it is one per role.
     """
     found = subspaces_of(owner).get(key)
     if found is None:
-        found = _create(key, device, _stream(owner, key, name, config.seed))
+        found = _create(key, device, _stream(owner, config.seed, name, key.slot, key.codec.features))
         _OWNERS.setdefault(owner, {})[key] = found
     elif found.basis.device != device:
         found.basis = found.basis.to(device)
         found.rows = None if found.rows is None else found.rows.to(device)
-    found.configure(config)
+    found.configure(config, role)
     return found
+
+
+def rounding_seed_for(
+    owner: Tensor, device: torch.device, name: str, config: PracConfig
+) -> RoundingSeed:
+    """The seed of stochastic rounding that a parameter owns, created on first use.
+
+    Args:
+        owner: the parameter, never kept alive by the state.
+        device: where the rounded values live; a seed that was left elsewhere is moved.
+        name: the owner's name relative to the compiled module; part of the random stream's seed.
+        config: seed.
+    """
+    found = rounding_seed_of(owner)
+    if found is None:
+        return set_rounding_seed(owner, _stream(owner, config.seed, name, "rounding"), 0, device)
+    return set_rounding_seed(owner, found.stream, found.steps, device)
 
 
 @torch.no_grad()
@@ -173,8 +198,8 @@ def _create(key: SubspaceKey, device: torch.device, stream: str) -> Subspace:
     return Subspace(key, basis, rows, stream)
 
 
-def _stream(owner: Tensor, key: SubspaceKey, name: str, seed: int) -> str:
-    """Name of a site's random stream: the same in every run, different from site to site.
+def _stream(owner: Tensor, seed: int, name: str, *purpose: object) -> str:
+    """Name of a random stream: the same in every run, different from site to site.
 
     Identical blocks compiled one by one share all names, so some of the parameter's own numbers go in:
     they are the same in the next run, and differ between blocks.
@@ -184,19 +209,23 @@ def _stream(owner: Tensor, key: SubspaceKey, name: str, seed: int) -> str:
     flat = values.reshape(-1)
     some = flat[:: max(1, flat.numel() // _SEED_ELEMENTS)][:_SEED_ELEMENTS]
     numbers = some.to(device="cpu", dtype=torch.float64).tolist()
-    identity = repr((seed, name, key.slot, key.codec.features, numbers))
+    identity = repr((seed, name, *purpose, numbers))
     return hashlib.blake2b(identity.encode(), digest_size=16).hexdigest()
 
 
 def state_dict(model: torch.nn.Module) -> dict[str, Any]:
-    """All subspace state of a model's parameters, to be saved beside the model's own state.
+    """All state that we keep for a model's parameters, to be saved beside the model's own state.
 
     Returns:
         Plain tensors, numbers and text, so that `torch.load(weights_only=True)` reads it. The tensors
         are copies. Loading it resumes a run bit for bit.
     """
-    entries = []
+    entries, seeds = [], []
     for name, parameter in model.named_parameters():
+        rounding = rounding_seed_of(parameter)
+        if rounding is not None:
+            entry = {"parameter": name, "stream": rounding.stream, "steps": rounding.steps}
+            seeds.append(entry)
         for key, subspace in subspaces_of(parameter).items():
             entries.append(
                 {
@@ -214,7 +243,7 @@ def state_dict(model: torch.nn.Module) -> dict[str, Any]:
                     "refreshes": subspace.refreshes,
                 }
             )
-    return {"version": STATE_VERSION, "subspaces": entries}
+    return {"version": STATE_VERSION, "subspaces": entries, "rounding": seeds}
 
 
 @torch.no_grad()
@@ -233,8 +262,11 @@ def load_state_dict(model: torch.nn.Module, state: Mapping[str, Any]) -> None:
     parameters = dict(model.named_parameters())
     try:
         loaded = [_parse(entry, parameters) for entry in state["subspaces"]]
+        seeds = [_parse_seed(entry, parameters) for entry in state["rounding"]]
     except (KeyError, TypeError, AttributeError) as error:
         raise StateError(f"subspace state: not what state_dict() returned: {error!r}") from error
+    for parameter, stream, steps in seeds:
+        set_rounding_seed(parameter, stream, steps, parameter.device)
     for parameter, new in loaded:
         states = _OWNERS.setdefault(parameter, {})
         old = states.get(new.key)
@@ -247,6 +279,19 @@ def load_state_dict(model: torch.nn.Module, state: Mapping[str, Any]) -> None:
             old.rows.copy_(new.rows)
         for name in ("stream", "steps", "next_refresh", "next_tail", "draws", "refreshes", "due"):
             setattr(old, name, getattr(new, name))
+
+
+def _parse_seed(
+    entry: Mapping[str, Any], parameters: Mapping[str, Tensor]
+) -> tuple[Tensor, str, int]:
+    name, stream, steps = entry["parameter"], entry["stream"], entry["steps"]
+    if name not in parameters:
+        raise StateError(f"rounding state: the model has no parameter {name!r}")
+    if not isinstance(stream, str) or len(stream) < 16 or set(stream) - set("0123456789abcdef"):
+        raise StateError(f"rounding state of {name!r}: {stream!r} is not the name of a stream")
+    if not isinstance(steps, int) or steps < 0:
+        raise StateError(f"rounding state of {name!r}: {steps!r} is not a number of steps")
+    return parameters[name], stream, steps
 
 
 def _parse(entry: Mapping[str, Any], parameters: Mapping[str, Tensor]) -> tuple[Tensor, Subspace]:

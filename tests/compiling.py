@@ -10,8 +10,8 @@ from torch import Tensor, nn
 
 from prac_fx.state import Subspace, subspaces_of
 
-# everything that can be encoded is: models in tests are small
-SMALL = {"prac.min_nbytes": 0, "prac.strict": True}
+# everything that the linear policy can encode is: models in tests are small
+SMALL = {"prac.min_nbytes": 0, "prac.strict": True, "prac.policy": "linear"}
 
 
 def compile_prac(model: Any, **options: Any) -> Any:

@@ -1,0 +1,210 @@
+"""Pass 4, chains: what stands between a stored value and the backward nodes that need something made of it.
+
+    stored      x, rstd                                  backward reads `normed` and `squared`:
+    forward     normed = mul(x, rstd)                    both follow from what is stored, without a matmul,
+    backward    ... mul(dy, normed)                      so backward computes them again
+
+When x is stored by a codec, backward must compute such nodes from the decoded x. `rewrite` clones them;
+this pass says which. Statistics of a token (a mean, an rstd, a logsumexp) are never computed from a decoded
+value: they are saved exactly, for they are small and everything is divided by them.
+"""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Collection
+from dataclasses import dataclass
+
+import torch
+import torch.fx as fx
+
+from prac_fx.graph_edit import RESHAPING_VIEWS, allocating_node, tensor_value
+from prac_fx.memory import size_hint
+from prac_fx.passes.classify import Classification
+from prac_fx.torch_compat import has_tag_must_recompute
+
+_aten, _prims = torch.ops.aten, torch.ops.prims
+_CHEAP = frozenset(
+    {
+        _aten.full.default,
+        _aten.scalar_tensor.default,
+        _aten.cat.default,
+        _aten.constant_pad_nd.default,
+        _prims.iota.default,
+    }
+)
+# A longer chain is no longer one fused kernel, and its noise no longer that of its sources.
+_LONGEST_DERIVATION = 48
+# A reduction leaves at least this many times fewer elements than it reads.
+_REDUCTION_FACTOR = 8
+
+
+@dataclass(frozen=True)
+class Clones:
+    """Forward nodes to handle when some values are stored by a codec.
+
+    Attributes:
+        nodes: to be computed again in backward from decoded values, in graph order.
+        statistics: reductions that backward would otherwise compute from a decoded value: to be saved.
+    """
+
+    nodes: tuple[fx.Node, ...]
+    statistics: tuple[fx.Node, ...]
+
+
+def is_view(node: fx.Node) -> bool:
+    """Does the operator return a view of its argument?"""
+    if node.target is operator.getitem:
+        return is_view(node.all_input_nodes[0])
+    if node.target in RESHAPING_VIEWS:
+        return True
+    if not isinstance(node.target, torch._ops.OpOverload):
+        return False
+    schema = node.target._schema
+    return not schema.is_mutable and any(one.alias_info is not None for one in schema.returns)
+
+
+def is_cheap(node: fx.Node) -> bool:
+    """Elementwise operators, views and constants: what Inductor fuses into whatever reads it."""
+    if node.op != "call_function":
+        return False
+    if node.target in _CHEAP or is_view(node):
+        return True
+    tags = getattr(node.target, "tags", ())
+    return torch.Tag.pointwise in tags and torch.Tag.nondeterministic_seeded not in tags
+
+
+def is_reduction(node: fx.Node) -> bool:
+    """Does the node sum up, or otherwise reduce, what it reads to something much smaller?"""
+    if node.target is operator.getitem:
+        return is_reduction(node.all_input_nodes[0])
+    return torch.Tag.reduction in getattr(node.target, "tags", ()) and _shrinks(node)
+
+
+def _shrinks(node: fx.Node) -> bool:
+    value = node.meta.get("val")
+    results = value if isinstance(value, list | tuple) else [value]
+    largest = max((_numel(one) for one in results), default=0)
+    sources = [tensor_value(one) for one in node.all_input_nodes]
+    return all(_numel(one) >= _REDUCTION_FACTOR * largest for one in sources if one is not None)
+
+
+def _numel(value: object) -> int:
+    return size_hint(value.numel()) if isinstance(value, torch.Tensor) else 0
+
+
+def is_statistic(node: fx.Node, classification: Classification) -> bool:
+    """Is the value a reduction of an activation, or an elementwise function of reductions?"""
+    pending, seen, found = [node], {node}, False
+    while pending:
+        one = pending.pop()
+        if is_reduction(one):
+            found = True
+            continue
+        if not is_cheap(one):
+            return False
+        for source in one.all_input_nodes:
+            if source in classification.activations and source not in seen:
+                seen.add(source)
+                pending.append(source)
+    return found
+
+
+def blocking_node(
+    root: fx.Node, classification: Classification, recomputed: Collection[str]
+) -> fx.Node | None:
+    """A node that backward computes again from `root` and that must not see a decoded value.
+
+    Such are matmuls, attention and random numbers, and whatever a checkpointed region computes again: there the
+    user, or `activation_memory_budget`, has decided how the value is used.
+    """
+    pending, seen = [root], {root}
+    while pending:
+        for user in pending.pop().users:
+            if user in seen or user in classification.backward or user.op == "output":
+                continue
+            is_alias = is_view(user) and allocating_node(user) is root
+            if not is_alias and user.name not in recomputed:
+                continue
+            if is_reduction(user):
+                continue
+            if has_tag_must_recompute(user) or not (is_cheap(user) or is_alias):
+                return user
+            seen.add(user)
+            pending.append(user)
+    return None
+
+
+def derivation(
+    node: fx.Node, stored: Collection[fx.Node], classification: Classification
+) -> tuple[fx.Node, ...] | None:
+    """The elementwise nodes that give `node` from stored values and arguments; None if there is no such way.
+
+    Args:
+        node: a saved value.
+        stored: allocating nodes of the other values that are stored for backward.
+        classification: of the same graph.
+    """
+    chain: dict[fx.Node, None] = {}
+    pending = [node]
+    while pending:
+        one = pending.pop()
+        if one in chain:
+            continue
+        if not is_cheap(one) or len(chain) >= _LONGEST_DERIVATION:
+            return None
+        chain[one] = None
+        for source in one.all_input_nodes:
+            if source.op != "placeholder" and allocating_node(source) not in stored:
+                pending.append(source)
+    return tuple(chain)
+
+
+def find_clones(
+    graph: fx.Graph,
+    classification: Classification,
+    recomputed: Collection[str],
+    encoded: Collection[fx.Node],
+    derived: Collection[fx.Node],
+) -> Clones:
+    """Which forward nodes backward must compute from decoded values.
+
+    Args:
+        graph: the joint graph.
+        classification: of the same graph.
+        recomputed: names of forward nodes that plain Inductor's backward computes again.
+        encoded: allocating nodes of values that are decoded in backward.
+        derived: nodes of the derivations that replace saved values.
+    """
+    dependent: set[fx.Node] = set()
+    statistics: dict[fx.Node, None] = {}
+    for node in graph.nodes:
+        if node.op != "call_function" or node in classification.backward or node in encoded:
+            continue
+        is_alias = is_view(node) and allocating_node(node) in encoded
+        if node not in derived and node.name not in recomputed and not is_alias:
+            continue
+        from_encoded = any(arg in dependent or arg in encoded for arg in node.all_input_nodes)
+        if from_encoded and is_reduction(node):
+            statistics[node] = None
+        elif from_encoded or node in derived:
+            dependent.add(node)
+    needed = _needed_in_backward(classification, dependent)
+    return Clones(
+        tuple(node for node in graph.nodes if node in needed),
+        tuple(node for node in statistics if node.users),
+    )
+
+
+def _needed_in_backward(
+    classification: Classification, dependent: Collection[fx.Node]
+) -> set[fx.Node]:
+    pending = [node for node in classification.crossing if node in dependent]
+    needed: set[fx.Node] = set()
+    while pending:
+        node = pending.pop()
+        if node in needed:
+            continue
+        needed.add(node)
+        pending += [arg for arg in node.all_input_nodes if arg in dependent]
+    return needed

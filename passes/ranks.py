@@ -1,0 +1,168 @@
+"""Pass 5a, ranks: which ranks and blocks PRAC takes for a matrix, and whether they pay."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+from prac_fx.codecs import PracCodec, QuantCodec
+from prac_fx.config import ProjectedRole, PracConfig
+from prac_fx.memory import size_hint
+from prac_fx.torch_compat import guard_or_false
+
+# A block narrower than this makes batched matmuls too small to be fast, and bases too small to be good.
+_MIN_BLOCK_FEATURES = 64
+_MAX_BLOCKS = 16
+# With blocks="auto": state may take at most this share of the bytes that encoding takes away, and a site may
+# cost at most this many times the FLOPs of its exact weight gradients. The second bound is above 1 because
+# blocks add noise (benchmarks/results/basis_quality.md) and other sites cost far less than 1.
+_MAX_STATE_SHARE = 0.5
+_MAX_RELATIVE_FLOPS = 1.1
+
+
+@dataclass(frozen=True)
+class Projected:
+    """A matrix that PRAC may encode.
+
+    Attributes:
+        tokens: m, possibly symbolic.
+        features: n.
+        itemsize: bytes of an element.
+        outputs: o, columns of all weight gradients that read it; 0 when it is decoded instead.
+        role: selects ranks and schedule.
+        is_batch: a batch of independent matrices, which share one undivided basis.
+    """
+
+    tokens: int | torch.SymInt
+    features: int
+    itemsize: int
+    outputs: int
+    role: ProjectedRole
+    is_batch: bool = False
+
+    @property
+    def exact_flops(self) -> int:
+        """FLOPs of the exact weight gradients."""
+        return 2 * size_hint(self.tokens) * self.features * self.outputs
+
+
+def relative_flops(matrix: Projected, codec: PracCodec) -> float:
+    """FLOPs of encoding and of the factored weight gradients, over those of the exact ones."""
+    return codec.flops(size_hint(matrix.tokens), matrix.outputs) / max(1, matrix.exact_flops)
+
+
+def bad_rank(matrix: Projected, config: PracConfig) -> tuple[str, str] | None:
+    """Reason code and detail when the ranks do not fit the features; None when they do."""
+    n = matrix.features
+    options = [config.for_role(name, matrix.role) for name in ("principal", "random")]
+    ranks = [_rank(option, n) for option in options]
+    vanished = any(rank == 0 and option != 0 for rank, option in zip(ranks, options, strict=True))
+    if vanished or sum(ranks) > n:
+        return "too_few_features", f"rank {sum(ranks)} for {n} features"
+    return None
+
+
+def too_few(
+    matrix: Projected, codec: PracCodec, coordinates: QuantCodec | None, config: PracConfig
+) -> tuple[str, str] | None:
+    """Are there enough tokens for the encoding to pay? None if so, else reason code and detail.
+
+    A symbolic number of tokens is compared with a guard: torch then compiles again, and we decide again,
+    for a batch on the other side of the bound. A size known only at run time cannot be guarded.
+    """
+    n, itemsize = matrix.features, matrix.itemsize
+    stored = coordinates_nbytes(codec, coordinates, 1024, itemsize) / 1024
+    saved_per_token = n * itemsize - stored
+    if saved_per_token <= 0:
+        return "rank_saves_nothing", f"rank {codec.rank} for {n} features"
+    bounds = (
+        ("too_small", -(-config.min_nbytes // (n * itemsize))),
+        ("too_few_tokens", codec.rank + 1),
+        ("rank_saves_nothing", int(codec.state_nbytes(itemsize) / saved_per_token) + 1),
+    )
+    for reason, bound in bounds:
+        if not guard_or_false(matrix.tokens >= bound):
+            symbolic = not isinstance(matrix.tokens, int)
+            detail = f"{matrix.tokens}x{n} has fewer than {bound} tokens"
+            return ("symbolic_size" if symbolic else reason), detail
+    return None
+
+
+def coordinates_codec(codec: PracCodec, config: PracConfig) -> QuantCodec | None:
+    """How the coordinates of a PRAC site are stored; None when they are stored as they are."""
+    if config.coordinates == "exact":
+        return None
+    assert config.coordinates is not None
+    # several blocks are stored as (B, r / B, m): the quantised dimension is the one of the directions
+    return QuantCodec(
+        config.coordinates,  # type: ignore[arg-type]
+        codec.rank // codec.blocks,
+        config.group_size,
+        dim=-1 if codec.blocks == 1 else -2,
+        stochastic=config.rounding == "stochastic",
+        zero_point=config.zero_point,
+    )
+
+
+def coordinates_nbytes(
+    codec: PracCodec, coordinates: QuantCodec | None, tokens: int, itemsize: int
+) -> int:
+    """Bytes stored for a number of tokens."""
+    if coordinates is None:
+        return codec.coordinates_nbytes(tokens, itemsize)
+    return coordinates.stored_nbytes(tokens * codec.blocks, itemsize)
+
+
+def _rank(option: float | int, n: int) -> int:
+    """Directions for n features: floor of the fraction (paper, section 5.1), or the number itself."""
+    return int(option * n) if isinstance(option, float) else option
+
+
+def choose_codec(matrix: Projected, config: PracConfig) -> PracCodec:
+    """Ranks and blocks for a (tokens, features) matrix.
+
+    "auto" takes the fewest blocks with which encoding plus the factored weight gradients cost about the
+    FLOPs of the exact ones at most and the state stays small; failing that, the cheapest number of blocks.
+    """
+    tokens = size_hint(matrix.tokens)
+    candidates = _candidates(matrix, config)
+    for codec in candidates:
+        saved = tokens * (matrix.features - codec.rank) * matrix.itemsize
+        small_state = codec.state_nbytes(matrix.itemsize) <= _MAX_STATE_SHARE * saved
+        if small_state and relative_flops(matrix, codec) <= _MAX_RELATIVE_FLOPS:
+            return codec
+    return min(candidates, key=lambda codec: codec.flops(tokens, matrix.outputs))
+
+
+def _candidates(matrix: Projected, config: PracConfig) -> list[PracCodec]:
+    """Codecs that fit, fewest blocks first. What is decoded, and a batch of matrices, takes one block only."""
+    n = matrix.features
+    if matrix.is_batch or not matrix.outputs:
+        counts = [1]
+    elif config.blocks == "auto":
+        largest = max(1, min(_MAX_BLOCKS, n // _MIN_BLOCK_FEATURES))
+        counts = [blocks for blocks in range(1, largest + 1) if n % blocks == 0]
+    else:
+        assert isinstance(config.blocks, int)
+        counts = [config.blocks] if n % config.blocks == 0 else [1]
+    ranks = [_rank(config.for_role(name, matrix.role), n) for name in ("principal", "random")]
+    # every block needs a direction of each kind that is asked for at all
+    fitting = [blocks for blocks in counts if all(r == 0 or r >= blocks for r in ranks)] or [1]
+    return [_codec(n, ranks[0], ranks[1], blocks) for blocks in fitting]
+
+
+def _codec(n: int, principal: int, random: int, blocks: int) -> PracCodec:
+    r1, r2 = principal // blocks, random // blocks
+    return PracCodec(n, r1 * blocks, r2 * blocks, blocks, sample_rows(r1, blocks))
+
+
+def sample_rows(r1: int, blocks: int) -> int:
+    """Rows copied out of each forward pass for the refresh of r1 principal directions in each block.
+
+    Measured (benchmarks/results/basis_quality.md): twice the directions cut the gradient error by a quarter
+    against once; from four times on little is gained. Blocks are cheap to sample more for.
+    """
+    if not r1:
+        return 0
+    return max(16, (2 if blocks == 1 else 4) * r1)
