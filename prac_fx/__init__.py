@@ -10,22 +10,30 @@ from prac_fx.errors import (
     PracWarning,
     ReportError,
     StateError,
+    VerifyError,
 )
+from prac_fx.gradient_noise import verify
 from prac_fx.memory_report import MemoryReport, explain
+from prac_fx.noise_report import NoiseReport, ParameterNoise, ValueNoise
 from prac_fx.state import load_state_dict, state_dict
 
 __all__ = [
     "CannotRewriteError",
     "MemoryReport",
+    "NoiseReport",
+    "ParameterNoise",
     "PracConfig",
     "PracError",
     "PracOptionError",
     "PracWarning",
     "ReportError",
     "StateError",
+    "ValueNoise",
+    "VerifyError",
     "__version__",
     "backend",
     "explain",
     "load_state_dict",
     "state_dict",
+    "verify",
 ]

@@ -31,6 +31,7 @@ from prac_fx.torch_compat import (
     FakeTensor,
     compile_fx,
     copy_dynamo_graph,
+    guard_loop_split,
     inductor_config,
     placeholder_source_name,
     trace_structured,
@@ -149,7 +150,7 @@ def _compile(
     if not graph.trainable:
         return plain()
     try:
-        plan, rewritten = _plan_and_compile(graph, config, patches)
+        plan, rewritten = plan_and_compile(graph, config, patches)
     except Exception as error:
         if config.strict:
             raise
@@ -169,17 +170,27 @@ def _compile(
     return training_step(rewritten, plan, config)
 
 
-def _plan_and_compile(
-    graph: DynamoGraph, config: PracConfig, patches: Mapping[str, Any]
+def plan_and_compile(
+    graph: DynamoGraph,
+    config: PracConfig,
+    patches: Mapping[str, Any],
+    inner_compile: Callable[..., Any] | None = None,
 ) -> tuple[Plan | None, Callable[..., Any] | None]:
-    """Both phases. A value whose encoding fails is kept, and the rest is planned again without it."""
+    """Both phases. A value whose encoding fails is kept, and the rest is planned again without it.
+
+    Args:
+        graph: Dynamo's.
+        config: the user's options.
+        patches: Inductor's.
+        inner_compile: compiles the partitioned graphs, instead of Inductor.
+    """
     blocked: list[str] = []
     while True:
         plan = analyse_graph(graph, config, patches, blocked)
         if plan is None or not plan.changes_graph:
             return plan, None
         try:
-            return plan, _compile_rewritten(graph, plan, config, patches)
+            return plan, compile_rewritten(graph, plan, config, patches, inner_compile)
         except Exception as error:
             failed = _failed_value(error)
             if config.strict or failed in ("", *blocked) or len(blocked) >= _MOST_RETRIES:
@@ -304,16 +315,21 @@ def _rounding_device(plan: Plan) -> torch.device:
     return next(site.device for site in plan.sites if site.is_random)
 
 
-def _compile_rewritten(
-    graph: DynamoGraph, plan: Plan, config: PracConfig, patches: Mapping[str, Any]
+def compile_rewritten(
+    graph: DynamoGraph,
+    plan: Plan,
+    config: PracConfig,
+    patches: Mapping[str, Any],
+    inner_compile: Callable[..., Any] | None = None,
 ) -> Callable[..., Any]:
-    """Phase 2: compile with the partitioner that applies the plan."""
+    """Phase 2: compile with the partitioner that applies the plan; arguments as for `plan_and_compile`."""
+    guard_loop_split()
     gm, inputs = with_state_inputs(graph, plan)
     partitioner = RewritePartitioner(plan, len(graph.example_inputs), config)
-    compiled = compile_fx(
-        gm, inputs, config_patches={**patches, "custom_partitioner_fn": partitioner}
-    )
-    return cast(Callable[..., Any], compiled)
+    options: dict[str, Any] = {"config_patches": {**patches, "custom_partitioner_fn": partitioner}}
+    if inner_compile is not None:
+        options["inner_compile"] = inner_compile
+    return cast(Callable[..., Any], compile_fx(gm, inputs, **options))
 
 
 def _log_plan(plan: Plan | None) -> None:

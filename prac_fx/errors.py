@@ -40,5 +40,9 @@ class ReportError(PracError):
     """The report cannot be made: a bad file, a bad `build()`, or a model without backward."""
 
 
+class VerifyError(PracError):
+    """The gradient noise cannot be measured: no module, nothing to train, no loss, or too few draws."""
+
+
 class PracWarning(UserWarning):
     """A graph fell back to plain Inductor, or an option has a consequence worth knowing."""

@@ -81,12 +81,13 @@ def analyse(
         *arguments.parameters,
         *(partition_options.get("static_lifetime_input_indices") or ()),
     }
-    classification = classify(gm.graph, static, arguments.parameters)
+    num_fwd_outputs = partition_options["num_fwd_outputs"]
+    classification = classify(gm.graph, static, arguments.parameters, num_fwd_outputs)
     roles = assign_roles(
         gm.graph,
         classification,
         surveyed,
-        num_fwd_outputs=partition_options["num_fwd_outputs"],
+        num_fwd_outputs=num_fwd_outputs,
         trainable=arguments.trainable,
     )
     joint = JointGraph(

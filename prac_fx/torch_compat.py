@@ -6,17 +6,21 @@ in prac_fx or passes may import from a module whose path has a leading underscor
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Mapping, Sequence
 from typing import Any, cast
 
+import sympy
 import torch
 import torch.fx as fx
 from torch._dynamo.exc import ShortenTraceback
 from torch._functorch import config as functorch_config
+from torch._functorch._aot_autograd.utils import make_boxed_func
 from torch._functorch.compile_utils import fx_graph_cse
 from torch._functorch.partitioners import min_cut_rematerialization_partition
 from torch._guards import TracingContext
 from torch._inductor import config as inductor_config
+from torch._inductor.codegen.cpp import CppScheduling
 from torch._inductor.compile_fx import compile_fx
 from torch._inductor.custom_graph_pass import CustomPartitionerFn
 from torch._inductor.decomposition import select_decomp_table
@@ -24,6 +28,7 @@ from torch._logging._internal import trace_structured
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.fx.experimental.symbolic_shapes import guard_or_false
+from torch.utils._sympy.functions import FloorDiv
 from torch.utils.checkpoint import CheckpointPolicy
 
 __all__ = [
@@ -38,11 +43,13 @@ __all__ = [
     "copy_dynamo_graph",
     "fx_graph_cse",
     "gradient_argument_index",
+    "guard_loop_split",
     "guard_or_false",
     "has_tag_must_recompute",
     "inductor_config",
     "inductor_decompositions",
     "inductor_patches",
+    "make_boxed_func",
     "make_fx",
     "min_cut_rematerialization_partition",
     "placeholder_source_name",
@@ -167,6 +174,34 @@ def copy_dynamo_graph(
         if hasattr(gm, attribute):
             setattr(copied_gm, attribute, getattr(gm, attribute))
     return copied_gm
+
+
+@functools.cache
+def guard_loop_split() -> None:
+    """Keep Inductor's C++ backend from splitting a loop whose length the divisor does not divide.
+
+    `CppScheduling.try_loop_split` turns a loop over n with an index x // g in it into n // g times g steps, and the
+    rest of the loop is never run: its results stay uninitialised memory. (torch 2.11 to 2.13; n = 344, g = 120 is
+    one case.) A scale for each group of features gives such an index. Not splitting is right, and a little slower.
+    """
+    split = CppScheduling.try_loop_split
+
+    def split_if_divisible(self: Any, nodes: Any) -> Any:
+        return split(self, nodes) if all(map(_splits_evenly, nodes)) else nodes
+
+    CppScheduling.try_loop_split = split_if_divisible  # type: ignore[method-assign]
+
+
+def _splits_evenly(node: Any) -> bool:
+    (sizes, _), body, _ = node.node.get_default_sizes_body()
+    length = dict(zip(body.iter_vars, sizes, strict=False))
+    return all(
+        sympy.Mod(length[divided], divisor) == 0
+        for index in body.indexing_exprs.values()
+        if isinstance(index, sympy.Expr)
+        for divided, divisor in (found.args for found in index.find(FloorDiv))
+        if divided in length
+    )
 
 
 def inductor_decompositions() -> dict[Any, Any]:

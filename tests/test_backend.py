@@ -15,7 +15,7 @@ from torch.utils.checkpoint import checkpoint
 import prac_fx
 from prac_fx import dynamo_backend
 from prac_fx.state import subspaces_of
-from tests.compiling import compile_prac, gradients, projection, step, subspace_of
+from tests.compiling import SMALL, compile_prac, gradients, projection, step, subspace_of
 from tests.models import Sequential, rows
 
 
@@ -106,7 +106,7 @@ def test_blocks_share_one_graph_and_have_their_own_state(
         with torch.no_grad():
             for parameter in block.parameters():
                 parameter.add_(0.01 * number)
-        block.compile(backend="prac", options={"prac.min_nbytes": 0, "prac.strict": True})
+        block.compile(backend="prac", options=SMALL)
     graphs = []
     original = dynamo_backend.training_step
     monkeypatch.setattr(
@@ -171,9 +171,7 @@ def test_changing_batch_size_keeps_compressing_with_the_same_state() -> None:
 
 def test_dynamic_shapes_are_encoded_and_too_small_batches_are_not() -> None:
     model = Sequential()
-    compiled = torch.compile(
-        model, backend="prac", dynamic=True, options={"prac.min_nbytes": 0, "prac.strict": True}
-    )
+    compiled = torch.compile(model, backend="prac", dynamic=True, options=SMALL)
     _assert_projected(model, compiled, rows(512))
     _assert_projected(model, compiled, rows(320))
     assert subspace_of(model[2].weight).steps == 2
@@ -377,14 +375,16 @@ def test_modes_and_inductor_options_are_passed_on() -> None:
     model, x = Sequential(), rows()
     step(torch.compile(model, backend="prac", mode="reduce-overhead"), model, x)
     torch._dynamo.reset()
-    options = {"prac.min_nbytes": 0, "epilogue_fusion": True}
+    options = {**SMALL, "epilogue_fusion": True}
     step(torch.compile(model, backend="prac", options=options), model, x)
     assert _owners(model)
 
 
 def test_typed_configuration() -> None:
     model = Sequential()
-    config = prac_fx.PracConfig(min_nbytes=0, principal=8, random=8, strict=True)
+    config = prac_fx.PracConfig(
+        policy="linear", min_nbytes=0, principal=8, random=8, strict=True
+    )
     step(torch.compile(model, backend=prac_fx.backend(config)), model, rows())
     (key,) = subspaces_of(model[2].weight)
     assert (key.codec.principal, key.codec.random) == (8, 8)

@@ -71,7 +71,7 @@ def test_names_and_errors() -> None:
 def test_traces_with_symbolic_rows(features: int) -> None:
     """Padding only where it is needed."""
     codec = BitCodec(features)
-    encode = make_fx(codec.encode, tracing_mode="symbolic")(_mask(6, features))
+    encode = make_fx(lambda x: codec.encode(x), tracing_mode="symbolic")(_mask(6, features))
     targets = {str(node.target) for node in encode.graph.nodes}
     assert ("aten.constant_pad_nd.default" in targets) == (features == 17)
     x = _mask(11, features, seed=1)

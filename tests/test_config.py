@@ -17,6 +17,7 @@ import prac_fx
 from prac_fx import PracConfig, PracError, PracOptionError, PracWarning, dynamo_backend
 from prac_fx.config import split_options
 from prac_fx.dynamo_backend import PracBackend, prac
+from prac_fx.config import PARTS, POLICIES
 from prac_fx.torch_compat import inductor_config
 
 NAN, INFINITY = float("nan"), float("inf")
@@ -34,7 +35,16 @@ POSITIVE = "an int of at least 1"
 @pytest.mark.parametrize(
     ("field", "value"),
     [
-        ("policy", "linear"),
+        *(("policy", policy) for policy in POLICIES),
+        *((part, codec) for part, codecs in PARTS.items() for codec in codecs),
+        ("rules", ()),
+        ("rules", (("*.mlp.*", "int4"), ("*", "exact"))),
+        ("group_size", 8),
+        ("group_size", 1024),
+        ("rounding", "stochastic"),
+        ("rounding", "nearest"),
+        ("zero_point", True),
+        ("zero_point", False),
         ("principal", 0.0),
         ("principal", 0),
         ("principal", 0.7),
@@ -73,6 +83,21 @@ def test_accepted_values(field: str, value: Any) -> None:
     [
         ("policy", "linera", "'linear'"),
         ("policy", None, "'linear'"),
+        ("weight_gradient", "in8", "'int8'"),
+        ("weight_gradient", 8, "'prac'"),
+        ("input_gradient", "auto", "'int8'"),
+        ("input_gradient", ["int8"], "'int8'"),
+        ("attention", "prac", "'int8'"),
+        ("coordinates", "prac", "'int8'"),
+        ("group_size", 4, "an int of at least 8"),
+        ("group_size", 64.0, "an int of at least 8"),
+        ("rounding", "random", "'stochastic', 'nearest'"),
+        ("zero_point", 1, "True or False"),
+        ("rules", "*.mlp.*", "a list of (glob, codec) pairs"),
+        ("rules", {"*.mlp.*": "int4"}, "a list of (glob, codec) pairs"),
+        ("principal", (0.3, 0.3), "a mapping with exactly the keys"),
+        ("principal", {"weight_gradient": 0.3}, "a mapping with exactly the keys"),
+        ("tail_every", {"W": 1, "A": 2}, "a mapping with exactly the keys"),
         ("policy", ["linear"], "'linear'"),
         ("principal", -0.1, RANK),
         ("principal", -1, RANK),
@@ -82,7 +107,6 @@ def test_accepted_values(field: str, value: Any) -> None:
         ("principal", INFINITY, RANK),
         ("principal", True, RANK),
         ("principal", "0.3", RANK),
-        ("principal", None, RANK),
         ("principal", 0.3j, RANK),
         ("random", -0.1, RANK),
         ("random", -32, RANK),
@@ -95,12 +119,10 @@ def test_accepted_values(field: str, value: Any) -> None:
         ("blocks", 2.0, f'{POSITIVE}, or "auto"'),
         ("blocks", True, f'{POSITIVE}, or "auto"'),
         ("blocks", "automatic", f'{POSITIVE}, or "auto"'),
-        ("blocks", None, f'{POSITIVE}, or "auto"'),
         ("refresh_every", 0, POSITIVE),
         ("refresh_every", -50, POSITIVE),
         ("refresh_every", 50.0, POSITIVE),
         ("refresh_every", True, POSITIVE),
-        ("refresh_every", None, POSITIVE),
         ("refresh_every", "50", POSITIVE),
         ("tail_every", 0, f"{POSITIVE}, or None"),
         ("tail_every", 2.5, f"{POSITIVE}, or None"),
@@ -289,6 +311,15 @@ def test_another_partitioner_is_refused() -> None:
 # -- the dataclass --------------------------------------------------------------------------------
 
 CHANGES: dict[str, Any] = {
+    "policy": "linear",
+    "weight_gradient": "int8",
+    "input_gradient": "fp8_e4m3",
+    "attention": "exact",
+    "coordinates": "exact",
+    "rules": (("*.mlp.*", "int4"),),
+    "group_size": 64,
+    "rounding": "nearest",
+    "zero_point": True,
     "principal": 0.2,
     "random": 0.2,
     "blocks": 2,
@@ -318,8 +349,7 @@ def test_equal_configurations_have_equal_hashes_and_keys() -> None:
 
 
 def test_every_field_is_in_the_cache_key() -> None:
-    # "policy" has a single value so far; the list above must grow with the fields
-    assert {*CHANGES, "policy"} == set(FIELDS)
+    assert set(CHANGES) == set(FIELDS)  # the list above must grow with the fields
     changed = [PracConfig(), *(PracConfig(**{name: value}) for name, value in CHANGES.items())]
     assert len({config.cache_key() for config in changed}) == len(changed)
     assert len(set(changed)) == len(changed)
@@ -484,3 +514,46 @@ def test_pac_warns_once_for_all_graphs(warnings_of: Callable[..., list[str]]) ->
 def test_unbiased_settings_do_not_warn(warnings_of: Callable[..., list[str]]) -> None:
     assert warnings_of([4]) == []
     assert warnings_of([4], principal=0) == []
+
+
+# -- policies, parts and rules --------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("policy", POLICIES)
+def test_a_policy_sets_what_the_user_does_not(policy: str) -> None:
+    config = PracConfig(policy=policy)
+    assert config.input_gradient == POLICIES[policy]["input_gradient"]
+    changed = PracConfig(policy=policy, input_gradient="fp8_e5m2", refresh_every=7)
+    assert (changed.input_gradient, changed.refresh_every) == ("fp8_e5m2", 7)
+    assert changed.attention == config.attention
+
+
+def test_the_paper_policy_is_the_papers() -> None:
+    config = PracConfig(policy="paper")
+    assert config.for_role("principal", "weight_gradient") == 0.3
+    assert config.for_role("random", "input_gradient") == 0.2
+    assert (config.refresh_every, config.blocks, config.attention) == (500, 1, "exact")
+
+
+def test_one_setting_per_role() -> None:
+    config = PracConfig(tail_every={"input_gradient": 1, "weight_gradient": None})
+    assert config.for_role("tail_every", "input_gradient") == 1
+    assert config.for_role("tail_every", "weight_gradient") is None
+    assert dataclasses.replace(config) == config
+
+
+@pytest.mark.parametrize("bad", [-0.1, 1.5, True, "half"])
+def test_a_bad_value_for_one_role_is_refused(bad: Any) -> None:
+    with pytest.raises(PracOptionError, match="prac.random"):
+        PracConfig(random={"weight_gradient": 0.3, "input_gradient": bad})
+
+
+def test_an_unknown_codec_in_a_rule_is_refused_with_the_nearest_known_one() -> None:
+    with pytest.raises(PracOptionError, match=r"unknown codec.*did you mean 'int4'\?"):
+        PracConfig(rules=[("*.mlp.*", "in4")])
+
+
+@pytest.mark.parametrize("rule", ["*", ("*",), ("*", 4), ("", "int4"), ("a", "int4", "b")])
+def test_a_malformed_rule_is_refused(rule: Any) -> None:
+    with pytest.raises(PracOptionError, match=r"pairs, such as"):
+        PracConfig(rules=[rule])

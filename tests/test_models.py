@@ -13,6 +13,7 @@ import prac_fx
 from prac_fx.state import subspaces_of
 from tests import models
 from tests.compiling import (
+    SMALL,
     all_tensors,
     compile_prac,
     gradients,
@@ -93,7 +94,7 @@ def test_forward_bits_exact_and_projected_gradients(name: str, precision: str) -
 def test_predicted_bytes_are_the_bytes_held(name: str) -> None:
     build, _ = MODELS[name]
     model, inputs = build(2)
-    report = prac_fx.explain(model, **inputs, options={"prac.min_nbytes": 0})
+    report = prac_fx.explain(model, **inputs, options=SMALL)
     held = []
     for compiler in (torch.compile, compile_prac):
         torch._dynamo.reset()

@@ -16,7 +16,8 @@ from torch import Tensor, nn
 import prac_fx
 from prac_fx import PracConfig, memory_report, report
 from prac_fx.config import split_options
-from prac_fx.passes.plan import REASONS, sample_rows
+from prac_fx.passes.plan import REASONS
+from prac_fx.passes.ranks import sample_rows
 
 FOLDER = Path(__file__).parent.parent / "examples"
 # model files; the folder also has scripts

@@ -53,8 +53,9 @@ def _one_element_over_salts() -> Tensor:
 
 
 def _far_columns() -> Tensor:
-    """Columns a multiple of 2^15 apart, and neighbours of those."""
-    pieces = [range(start, start + 6) for start in (0, 1 << 15, 1 << 16, 3 << 15, 1 << 17, 1 << 20)]
+    """Columns far apart, on both sides of 2^9 and 2^16, and neighbours of those."""
+    starts = [0, 508, 1 << 10, 1 << 15, (1 << 16) - 3, 3 << 16, 1 << 20, 1 << 25]
+    pieces = [range(start, start + 6) for start in starts]
     found = [_numbers(_rows(SAMPLES), torch.tensor(3), 0, piece) for piece in pieces]
     return torch.cat(found, dim=1)
 
@@ -109,7 +110,7 @@ def test_low_bits_are_uncorrelated_too() -> None:
     assert float(covariance.abs().max()) < 5.5
 
 
-@pytest.mark.parametrize("bins", [(1 << 16,), (128, 128), (32, 32, 32)], ids=len)
+@pytest.mark.parametrize("bins", [(1 << 16,), (512, 512), (32, 32, 32)], ids=len)
 @pytest.mark.parametrize("along", ["row", "seed"])
 def test_neighbours_fill_the_cube(bins: tuple[int, ...], along: str) -> None:
     """Chi-squared of one number, of two and of three neighbours together."""
@@ -171,7 +172,7 @@ class _NoOverflow(TorchDispatchMode):
         return found
 
 
-@pytest.mark.parametrize("columns", [range(200), range((1 << 15) - 200, 1 << 15), range(1 << 22)])
+@pytest.mark.parametrize("columns", [range(200), range((1 << 9) - 200, 1 << 9), range(1 << 22)])
 def test_nothing_overflows(columns: range) -> None:
     """Signed overflow would be undefined behaviour in compiled code."""
     if len(columns) > 1000:
@@ -211,4 +212,4 @@ def test_few_operators_for_each_element() -> None:
     # arange is the loop index
     operators = [n for n in graph.graph.nodes if n.op == "call_function" and "arange" not in str(n)]
     per_element = [n for n in operators if n.meta["val"].numel() == 64]
-    assert len(per_element) <= 15
+    assert len(per_element) <= 17

@@ -613,7 +613,7 @@ def test_saved_state_is_plain() -> None:
     model = _Model(0)
     _bind(model)
     saved = state_dict(model)
-    assert saved["version"] == 1
+    assert saved["version"] == 2
     named = [(entry["parameter"], entry["slot"], entry["dtype"]) for entry in saved["subspaces"]]
     assert named == [
         ("first.weight", 0, "float32"),
@@ -662,9 +662,9 @@ def _spoil(saved: dict[str, Any], how: str) -> object:
 @pytest.mark.parametrize(
     ("how", "message"),
     [
-        ("version", "expected version 1, got 99"),
-        ("no version", "expected version 1, got None"),
-        ("not a mapping", "expected version 1, got 'list'"),
+        ("version", "expected version 2, got 99"),
+        ("no version", "expected version 2, got None"),
+        ("not a mapping", "expected version 2, got 'list'"),
         ("parameter", "no parameter 'third.weight'"),
         ("basis", r"'second.weight': basis has shape \(4, 8, 3\), its codec needs \(4, 8, 4\)"),
         ("rows", r"'second.weight': rows do not fit \(16, 32\)"),

@@ -6,6 +6,7 @@ rounds. In two steps, since a row is shared by many elements:
 
 1. `row_key`: a keyed Feistel network on two 16-bit words, once for each row. It gives (step, offset).
 2. `uniform`: v = step * column / 2^6 + offset mod 2^16, then two rounds of xor-shift and multiply, for each element.
+   The column is mixed in once more, for the few rows whose step is so small that v repeats.
 
 Step 2 is a bijection of `offset`, so each number is exactly uniform over the keys; `step` has more bits than v, so
 two columns of a row are independent but for its rounding (multiply-shift hashing, Dietzfelbinger 1996), and the
@@ -27,7 +28,7 @@ _COLUMN_BITS = 9  # times a step, this is below 2^31
 _STEP_MULTIPLIER = 0x5F17
 _SEED_MULTIPLIERS = (0x6C8F, 0x5A2D, 0x7931, 0x4B75)
 _ROW_MULTIPLIERS = (0x7A35, 0x52D9, 0x6E4B, 0x6193)
-_SCRAMBLE = ((8, 0x5D2B), (7, 0x6CB5))  # shift, odd multiplier
+_SCRAMBLE = (0x5D2B, 0x6CB5)
 
 Key = tuple[Tensor, Tensor]
 
@@ -76,8 +77,8 @@ def uniform(key: Key, columns: range, trailing: int = 0) -> Tensor:
         step, offset = _far_key(step, offset, column >> _COLUMN_BITS)
         column = column & ((1 << _COLUMN_BITS) - 1)
     bits = (((step * column) >> _EXTRA_BITS) + offset) & _WORD
-    for shift, multiplier in _SCRAMBLE:
-        bits = ((bits ^ (bits >> shift)) * multiplier) & _WORD
+    bits = ((bits ^ (bits >> 8) ^ column) * _SCRAMBLE[0]) & _WORD
+    bits = ((bits ^ (bits >> 7)) * _SCRAMBLE[1]) & _WORD
     return bits.to(torch.float32) * 2.0**-16 + 2.0**-17
 
 

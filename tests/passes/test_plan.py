@@ -33,8 +33,8 @@ def test_shared_input_has_one_site_owned_by_its_first_reader() -> None:
         rows_of(plan),
         """\
 sin.default                                512x64       W    encode    prac 19+19/64
-query                                      512x128      A    keep      input_gradient_reads_it
-key                                        512x128      A    keep      input_gradient_reads_it""",
+query                                      512x128      A    keep      loss_intermediate
+key                                        512x128      A    keep      loss_intermediate""",
     )
     (site,) = plan.sites
     assert site.owner_name == "query.weight"
@@ -72,7 +72,10 @@ def _indices(x: Tensor, w: Tensor) -> Tensor:
 REASON_CASES = {
     "user_output": (Function(_user_output), {}),
     "input": (Function(lambda x, w: F.linear(x, w).sum()), {}),
-    "input_gradient_reads_it": (Function(_derived), {}),
+    "input_gradient_reads_it": (Mlp(), {"exclude": ["down"]}),
+    "weight_gradient_reads_it": (Mlp(), {"weight_gradient": "exact"}),
+    "rule": (Mlp(), {"rules": [("down", "exact")]}),
+    "loss_intermediate": (Function(_derived), {}),
     "also_read_elsewhere": (Mlp(torch.relu), {}),
     "attention_reads_it": (Function(_attention), {}),
     "not_floating_point": (Function(_indices), {}),
@@ -156,6 +159,9 @@ def test_every_reason_has_a_meaning_and_a_test() -> None:
         "not_an_activation",
     }
     elsewhere = {"", "cannot_rewrite", "checkpointed", "min_cut", "shared_storage", "not_read"}
+    # test_chains.py, test_layout.py
+    elsewhere |= {"statistic", "derived", "feeds_recomputed", "codec_saves_nothing"}
+    elsewhere |= {"other_device", "not_dense", "not_derivable"}
     assert set(REASONS) == tested | elsewhere
     assert all(REASONS.values())
 

@@ -1,0 +1,313 @@
+"""Role A: what is decoded in backward, what is computed again from it, and what never is."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from expecttest import assert_expected_inline
+from torch import Tensor, nn
+
+from prac_fx.codecs import PracCodec, QuantCodec
+from tests import models
+from tests.graphs import Traced, rows_of, trace
+from tests.passes.modules import FEATURES, Mlp, inputs
+
+BALANCED = {"policy": "balanced", "coordinates": "exact"}
+
+
+class Gated(nn.Module):
+    """norm, gate, up, down: one of everything."""
+
+    def __init__(self, hidden: int = 128) -> None:
+        super().__init__()
+        self.embed = nn.Linear(FEATURES, FEATURES, bias=False)
+        self.scale = nn.Parameter(torch.ones(FEATURES))
+        self.gate = nn.Linear(FEATURES, hidden, bias=False)
+        self.up = nn.Linear(FEATURES, hidden, bias=False)
+        self.down = nn.Linear(hidden, FEATURES, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.embed(x)
+        normed = x * torch.rsqrt(x.square().mean(-1, keepdim=True) + 1e-6) * self.scale
+        return self.down(F.silu(self.gate(normed)) * self.up(normed)).sum()
+
+
+def _decisions(traced: Traced) -> dict[str, str]:
+    """Origin -> what becomes of it, without inputs."""
+    return {
+        value.origin.module or value.origin.op: value.stored_as
+        if value.decision == "encode"
+        else value.reason
+        for value in traced.plan.values
+        if value.reason != "input"
+    }
+
+
+def test_role_a_is_quantised_and_what_follows_from_it_is_computed_again() -> None:
+    traced = trace(Mlp(), inputs(), **BALANCED, rounding="nearest", weight_gradient="recompute")
+    assert_expected_inline(
+        rows_of(traced.plan),
+        """\
+up                                         512x128      A    encode    int8/128 nearest
+sin.default                                512x128      W    recompute derived""",
+    )
+    assert_expected_inline(traced.graphs["rewrite"], """\
+primals_1: 128x64
+primals_2: 512x64
+primals_3: 64x128
+tangents_1: scalar
+permute_1 = permute(primals_1, [1, 0]) -> 64x128
+mm_1 = mm(primals_2, permute_1) -> 512x128
+as_strided_1 = as_strided(mm_1, [512, 128], [128, 1]) -> 512x128
+view_1 = view(as_strided_1, [-1, 128]) -> 512x128
+view_2 = view(view_1, [512, 1, 128]) -> 512x1x128
+abs_1 = abs(view_2) -> 512x1x128
+amax_1 = amax(abs_1, [-1], True) -> 512x1x1
+clamp_min_1 = clamp_min(amax_1, 7.703719777548943e-34) -> 512x1x1
+reciprocal_1 = reciprocal(clamp_min_1) -> 512x1x1
+mul_1 = mul(reciprocal_1, 126.99951553344727) -> 512x1x1
+mul_2 = mul(view_2, mul_1) -> 512x1x128
+round_1 = round(mul_2) -> 512x1x128
+convert_element_type_1 = convert_element_type(round_1, torch.int8) -> 512x1x128
+view_3 = view(convert_element_type_1, [512, 128]) -> 512x128
+squeeze_1 = squeeze(amax_1, -1) -> 512x1
+view_4 = view(view_3, [512, 128]) -> 512x128
+view_5 = view(squeeze_1, [512, 1]) -> 512x1
+sin_1 = sin(mm_1) -> 512x128
+permute_2 = permute(primals_3, [1, 0]) -> 128x64
+mm_2 = mm(sin_1, permute_2) -> 512x64
+sum_1 = sum(mm_2) -> scalar
+expand_1 = expand(tangents_1, [512, 64]) -> 512x64
+permute_3 = permute(expand_1, [1, 0]) -> 64x512
+view_6 = view(view_4, [-1, 128]) -> 512x128  # backward
+view_7 = view(view_5, [-1, 1]) -> 512x1  # backward
+unsqueeze_1 = unsqueeze(view_7, -1) -> 512x1x1  # backward
+clamp_min_2 = clamp_min(unsqueeze_1, 7.703719777548943e-34) -> 512x1x1  # backward
+mul_3 = mul(clamp_min_2, 0.007874045785132422) -> 512x1x1  # backward
+view_8 = view(view_6, [512, 1, 128]) -> 512x1x128  # backward
+convert_element_type_2 = convert_element_type(view_8, torch.float32) -> 512x1x128  # backward
+mul_4 = mul(convert_element_type_2, mul_3) -> 512x1x128  # backward
+view_9 = view(mul_4, [512, 128]) -> 512x128  # backward
+view_10 = view(view_9, [512, 128]) -> 512x128  # backward
+decoded = permute(view_10, [0, 1]) -> 512x128  # backward
+sin_2 = sin(decoded) -> 512x128  # backward
+mm_3 = mm(permute_3, sin_2) -> 64x128
+permute_4 = permute(permute_2, [1, 0]) -> 64x128
+mm_4 = mm(expand_1, permute_4) -> 512x128
+cos_1 = cos(mm_1) -> 512x128
+cos_2 = cos(decoded) -> 512x128  # backward
+mul_5 = mul(mm_4, cos_2) -> 512x128
+permute_5 = permute(mul_5, [1, 0]) -> 128x512
+mm_5 = mm(permute_5, primals_2) -> 128x64
+return sum_1, mm_5, None, mm_3""")
+
+
+def test_both_halves_of_a_quantised_graph() -> None:
+    traced = trace(Mlp(), inputs(), **BALANCED, rounding="nearest", weight_gradient="recompute")
+    assert_expected_inline(traced.graphs["bw"], """\
+primals_2: 512x64
+primals_3: 64x128
+stored: 512x128
+stored_1: 512x1
+tangents_1: scalar
+expand_1 = expand(tangents_1, [512, 64]) -> 512x64
+permute_1 = permute(expand_1, [1, 0]) -> 64x512
+view_1 = view(stored, [-1, 128]) -> 512x128  # backward
+view_2 = view(stored_1, [-1, 1]) -> 512x1  # backward
+unsqueeze_1 = unsqueeze(view_2, -1) -> 512x1x1  # backward
+clamp_min_1 = clamp_min(unsqueeze_1, 7.703719777548943e-34) -> 512x1x1  # backward
+mul_1 = mul(clamp_min_1, 0.007874045785132422) -> 512x1x1  # backward
+view_3 = view(view_1, [512, 1, 128]) -> 512x1x128  # backward
+convert_element_type_1 = convert_element_type(view_3, torch.float32) -> 512x1x128  # backward
+mul_2 = mul(convert_element_type_1, mul_1) -> 512x1x128  # backward
+view_4 = view(mul_2, [512, 128]) -> 512x128  # backward
+view_5 = view(view_4, [512, 128]) -> 512x128  # backward
+decoded = permute(view_5, [0, 1]) -> 512x128  # backward
+sin_1 = sin(decoded) -> 512x128  # backward
+mm_1 = mm(permute_1, sin_1) -> 64x128
+permute_2 = permute(primals_3, [1, 0]) -> 128x64
+permute_3 = permute(permute_2, [1, 0]) -> 64x128
+mm_2 = mm(expand_1, permute_3) -> 512x128
+cos_1 = cos(decoded) -> 512x128  # backward
+mul_3 = mul(mm_2, cos_1) -> 512x128
+permute_4 = permute(mul_3, [1, 0]) -> 128x512
+mm_3 = mm(permute_4, primals_2) -> 128x64
+return mm_3, None, mm_1""")
+
+
+def test_stochastic_rounding_reads_the_seed() -> None:
+    traced = trace(Mlp(), inputs(), **BALANCED, weight_gradient="recompute")
+    assert traced.plan.is_random
+    assert traced.plan.owner_name == "up.weight"
+    nearest = trace(Mlp(), inputs(), **BALANCED, rounding="nearest", weight_gradient="recompute")
+    assert not nearest.plan.is_random
+
+
+def test_statistics_stay_exact_and_products_follow() -> None:
+    traced = trace(Gated(), inputs(), **BALANCED)
+    assert_expected_inline(rows_of(traced.plan), """\
+embed                                      512x64       A    encode    int8/128
+rsqrt.default                              512x1        A    keep      statistic
+mul.Tensor                                 512x64       W    encode    prac 19+19/64
+gate                                       512x128      A    encode    int8/128
+up                                         512x128      A    encode    int8/128
+mul.Tensor                                 512x128      W    recompute derived""")
+    bw = traced.graphs["bw"]
+    assert "rsqrt:" in bw  # saved, and not computed from the decoded value
+    assert "mean" not in bw
+
+
+def test_prac_is_taken_where_it_saves_flops() -> None:
+    wide = _decisions(trace(Gated(512), inputs(2048), **BALANCED))
+    assert wide["gate"].startswith("int8")
+    values = trace(Gated(512), inputs(2048), **BALANCED).plan.values
+    (normed,) = [v for v in values if isinstance(v.codec, PracCodec)]
+    assert "of the exact FLOPs" in normed.detail
+    assert normed.shape == ("2048", str(FEATURES))
+
+
+@pytest.mark.parametrize("codec", ["int8", "int4", "fp8_e4m3", "fp8_e5m2", "exact"])
+def test_weight_gradient_values_can_be_quantised_too(codec: str) -> None:
+    traced = trace(Mlp(), inputs(), **{**BALANCED, "weight_gradient": codec})
+    (sine,) = [value for value in traced.plan.values if value.origin.op == "sin.default"]
+    if codec == "exact":
+        assert sine.reason == "weight_gradient_reads_it"
+    else:
+        assert isinstance(sine.codec, QuantCodec)
+        assert sine.codec.format == codec
+
+
+def test_recompute_needs_something_to_compute_from() -> None:
+    class Straight(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.first = nn.Linear(FEATURES, 128, bias=False)
+            self.second = nn.Linear(128, FEATURES, bias=False)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.second(self.first(x)).sum()
+
+    values = trace(Straight(), inputs(), **{**BALANCED, "weight_gradient": "recompute"}).plan.values
+    assert "not_derivable" in {value.reason for value in values}
+    values = trace(Straight(), inputs(), **{**BALANCED, "weight_gradient": "auto"}).plan.values
+    assert any(isinstance(value.codec, PracCodec) for value in values)
+
+
+def test_a_codec_that_saves_nothing_is_not_used() -> None:
+    x = inputs().to(torch.bfloat16)
+    torch._dynamo.mark_dynamic(x, 0)  # else rows are joined until there are features enough
+    narrow = Mlp().bfloat16()
+    narrow.up, narrow.down = nn.Linear(FEATURES, 9), nn.Linear(9, FEATURES)
+    values = trace(narrow.bfloat16(), x, **BALANCED, group_size=8).plan.values
+    assert "codec_saves_nothing" in {value.reason for value in values}
+
+
+def test_one_seed_serves_one_device(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("prac_fx.passes.plan._Planner._is_elsewhere", lambda self, root: True)
+    values = trace(Mlp(), inputs(), **BALANCED).plan.values
+    assert "other_device" in {value.reason for value in values}
+
+
+def test_linear_computes_nothing_again() -> None:
+    traced = trace(Gated(), inputs())
+    assert not traced.plan.clones
+    assert all(isinstance(site.codec, PracCodec) for site in traced.plan.sites)
+
+
+# -- attention ------------------------------------------------------------------------------------
+
+
+class Attention(nn.Module):
+    """Heads as transformers lay them out: (batch, tokens, heads, head size) in memory."""
+
+    def __init__(self, fused: bool = False) -> None:
+        super().__init__()
+        self.project = nn.Linear(FEATURES, 3 * FEATURES, bias=False)
+        self.out = nn.Linear(FEATURES, FEATURES, bias=False)
+        self.fused = fused
+
+    def forward(self, x: Tensor) -> Tensor:
+        heads = [
+            part.view(4, 128, 2, 32).transpose(1, 2)
+            for part in self.project(x).split(FEATURES, dim=-1)
+        ]
+        if not self.fused:
+            heads = [part.contiguous() for part in heads]
+        result = F.scaled_dot_product_attention(*heads)
+        return self.out(result.transpose(1, 2).reshape(512, FEATURES)).sum()
+
+
+@pytest.mark.parametrize("fused", [False, True])
+def test_attention_operands_keep_their_layout(fused: bool) -> None:
+    """`rewrite` refuses any other layout than the original one; here it must restore it."""
+    traced = trace(Attention(fused), inputs(), **BALANCED)
+    stored = [site for site in traced.plan.sites if isinstance(site.codec, QuantCodec)]
+    assert len(stored) == (2 if fused else 4)  # one storage for query, key and value, or three
+    statistic = [v for v in traced.plan.values if v.reason == "statistic"]
+    assert [v.shape for v in statistic] == [("4", "2", "128")]  # the logsumexp
+
+
+def test_attention_can_stay_exact() -> None:
+    traced = trace(Attention(), inputs(), **BALANCED, attention="exact")
+    kept = [value for value in traced.plan.values if value.reason == "attention_reads_it"]
+    assert len(kept) == 4
+
+
+# -- what the user has decided --------------------------------------------------------------------
+
+
+def test_what_a_checkpointed_region_starts_from_stays_exact() -> None:
+    class Checkpointed(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.first, self.second = Gated(), Gated()
+            self.first.down = nn.Linear(128, FEATURES, bias=False)
+
+        def forward(self, x: Tensor) -> Tensor:
+            hidden = torch.sin(self.first.embed(x))
+            result: Tensor = torch.utils.checkpoint.checkpoint(
+                self.second, hidden, use_reentrant=False
+            )
+            return result
+
+    values = trace(Checkpointed(), inputs(), **BALANCED).plan.values
+    assert "feeds_recomputed" in {value.reason for value in values}
+    assert "checkpointed" in {value.reason for value in values}
+
+
+def test_activation_memory_budget_is_honoured() -> None:
+    model, batch = models.llama(2)
+
+    def run(budget: float, **options: Any) -> Traced:
+        with torch._functorch.config.patch(activation_memory_budget=budget):
+            return trace(lambda: model(**batch).loss, **options)
+
+    for budget in (0.9, 0.5):
+        traced = run(budget, **BALANCED)
+        assert traced.plan.nbytes_before < run(1.0, **BALANCED).plan.nbytes_before
+        assert traced.result is not None
+        assert sum(value.nbytes for value in traced.result.saved) < traced.plan.nbytes_before
+
+
+# -- rules ----------------------------------------------------------------------------------------
+
+
+def test_the_first_matching_rule_wins() -> None:
+    rules = [("gate", "int4"), ("up", "exact"), ("*", "fp8_e4m3")]
+    found = _decisions(trace(Gated(), inputs(), **BALANCED, rules=rules))
+    assert found["gate"].startswith("int4")
+    assert found["up"] == "rule"
+    assert found["embed"].startswith("fp8_e4m3")
+
+
+def test_paper_projects_what_the_input_gradient_reads() -> None:
+    traced = trace(Gated(), inputs(2048), policy="paper")
+    projected = [site for site in traced.plan.sites if not site.readers]
+    assert projected
+    assert {site.codec.rank for site in projected} <= {2 * int(0.2 * 64), 2 * int(0.2 * 128)}
+    assert {site.role for site in projected} == {"input_gradient"}
+    assert all(site.owner_name == "embed.weight" for site in projected)
+    assert len({site.slot for site in projected}) == len(projected)

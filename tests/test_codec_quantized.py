@@ -1,0 +1,451 @@
+"""Quantising codecs: unbiased, error by formula, no clipping, degenerate inputs, sizes, tracing and compiling."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from torch.fx.experimental.proxy_tensor import make_fx
+
+from prac_fx.codecs import QuantCodec
+from prac_fx.codecs.quantized import Format
+
+DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
+FORMATS: list[Format] = ["int8", "int4", "fp8_e4m3", "fp8_e5m2"]
+SIZES = [1, 2, 7, 8, 17, 63, 128, 129, 5461]
+# largest error relative to the largest value of a group; of half precision x, to half an ulp
+LEVELS = {"int8": 127, "int4": 7, "fp8_e4m3": 448, "fp8_e5m2": 57344}
+MARGIN = 1 - 2.0**-18
+
+Options = dict[str, Any]
+# every combination that the codec offers
+KINDS: list[tuple[Format, Options]] = [
+    (name, {"stochastic": stochastic, "zero_point": zero_point})
+    for name in ("int8", "int4")
+    for stochastic in (True, False)
+    for zero_point in (False, True)
+]
+KINDS += [("fp8_e4m3", {}), ("fp8_e5m2", {})]
+INTEGER_KINDS = [kind for kind in KINDS if "int" in kind[0]]
+UNBIASED_KINDS = [kind for kind in INTEGER_KINDS if kind[1]["stochastic"]]
+
+
+def _id(value: object) -> str:
+    if isinstance(value, tuple):
+        return QuantCodec(value[0], 8, 8, **value[1]).describe().replace("/8", "")
+    return str(value)
+
+
+def _randn(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float64) -> Tensor:
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randn(shape, generator=generator, dtype=torch.float64).to(dtype)
+
+
+def _seed(number: int = 5) -> Tensor:
+    return torch.tensor(number, dtype=torch.int64)
+
+
+def _decoded(codec: QuantCodec, x: Tensor, seed: int = 5, salt: int = 3) -> Tensor:
+    return codec.decode(codec.encode(x, _seed(seed), salt), x.dtype)
+
+
+def _groups(x: Tensor, codec: QuantCodec) -> list[Tensor]:
+    """The groups along the last dimension, without padding."""
+    return list(x.split(codec.group_size, dim=-1))
+
+
+def _scale(x: Tensor, codec: QuantCodec) -> Tensor:
+    """Distance of neighbouring codes for each element of x, made from x alone, float64."""
+    found = []
+    for part in _groups(x.double(), codec):
+        if codec.zero_point:
+            levels = {"int8": 255, "int4": 15}[codec.format]
+            span = part.amax(-1, keepdim=True) - part.amin(-1, keepdim=True)
+        else:
+            levels, span = LEVELS[codec.format], part.abs().amax(-1, keepdim=True)
+        found.append((span.clamp_min(2.0**-110) / (levels * MARGIN)).expand_as(part))
+    return torch.cat(found, dim=-1)
+
+
+def _low(x: Tensor, codec: QuantCodec) -> Tensor:
+    """What code zero stands for."""
+    if not codec.zero_point:
+        return torch.zeros_like(x)
+    parts = [part.amin(-1, keepdim=True).expand_as(part) for part in _groups(x, codec)]
+    return torch.cat(parts, dim=-1)
+
+
+# -- the estimator --------------------------------------------------------------------------------
+
+SEEDS = 400
+
+
+def _estimates(codec: QuantCodec, x: Tensor) -> Tensor:
+    return torch.stack([_decoded(codec, x, seed) for seed in range(SEEDS)])
+
+
+@pytest.mark.parametrize("features", [16, 40, 129])
+@pytest.mark.parametrize("kind", UNBIASED_KINDS, ids=_id)
+def test_mean_and_error(kind: tuple[Format, Options], features: int) -> None:
+    """The mean over seeds is x; the squared error has the mean scale^2 f (1 - f), f the fraction of x / scale."""
+    codec = QuantCodec(kind[0], features, 32, **kind[1])
+    assert codec.is_unbiased
+    x = _randn(24, features, seed=1)
+    scale = _scale(x, codec)
+    fraction = ((x - _low(x, codec)) / scale) % 1
+    variance = fraction * (1 - fraction)
+    errors = (_estimates(codec, x) - x) / scale
+
+    # element by element, and all together
+    likely = variance > 0.02  # where the mean of that many is about normal
+    mean = errors.mean(0)
+    assert float((mean.abs() / (variance / SEEDS).sqrt())[likely].max()) < 5.5
+    assert float(errors.sum().abs()) < 5 * math.sqrt(float(variance.sum()) * SEEDS)
+    squares = errors.square().sum()
+    spread = (variance * (1 - 2 * fraction).square()).sum() * SEEDS
+    assert float((squares - variance.sum() * SEEDS).abs()) < 5 * math.sqrt(float(spread))
+    assert float(errors.abs().max()) < 1
+
+
+@pytest.mark.parametrize("kind", UNBIASED_KINDS, ids=_id)
+def test_sums_err_like_independent_roundings(kind: tuple[Format, Options]) -> None:
+    """Errors are uncorrelated: the variance of a sum over many elements is the sum of their variances."""
+    codec = QuantCodec(kind[0], 64, 32, **kind[1])
+    x = _randn(24, 64, seed=2)
+    scale, weights = _scale(x, codec), _randn(24, 64, seed=3)
+    fraction = ((x - _low(x, codec)) / scale) % 1
+    expected = (weights * scale).square() * fraction * (1 - fraction)
+    sums = ((_estimates(codec, x) - x) * weights).sum(dim=(1, 2))
+    assert abs(float(sums.square().mean() / expected.sum()) - 1) < 5 * math.sqrt(2 / SEEDS)
+
+
+def test_nearest_is_biased() -> None:
+    """Without random numbers the mean is off: the checks above can fail."""
+    codec = QuantCodec("int4", 64, 32, stochastic=False)
+    x = _randn(24, 64, seed=1)
+    errors = _decoded(codec, x) - x
+    assert not codec.is_unbiased
+    assert float(errors.abs().mean()) > 0.1 * float(_scale(x, codec).mean())
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("features", SIZES)
+@pytest.mark.parametrize("kind", KINDS, ids=_id)
+def test_largest_error(kind: tuple[Format, Options], features: int, dtype: torch.dtype) -> None:
+    """Below one step, half a step to nearest; of float8 half an ulp. Plus what the dtype rounds."""
+    codec = QuantCodec(kind[0], features, 128, **kind[1])
+    x = _randn(3, 2, features, seed=features, dtype=dtype)
+    found = _decoded(codec, x)
+    assert (found.dtype, found.shape) == (dtype, x.shape)
+    assert found.is_contiguous()
+    error, scale = (found.double() - x.double()).abs(), _scale(x, codec)
+    rounding = torch.finfo(dtype).eps * x.double().abs().max()
+    if "int" in codec.format:
+        assert (error <= scale * (1 if codec.stochastic else 0.5) * (1 + 1e-5) + rounding).all()
+    else:
+        half_ulp, smallest = {"fp8_e4m3": (2.0**-4, 2.0**-10), "fp8_e5m2": (2.0**-3, 2.0**-17)}[kind[0]]
+        assert (error <= x.double().abs() * half_ulp + scale * smallest + rounding).all()
+
+
+# -- a scale that fits ----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("kind", INTEGER_KINDS, ids=_id)
+def test_nothing_is_clipped(kind: tuple[Format, Options], dtype: torch.dtype) -> None:
+    """No code wraps around, whatever the largest value of the group, the random number and the sign."""
+    codec = QuantCodec(kind[0], 8, 8, **kind[1])
+    largest = torch.linspace(1, 2, 4099, dtype=torch.float64).to(dtype).unsqueeze(-1)
+    x = largest * torch.tensor([1, -1, 1, -1, 0.5, 0, 1, -1], dtype=dtype)
+    for seed in range(4):
+        error = (_decoded(codec, x, seed).double() - x.double()).abs()
+        assert (error <= _scale(x, codec) * (1 + 1e-5) + torch.finfo(dtype).eps * 2).all()
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("kind", KINDS, ids=_id)
+def test_zeros_stay_zero(kind: tuple[Format, Options], dtype: torch.dtype) -> None:
+    """Whole groups, and single zeros where the codes count from zero."""
+    codec = QuantCodec(kind[0], 100, 32, **kind[1])
+    x = _randn(6, 100, seed=4, dtype=dtype).relu()
+    x[0], x[1, :40] = 0, 0
+    for sign in (1, -1) if not codec.zero_point else (1,):
+        assert not _decoded(codec, sign * x)[x == 0].any()
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("value", [1.0, -3.14, 1e-3, 500.0])
+@pytest.mark.parametrize("features", [5, 12, 64])
+@pytest.mark.parametrize("name", ["int8", "int4"])
+def test_zero_point_keeps_constants(
+    name: Format, features: int, value: float, dtype: torch.dtype
+) -> None:
+    """A group of equal values comes back as it was, padding or not."""
+    x = torch.full((3, features), value, dtype=dtype)
+    assert torch.equal(_decoded(QuantCodec(name, features, 32, zero_point=True), x), x)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("size", ["tiny", "smallest"])
+@pytest.mark.parametrize("kind", KINDS, ids=_id)
+def test_tiny_values(kind: tuple[Format, Options], size: str, dtype: torch.dtype) -> None:
+    """Finite, and no error beyond a step, which has a lower bound."""
+    codec = QuantCodec(kind[0], 16, 16, **kind[1])
+    if size == "tiny":
+        x = (_randn(4, 16) * torch.finfo(dtype).tiny).to(dtype)
+    else:
+        zero = torch.zeros((), dtype=dtype)
+        x = torch.nextafter(zero, zero + 1) * _randn(4, 16).sign().to(dtype)
+    assert x.any()
+    error = (_decoded(codec, x).double() - x.double()).abs()
+    largest = x.double().abs().max()
+    step = _scale(x, codec) * (1 if "int" in codec.format else LEVELS[codec.format])
+    assert (error <= step + torch.finfo(dtype).eps * largest + torch.finfo(dtype).tiny).all()
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("kind", KINDS, ids=_id)
+def test_huge_values(kind: tuple[Format, Options], dtype: torch.dtype) -> None:
+    """The largest number of a 16-bit dtype does not overflow, nor nearly the largest of others."""
+    codec = QuantCodec(kind[0], 16, 16, **kind[1])
+    # the difference of two such values, too, has to be a number
+    largest = torch.finfo(dtype).max * (0.49 if codec.zero_point else 1)
+    if dtype.itemsize > 2:
+        largest *= 1 - 2e-5
+    x = (largest * _randn(4, 16, seed=1).sign()).to(dtype)
+    x[1, :3] *= 0.3
+    for seed in range(3):
+        found = _decoded(codec, x, seed)
+        assert found.isfinite().all()
+        assert float(((found.double() - x.double()) / largest).abs().max()) < 0.3
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("bad", [math.inf, -math.inf, math.nan])
+@pytest.mark.parametrize("kind", KINDS, ids=_id)
+def test_not_finite(kind: tuple[Format, Options], bad: float, dtype: torch.dtype) -> None:
+    """A bad value spoils its group, visibly, and no other."""
+    codec = QuantCodec(kind[0], 64, 16, **kind[1])
+    x = _randn(2, 64, dtype=dtype)
+    x[0, 20] = bad
+    finite = _decoded(codec, x).isfinite()
+    assert not finite[0, 16:32].any()
+    assert finite[1].all()
+    assert finite[0, :16].all()
+    assert finite[0, 32:].all()
+
+
+# -- randomness -----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", UNBIASED_KINDS, ids=_id)
+def test_seed_and_salt(kind: tuple[Format, Options]) -> None:
+    """Same seed and salt, same codes; another of either, other codes. The user's generator is not used."""
+    codec = QuantCodec(kind[0], 96, 32, **kind[1])
+    x = _randn(30, 96, dtype=torch.float32)
+    state = torch.get_rng_state()
+    codes = codec.encode(x, _seed(5), 3)[0]
+    assert torch.equal(codes, codec.encode(x, _seed(5), 3)[0])
+    for seed, salt in [(6, 3), (5, 4), (5 + (1 << 20), 3)]:
+        assert float((codes != codec.encode(x, _seed(seed), salt)[0]).double().mean()) > 0.2
+    assert torch.equal(state, torch.get_rng_state())
+
+
+@pytest.mark.parametrize("kind", UNBIASED_KINDS, ids=_id)
+def test_equal_values_round_differently(kind: tuple[Format, Options]) -> None:
+    """Nothing repeats from row to row, group to group, or half to half of a group."""
+    codec = QuantCodec(kind[0], 64, 32, **kind[1])
+    x = torch.full((64, 64), 0.123, dtype=torch.float32)
+    x[:, ::32], x[:, 1::32] = 1.0, -1.0
+    up = (_decoded(codec, x) > 0.123).view(64, 4, 16)[:, :, 2:].double()
+    centred = up - up.mean()
+    for other in (centred.roll(1, 0), centred.roll(1, 1), centred.roll(2, 1), centred.roll(1, 2)):
+        assert abs(float((centred * other).mean() / centred.square().mean())) < 5 / 60
+
+
+def test_seed_is_required() -> None:
+    x = _randn(2, 16)
+    with pytest.raises(ValueError, match="needs a seed"):
+        QuantCodec("int8", 16, 16).encode(x, None, 0)
+    for codec in (QuantCodec("int8", 16, 16, stochastic=False), QuantCodec("fp8_e4m3", 16, 16)):
+        codec.encode(x, None, 0)
+
+
+# -- layout and sizes -----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("dim", [-1, -2])
+@pytest.mark.parametrize("features", SIZES)
+@pytest.mark.parametrize("kind", KINDS, ids=_id)
+def test_nbytes(
+    kind: tuple[Format, Options], features: int, dim: int, dtype: torch.dtype
+) -> None:
+    """The bytes promised are those of what `encode` returns."""
+    codec = QuantCodec(kind[0], features, 64, dim=dim, **kind[1])
+    x = _randn(3, features, 5, dtype=dtype) if dim == -2 else _randn(3, 5, features, dtype=dtype)
+    stored = codec.encode(x, _seed(), 0)
+    assert len(stored) == (3 if codec.zero_point else 2)
+    assert sum(part.nbytes for part in stored) == codec.stored_nbytes(15, dtype.itemsize)
+    assert all(part.untyped_storage().nbytes() == part.nbytes for part in stored)
+
+
+@pytest.mark.parametrize("name", FORMATS)
+@pytest.mark.parametrize("group", [2, 4, 8, 13, 64, 100, 128, 10_000])
+@pytest.mark.parametrize("features", [*SIZES, 96, 100, 512, 4096])
+def test_groups(name: Format, features: int, group: int) -> None:
+    """At most `group` elements in each, little padding, no group of padding alone."""
+    codec = QuantCodec(name, features, group)
+    k, g = codec.groups, codec.group_size
+    assert g <= group or (features <= 2 and g == 2)
+    assert (k - 1) * g < features <= k * g
+    assert g % 2 == 0 or name != "int4"
+    assert g % 8 == 0 or min(features, group) < 8
+    assert k == math.ceil(features / (group - group % 8 if group >= 8 else group)) or features < 8
+
+
+def test_int4_layout() -> None:
+    """A byte holds element i of a group in its low half and i + g / 2 in its high half, 8 being zero."""
+    codec = QuantCodec("int4", 32, 16, stochastic=False)
+    numbers = torch.arange(-7, 9).clamp_max(7)
+    x = torch.stack([numbers.flip(0), numbers]).flatten().float()
+    codes, largest = codec.encode(x, None, 0)
+    assert codes.dtype == torch.uint8
+    assert largest.tolist() == [7, 7]
+    for group, values in enumerate([numbers.flip(0), numbers]):
+        expected = (values[:8] + 8) | ((values[8:] + 8) << 4)
+        assert codes[8 * group : 8 * group + 8].tolist() == expected.tolist()
+    torch.testing.assert_close(codec.decode((codes, largest), x.dtype), x)
+
+
+@pytest.mark.parametrize("zero_point", [False, True])
+def test_int4_pack_round_trip(zero_point: bool) -> None:
+    """All pairs of codes survive the byte."""
+    values = torch.arange(16) if zero_point else torch.arange(-7, 8)
+    x = torch.cartesian_prod(values, values).float()
+    # the ends of the range in every group
+    x = torch.cat([x, torch.tensor([[values[0], values[-1]]]).float().expand_as(x)], dim=1)
+    x = x[:, [0, 2, 1, 3]]
+    codec = QuantCodec("int4", 4, 4, stochastic=False, zero_point=zero_point)
+    torch.testing.assert_close(_decoded(codec, x), x)
+
+
+@pytest.mark.parametrize("features", [5, 16, 40])
+@pytest.mark.parametrize("kind", KINDS, ids=_id)
+def test_other_dimension(kind: tuple[Format, Options], features: int) -> None:
+    """Along -2 is along -1 of the transpose, but for the random numbers."""
+    x = _randn(3, features, 7, dtype=torch.float32)
+    nearest = {**kind[1], "stochastic": False}
+    along = _decoded(QuantCodec(kind[0], features, 16, dim=-2, **nearest), x)
+    assert along.is_contiguous()
+    transposed = _decoded(QuantCodec(kind[0], features, 16, **nearest), x.mT.contiguous())
+    assert torch.equal(along, transposed.mT)
+    codec = QuantCodec(kind[0], features, 16, dim=-2, **kind[1])
+    mean = torch.stack([_decoded(codec, x, seed) for seed in range(200)]).mean(0)
+    step = _scale(x.mT, QuantCodec(kind[0], features, 16, **kind[1])).mT
+    if codec.is_unbiased:
+        assert ((mean - x).abs() <= step * 5.5 * 0.5 / math.sqrt(200)).all()
+
+
+@pytest.mark.parametrize("kind", KINDS, ids=_id)
+def test_any_rank_and_strides(kind: tuple[Format, Options]) -> None:
+    """The other dimensions are rows; a transposed input gives what a contiguous one gives."""
+    codec = QuantCodec(kind[0], 24, 8, **kind[1])
+    x = _randn(6, 24, dtype=torch.float32)
+    flat = _decoded(codec, x)
+    assert torch.equal(_decoded(codec, x.view(2, 3, 24)), flat.view(2, 3, 24))
+    assert torch.equal(_decoded(codec, x[0]), flat[0])
+    strided = codec.encode(x.mT.contiguous().mT, _seed(), 3)
+    assert torch.equal(codec.decode(strided, x.dtype), flat)
+
+
+def test_names() -> None:
+    """Format, group, and what differs from the defaults."""
+    codec = QuantCodec("int8", 512, 128)
+    assert (codec.name, codec.describe(), codec.dim) == ("int8", "int8/128", -1)
+    assert QuantCodec("int4", 512, 64, stochastic=False).describe() == "int4/64 nearest"
+    assert QuantCodec("int4", 512, 128, zero_point=True).describe() == "int4/128 zero-point"
+    assert QuantCodec("fp8_e4m3", 512, 128).describe() == "fp8_e4m3/128"
+    assert not QuantCodec("fp8_e4m3", 512, 128).is_unbiased
+
+
+@pytest.mark.parametrize(
+    ("arguments", "options", "message"),
+    [
+        (("int2", 8, 8), {}, "unknown format"),
+        (("int8", 8, 8), {"dim": 0}, "dim must be"),
+        (("int8", 0, 8), {}, "cannot make groups"),
+        (("int4", 8, 1), {}, "cannot make groups"),
+        (("fp8_e5m2", 8, 8), {"zero_point": True}, "integer formats"),
+    ],
+)
+def test_errors(arguments: tuple[Any, ...], options: Options, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        QuantCodec(*arguments, **options)
+
+
+# -- tracing and compiling ------------------------------------------------------------------------
+
+
+def _same_bits(found: Tensor, expected: Tensor) -> bool:
+    return found.dtype == expected.dtype and torch.equal(
+        found.contiguous().view(torch.uint8), expected.contiguous().view(torch.uint8)
+    )
+
+
+@pytest.mark.parametrize("dim", [-1, -2])
+@pytest.mark.parametrize("features", [16, 17])
+@pytest.mark.parametrize("kind", KINDS, ids=_id)
+def test_traces_with_symbolic_sizes(
+    kind: tuple[Format, Options], features: int, dim: int
+) -> None:
+    """The graph of one size gives what another size gives, without random operators or needless padding."""
+    codec = QuantCodec(kind[0], features, 16, dim=dim, **kind[1])
+
+    def x(rows: int) -> Tensor:
+        shape = (3, features, rows) if dim == -2 else (3, rows, features)
+        return _randn(*shape, seed=rows, dtype=torch.bfloat16)
+
+    encode = make_fx(lambda x, seed: codec.encode(x, seed, 3), tracing_mode="symbolic")(
+        x(6), _seed()
+    )
+    stored = encode(x(11), _seed(8))
+    for found, expected in zip(stored, codec.encode(x(11), _seed(8), 3), strict=True):
+        assert _same_bits(found, expected)
+    decode = make_fx(lambda *s: codec.decode(s, torch.bfloat16), tracing_mode="symbolic")(
+        *codec.encode(x(6), _seed(), 3)
+    )
+    assert _same_bits(decode(*stored), codec.decode(stored, torch.bfloat16))
+    targets = {str(node.target) for graph in (encode, decode) for node in graph.graph.nodes}
+    padding = {"aten.constant_pad_nd.default", "aten.index_select.default"} & targets
+    assert bool(padding) == (features == 17)
+    assert not any("rand" in target for target in targets)
+
+
+COMPILED = [
+    QuantCodec("int8", 256, 128),
+    QuantCodec("int4", 256, 128, zero_point=True),
+    QuantCodec("int4", 100, 64, dim=-2),
+    QuantCodec("fp8_e4m3", 256, 128),
+]
+
+
+@pytest.mark.parametrize("codec", COMPILED, ids=QuantCodec.describe)
+def test_compiled(codec: QuantCodec) -> None:
+    """With dynamic sizes, bit by bit what eager mode gives: the same scale on both sides, above all."""
+
+    @torch.compile(fullgraph=True, dynamic=True)
+    def both(x: Tensor, seed: Tensor) -> tuple[tuple[Tensor, ...], Tensor]:
+        stored = codec.encode(x, seed, 3)
+        return stored, codec.decode(stored, x.dtype)
+
+    for rows in (5, 12):
+        shape = (2, rows, codec.features) if codec.dim == -1 else (2, codec.features, rows)
+        x = _randn(*shape, seed=rows, dtype=torch.float32)
+        stored, found = both(x, _seed(rows))
+        expected = codec.encode(x, _seed(rows), 3)
+        assert all(map(_same_bits, stored, expected))
+        torch.testing.assert_close(found, codec.decode(expected, x.dtype), rtol=1e-6, atol=0)
