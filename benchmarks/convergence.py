@@ -119,9 +119,7 @@ def train(options: dict[str, Any] | None, seed: int, args: argparse.Namespace) -
 def main() -> None:
     """Train what is missing, write after each run, print the table."""
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    parser.add_argument(
-        "--output", type=Path, default=Path("benchmarks/results/convergence.json")
-    )
+    parser.add_argument("--output", type=Path, default=Path("benchmarks/results/convergence.json"))
     parser.add_argument("--variant", nargs="*", choices=VARIANTS, default=list(VARIANTS))
     parser.add_argument("--seeds", type=int, nargs="*", default=[0, 1, 2])
     parser.add_argument("--steps", type=int, default=1000)
@@ -167,7 +165,9 @@ def _write(path: Path, args: argparse.Namespace, rows: list[dict[str, Any]]) -> 
 
 def as_table(rows: list[dict[str, Any]]) -> str:
     """A row per variant: mean over its seeds, and the difference to plain Inductor on the same seeds."""
-    exact = {row["seed"]: row["validation_loss"] for row in rows if not VARIANTS.get(row["variant"])}
+    exact = {
+        row["seed"]: row["validation_loss"] for row in rows if not VARIANTS.get(row["variant"])
+    }
     lines = []
     for name in VARIANTS:
         of_variant = [row for row in rows if row["variant"] == name]

@@ -1,11 +1,11 @@
-"""Bytes, step time and compile time of backend="prac" against plain Inductor, on a 4-layer LLaMA.
+"""Step time and compile time of every policy against plain Inductor, on a LLaMA.
 
     python -m benchmarks.step [--output benchmarks/results/step.json]
 
-1. bytes     bfloat16: what is saved for backward, in all and of role W, before and after (traced, not compiled)
-2. step      float32, hidden 768, two layers, 2048 tokens: both compiled in one process and stepped in turn,
-             A B A B ...; the ratio of each pair; refreshes of the bases included
-3. compile   4 layers, cold caches: each backend in processes of its own, in turn
+1. step      float32, hidden 768, two layers, 2048 tokens: all methods compiled in one process and stepped in turn,
+             A B C ... A B C ...; the ratio of each to plain Inductor's step in the same round; refreshes of the bases
+             included
+2. compile   4 layers, cold and warm caches: plain Inductor and the default policy in processes of their own, in turn
 
 Prints one table, and writes it with versions, machine and command as JSON.
 """
@@ -33,6 +33,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 import prac_fx
 
 BACKENDS = ("inductor", "prac")
+POLICIES = ("linear", "balanced", "max", "paper")
 
 
 def llama(hidden: int, layers: int, batch: int) -> tuple[nn.Module, dict[str, Tensor]]:
@@ -51,49 +52,34 @@ def llama(hidden: int, layers: int, batch: int) -> tuple[nn.Module, dict[str, Te
     return LlamaForCausalLM(config), {"input_ids": tokens, "labels": tokens}
 
 
-def measure_bytes(hidden: int, layers: int, batch: int) -> dict[str, Any]:
-    """Saved bytes of a bfloat16 model, from the rewritten and partitioned graph."""
-    model, inputs = llama(hidden, layers, batch)
-    report = prac_fx.explain(model.bfloat16(), **inputs)
-    role_w = [value for value in report.values if value.role == "W"]
-    return {
-        "hidden": hidden,
-        "layers": layers,
-        "tokens": batch * 256,
-        "saved_before_nbytes": report.saved_before_nbytes,
-        "saved_after_nbytes": report.saved_after_nbytes,
-        "role_w_before_nbytes": sum(value.nbytes_before for value in role_w),
-        "role_w_after_nbytes": sum(value.nbytes_after for value in role_w),
-        "state_nbytes": report.state_nbytes,
-    }
-
-
-def measure_step(hidden: int, layers: int, batch: int, pairs: int) -> dict[str, Any]:
-    """Seconds of forward plus backward, in turn; the first pairs compile and are not counted."""
+def measure_step(hidden: int, layers: int, batch: int, rounds: int) -> dict[str, Any]:
+    """Seconds of forward plus backward, in turn; the first rounds compile and are not counted."""
     runs = {}
-    for backend in BACKENDS:
+    for method in ("inductor", *POLICIES):
         model, inputs = llama(hidden, layers, batch)
-        runs[backend] = (model, inputs, torch.compile(model, backend=backend))
-    seconds: dict[str, list[float]] = {backend: [] for backend in BACKENDS}
-    for _ in range(3 + pairs):
-        for backend, (model, inputs, compiled) in runs.items():
+        if method == "inductor":
+            compiled = torch.compile(model)
+        else:
+            compiled = torch.compile(model, backend="prac", options={"prac.policy": method})
+        runs[method] = (model, inputs, compiled)
+    seconds: dict[str, list[float]] = {method: [] for method in runs}
+    for _ in range(3 + rounds):
+        for method, (model, inputs, compiled) in runs.items():
             model.zero_grad()
             begin = time.perf_counter()
             compiled(**inputs).loss.backward()
-            seconds[backend].append(time.perf_counter() - begin)
-    counted = {backend: times[3:] for backend, times in seconds.items()}
-    ratios = [b / a for a, b in zip(counted["inductor"], counted["prac"], strict=True)]
-    low, middle, high = statistics.quantiles(ratios, n=4)
-    return {
-        "hidden": hidden,
-        "layers": layers,
-        "tokens": batch * 256,
-        "pairs": pairs,
-        "inductor_median_s": statistics.median(counted["inductor"]),
-        "prac_median_s": statistics.median(counted["prac"]),
-        "ratio_quartiles": [low, middle, high],
-        "ratio_of_totals": sum(counted["prac"]) / sum(counted["inductor"]),
-    }
+            seconds[method].append(time.perf_counter() - begin)
+    counted = {method: times[3:] for method, times in seconds.items()}
+    found: dict[str, Any] = {"hidden": hidden, "layers": layers, "tokens": batch * 256}
+    found["rounds"] = rounds
+    for method, times in counted.items():
+        ratios = [b / a for a, b in zip(counted["inductor"], times, strict=True)]
+        found[method] = {
+            "median_s": statistics.median(times),
+            "ratio_quartiles": statistics.quantiles(ratios, n=4),
+            "ratio_of_totals": sum(times) / sum(counted["inductor"]),
+        }
+    return found
 
 
 def measure_compile(hidden: int, layers: int, batch: int, repeats: int) -> dict[str, Any]:
@@ -146,12 +132,11 @@ def main() -> None:
     """Measure, print, write."""
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--output", type=Path, default=Path("benchmarks/results/step.json"))
-    parser.add_argument("--pairs", type=int, default=20)
+    parser.add_argument("--rounds", type=int, default=15)
     parser.add_argument("--repeats", type=int, default=2)
     arguments = parser.parse_args()
     results = {
-        "bytes": measure_bytes(hidden=512, layers=4, batch=32),
-        "step": measure_step(hidden=768, layers=2, batch=8, pairs=arguments.pairs),
+        "step": measure_step(hidden=768, layers=2, batch=8, rounds=arguments.rounds),
         "compile": measure_compile(hidden=256, layers=4, batch=8, repeats=arguments.repeats),
     }
     record = {
@@ -171,28 +156,20 @@ def main() -> None:
 
 def as_table(results: dict[str, Any]) -> str:
     """One row per figure."""
-    size, step, compile_ = results["bytes"], results["step"], results["compile"]
-    role_w = size["role_w_after_nbytes"] / size["role_w_before_nbytes"]
-    saved = size["saved_after_nbytes"] / size["saved_before_nbytes"]
-    quartiles = " .. ".join(f"{ratio:.2f}" for ratio in step["ratio_quartiles"])
-    rows = [
-        ["role-W bytes, after / before", f"{role_w:.2f}", _shape(size, "bfloat16")],
-        ["saved bytes, after / before", f"{saved:.2f}", "same"],
-        ["state, share of what is saved less", f"{_state_share(size):.2f}", "same"],
-        ["step time, ratio quartiles", quartiles, _shape(step, "float32")],
-        ["step time, ratio of totals", f"{step['ratio_of_totals']:.2f}", "same"],
-        ["compile time cold, ratio", f"{compile_['cold_ratio']:.2f}", _shape(compile_, "float32")],
-    ]
-    return tabulate(rows, headers=["figure", "value", "model"], disable_numparse=True)
+    step, compile_ = results["step"], results["compile"]
+    rows = []
+    for policy in POLICIES:
+        quartiles = " .. ".join(f"{ratio:.2f}" for ratio in step[policy]["ratio_quartiles"])
+        totals = f"{step[policy]['ratio_of_totals']:.2f}"
+        rows.append([f"step time, {policy}", f"{quartiles}, of totals {totals}", _shape(step)])
+    for state in ("cold", "warm"):
+        ratio = compile_[f"{state}_s"]["prac"] / compile_[f"{state}_s"]["inductor"]
+        rows.append([f"compile time, {state}", f"{ratio:.2f}", _shape(compile_)])
+    return tabulate(rows, headers=["figure", "ratio to plain Inductor", "model"])
 
 
-def _state_share(size: dict[str, Any]) -> float:
-    less: int = size["saved_before_nbytes"] - size["saved_after_nbytes"]
-    return float(size["state_nbytes"] / less)
-
-
-def _shape(found: dict[str, Any], dtype: str) -> str:
-    return f"LLaMA {found['layers']} x {found['hidden']}, {found['tokens']} tokens, {dtype}"
+def _shape(found: dict[str, Any]) -> str:
+    return f"LLaMA {found['layers']} x {found['hidden']}, {found['tokens']} tokens, float32"
 
 
 if __name__ == "__main__":

@@ -280,7 +280,9 @@ class _Planner:
     def plan(self) -> Plan:
         position = {node: index for index, node in enumerate(self.joint.graph.nodes)}
         # in the order of the forward pass, whatever order the partitioner lists them in
-        roles = sorted(self.joint.roles, key=lambda r: position[without_views(r.value.node)])
+        roles = sorted(
+            self.joint.roles, key=lambda r: position.get(without_views(r.value.node), len(position))
+        )
         deferred = []
         for role in roles:
             row = self.rows[role.value.node] = _describe(role, self.joint.argument_names)
@@ -513,9 +515,7 @@ class _Planner:
         if most_flops is not None and left > most_flops:
             return "not_derivable", f"PRAC would take {left:.2f} of the exact FLOPs"
         readers = tuple((reader.node.name, reader.side) for reader in role.readers)
-        site = replace(
-            site, matrix=common.node.name, transposed=common.transposed, readers=readers
-        )
+        site = replace(site, matrix=common.node.name, transposed=common.transposed, readers=readers)
         self._add_prac_site(role, matrix, site, f"{left:.2f} of the exact FLOPs")
         return None
 

@@ -243,9 +243,7 @@ def _load_coordinates(
     ).result
 
 
-def _stored_site(
-    site: Site, state: SiteState | None, value: fx.Node, place: _Place
-) -> EncodedSite:
+def _stored_site(site: Site, state: SiteState | None, value: fx.Node, place: _Place) -> EncodedSite:
     """The encoding in forward of a value that backward decodes as a whole."""
     layout, codec, inline = site.layout, site.codec, place.inline
     assert layout is not None

@@ -23,7 +23,7 @@ class SavedValue:
     """One tensor that the forward graph hands to the backward graph.
 
     Attributes:
-        node: its node in the joint graph.
+        node: its node in the joint graph; in the forward graph if the partitioner has made it.
         nbytes: bytes of its storage that the step allocates for it; 0 for inputs, and for the second and
             further values on one storage.
         is_input: it is an argument of the graph or a view of one.
@@ -83,7 +83,8 @@ def saved_values(
     first_on_storage: dict[int, str] = {}
     saved = []
     for output in outputs[num_fwd_outputs:]:
-        node = by_name[output.name]
+        # the partitioner adds nodes of its own where a checkpointed region draws random numbers
+        node = by_name.get(output.name, output)
         value = tensor_value(node)
         if value is None:  # a symbolic size, an opaque object
             continue

@@ -8,20 +8,17 @@ without Inductor, so what differs between two of them is the encoding and nothin
 from __future__ import annotations
 
 import copy
-import re
 import sys
 import types
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from itertools import cycle, islice, repeat
-from typing import Any, Literal, cast
+from typing import Any
 
 import torch
-import torch.fx as fx
 from torch import Tensor, nn
 
 from prac_fx.config import PracConfig, config_patches, split_options
-from prac_fx.dynamo_backend import DynamoGraph, compile_rewritten, plan_and_compile
 from prac_fx.errors import VerifyError
 from prac_fx.noise_report import (
     Deviations,
@@ -33,25 +30,13 @@ from prac_fx.noise_report import (
     total_sums,
     zero_gradients,
 )
+from prac_fx.noise_variants import ALL, EXACT, Variant, Variants, encoded_groups
 from prac_fx.passes.plan import Plan, PlannedValue
-from prac_fx.runtime import training_step
 from prac_fx.state import Subspace, load_state_dict, state_dict, subspaces_of
-from prac_fx.torch_compat import (
-    compile_fx,
-    copy_dynamo_graph,
-    make_boxed_func,
-    without_autograd_cache,
-)
 
 # Passes before the first draw: enough for two refreshes of every principal basis.
 _WARM_UP = 4
 _NEVER = sys.maxsize
-_LAYER_NUMBER = re.compile(r"(?<![^.])\d+(?![^.])")
-
-# Which values are encoded: those of one group, named by (module path, codec), or one of these.
-_Variant = tuple[str, str]
-_EXACT: _Variant = ("", "exact")
-_ALL: _Variant = ("", "all")
 
 
 def verify(
@@ -85,26 +70,26 @@ def verify(
 
     Raises:
         PracOptionError: a bad option.
-        VerifyError: not a module, nothing to train, no loss, fewer than two steps, or a gradient that is zero
-            everywhere or not finite; or Dynamo compiles the model anew in every step.
+        VerifyError: not a module, nothing to train, no loss, fewer than two steps, a gradient that is zero
+            everywhere or not finite, or a model that Dynamo compiles anew in every step.
     """
     config, patches = _read_options(options)
     model = getattr(model, "_orig_mod", model)  # what `torch.compile(model)` wraps
     _check(model, steps)
     measured, others = _Inputs(args, kwargs), [_as_inputs(one) for one in batches or ()]
-    backend = _Variants(config, patches, by_value)
+    backend = Variants(config, patches, by_value)
     stepper = _Stepper(_copied(model), loss_fn, backend)
 
-    exact = stepper.gradients(measured, _EXACT)
+    exact = stepper.gradients(measured, EXACT)
     plans = backend.plans_of_last_step()
     notes = [_nothing_encoded(plans, is_traced=bool(backend.ran))]
-    notes.append(_check_reference(exact, stepper.gradients(measured, _EXACT)))
+    notes.append(_check_reference(exact, stepper.gradients(measured, EXACT)))
     notes.append(_warm_up(stepper, measured, others))
-    sums = stepper.deviations(exact, measured, _ALL, steps)
+    sums = stepper.deviations(exact, measured, ALL, steps)
     is_zero = zero_gradients(sums)
     counted = [index for index, zero in enumerate(is_zero) if not zero]
     causes = []
-    for key, rows in (_groups(plans) if by_value else {}).items():
+    for key, rows in (encoded_groups(plans) if by_value else {}).items():
         if key not in backend.failed:
             alone = stepper.deviations(exact, measured, key, steps)
             causes.append(_cause(key, rows, {stepper.names[i]: alone[i] for i in counted}))
@@ -201,7 +186,7 @@ def _warm_up(stepper: _Stepper, measured: _Inputs, others: Sequence[_Inputs]) ->
     def steps(*batches: _Inputs) -> bool:
         """Run these; is every basis one that came from rows?"""
         for inputs in batches:
-            stepper.gradients(inputs, _ALL)
+            stepper.gradients(inputs, ALL)
         return all(one.refreshes for one in _subspaces(stepper.model) if one.rows is not None)
 
     source = "the model's own"
@@ -226,7 +211,7 @@ class _Stepper:
     """
 
     def __init__(
-        self, model: nn.Module, loss_fn: Callable[[Any], Any] | None, backend: _Variants
+        self, model: nn.Module, loss_fn: Callable[[Any], Any] | None, backend: Variants
     ) -> None:
         trainable = {name: p for name, p in model.named_parameters() if p.requires_grad}
         self.model = model
@@ -253,7 +238,7 @@ class _Stepper:
         fresh = types.FunctionType(code, step.__globals__, closure=step.__closure__)
         self._step = torch.compile(fresh, backend=backend, dynamic=False)
 
-    def gradients(self, inputs: _Inputs, variant: _Variant) -> list[Tensor]:
+    def gradients(self, inputs: _Inputs, variant: Variant) -> list[Tensor]:
         """Of one step, in the order of `names`; zeros where the loss does not depend on a parameter."""
         self._backend.begin_step(variant)
         self._restore()
@@ -265,7 +250,7 @@ class _Stepper:
         return [torch.zeros_like(p) if g is None else g.detach() for p, g in pairs]
 
     def deviations(
-        self, exact: Sequence[Tensor], inputs: _Inputs, variant: _Variant, steps: int
+        self, exact: Sequence[Tensor], inputs: _Inputs, variant: Variant, steps: int
     ) -> list[Sums]:
         """Of so many estimates from the exact gradients, by parameter."""
         collected = [Deviations(gradient) for gradient in exact]
@@ -304,155 +289,10 @@ class _Stepper:
         return loss
 
 
-# -- the graphs -------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class _CompiledGraph:
-    """One of Dynamo's graphs: its plan, if it was rewritten, and what to call for each variant."""
-
-    plan: Plan | None
-    variants: Mapping[_Variant, Callable[..., Any]]
-
-
-class _Variants:
-    """A Dynamo backend that compiles every graph in all variants and calls the one that is asked for.
-
-    With `by_value` there is a variant for each group of values, too.
-
-    Attributes:
-        ran: the graphs with something to train that ran since `begin_step`.
-        notes: of what could not be compiled.
-        failed: groups that cannot be encoded alone.
-    """
-
-    def __init__(self, config: PracConfig, patches: Mapping[str, Any], by_value: bool) -> None:
-        # every draw has a tail of its own
-        self._config = replace(config, tail_every=1)
-        self._patches = dict(patches)
-        self._variant = _EXACT
-        self._by_value = by_value
-        self.ran: list[_CompiledGraph] = []
-        self.notes: list[str] = []
-        self.failed: set[_Variant] = set()
-
-    def begin_step(self, variant: _Variant) -> None:
-        """What runs from now on is this variant; a graph that does not have it runs exactly."""
-        self._variant = variant
-        self.ran.clear()
-
-    def plans_of_last_step(self) -> list[Plan]:
-        """Once for each time that a graph ran."""
-        return [graph.plan for graph in self.ran if graph.plan is not None]
-
-    def __call__(self, gm: fx.GraphModule, example_inputs: Sequence[Any]) -> Callable[..., Any]:
-        graph = DynamoGraph(gm, tuple(example_inputs))
-        if not graph.trainable:
-            forward: Callable[..., Any] = gm.forward
-            return forward
-        with without_autograd_cache():
-            compiled = self._compile(graph)
-
-        def run(*args: Any) -> Any:
-            self.ran.append(compiled)
-            variants = compiled.variants
-            return variants.get(self._variant, variants[_EXACT])(*args)
-
-        return run
-
-    def _compile(self, graph: DynamoGraph) -> _CompiledGraph:
-        options: Any = {"inner_compile": _run_eagerly, "config_patches": self._patches}
-        exact = compile_fx(copy_dynamo_graph(graph.gm), list(graph.example_inputs), **options)
-        variants = {_EXACT: cast(Callable[..., Any], exact)}
-        try:
-            plan, rewritten = plan_and_compile(graph, self._config, self._patches, _run_eagerly)
-        except Exception as error:
-            if self._config.strict:
-                raise
-            self.notes.append(f"a graph is kept exact: {type(error).__name__}: {error}")
-            return _CompiledGraph(None, variants)
-        if plan is not None and rewritten is not None:
-            variants[_ALL] = training_step(rewritten, plan, self._config)
-            variants |= self._groups_alone(graph, plan) if self._by_value else {}
-        return _CompiledGraph(plan, variants)
-
-    def _groups_alone(self, graph: DynamoGraph, plan: Plan) -> dict[_Variant, Callable[..., Any]]:
-        variants: dict[_Variant, Callable[..., Any]] = {}
-        for key, rows in _groups([plan]).items():
-            alone = _plan_of_group(plan, rows)
-            try:
-                compiled = compile_rewritten(
-                    graph, alone, self._config, self._patches, _run_eagerly
-                )
-            except Exception as error:
-                self.failed.add(key)
-                self.notes.append(f"not measured alone: {' '.join(key)}: {error}")
-                continue
-            variants[key] = training_step(compiled, alone, self._config)
-        return variants
-
-
-def _plan_of_group(plan: Plan, rows: Sequence[PlannedValue]) -> Plan:
-    """The plan with only some of its sites.
-
-    It is not made anew, so that they share their bases with the whole, and backward derives from them what it
-    derives there. What it derives from other values, which are exact now, torch may save.
-    """
-    names = {row.allocated_by for row in rows}
-    values = [
-        replace(row, reason="min_cut") if row.reason == "derived" else row for row in plan.values
-    ]
-    sites = tuple(site for site in plan.sites if site.value in names)
-    return replace(plan, values=tuple(values), sites=sites)
-
-
-def _run_eagerly(gm: fx.GraphModule, *args: Any, **kwargs: Any) -> Callable[..., Any]:
-    """In place of Inductor's code generation: the graph itself."""
-    for module in gm.modules():
-        if isinstance(module, fx.GraphModule):
-            for node in module.graph.nodes:
-                node.target = _SEEDED.get(node.target, node.target)
-            module.recompile()
-    boxed: Callable[..., Any] = make_boxed_func(gm.forward)
-    return boxed
-
-
-def _seeded_random(
-    size: Sequence[int], seed: Tensor, mode: Literal["rand", "randn"], **_: Any
-) -> Tensor:
-    draw: Callable[..., Tensor] = {"rand": torch.rand, "randn": torch.randn}[mode]
-    return draw(size, generator=_generator(seed), device=seed.device, dtype=torch.float32)
-
-
-def _seeded_randint(low: int, high: int, size: Sequence[int], seed: Tensor) -> Tensor:
-    return torch.randint(low, high, size, generator=_generator(seed), device=seed.device)
-
-
-def _generator(seed: Tensor) -> torch.Generator:
-    return torch.Generator(seed.device).manual_seed(int(seed))
-
-
-# Inductor's kernels make random numbers from a seed, in backward the same ones again. Called on their own these
-# operators ignore it.
-_SEEDED: Mapping[object, Callable[..., Tensor]] = {
-    torch.ops.prims.inductor_random.default: _seeded_random,
-    torch.ops.prims.inductor_randint.default: _seeded_randint,
-}
-
-
-def _groups(plans: Sequence[Plan]) -> dict[_Variant, list[PlannedValue]]:
-    """Encoded values by module path, with `*` for layer numbers, and codec."""
-    groups: dict[_Variant, list[PlannedValue]] = {}
-    for row in (row for plan in plans for row in plan.values if row.codec is not None):
-        path = _LAYER_NUMBER.sub("*", row.origin.module or row.name)
-        groups.setdefault((path, row.stored_as), []).append(row)
-    return groups
-
-
 # -- figures ----------------------------------------------------------------------------------------
 
 
-def _cause(key: _Variant, rows: Sequence[PlannedValue], sums: Mapping[str, Sums]) -> ValueNoise:
+def _cause(key: Variant, rows: Sequence[PlannedValue], sums: Mapping[str, Sums]) -> ValueNoise:
     errors = {name: relative_error(one) for name, one in sums.items()}
     worst = max(errors, key=errors.__getitem__)
     return ValueNoise(
@@ -473,7 +313,7 @@ def _between_batches(
     if not others:
         return []
     collected = [Deviations(gradient) for gradient in exact]
-    for gradients in (exact, *(stepper.gradients(inputs, _EXACT) for inputs in others)):
+    for gradients in (exact, *(stepper.gradients(inputs, EXACT) for inputs in others)):
         for one, gradient in zip(collected, gradients, strict=True):
             one.add(gradient)
     return [one.sums() for one in collected]
@@ -482,7 +322,7 @@ def _between_batches(
 def _nothing_encoded(plans: Sequence[Plan], *, is_traced: bool) -> str:
     if not is_traced:
         return "nothing is compressed: Dynamo traced nothing that has parameters to train"
-    if not any(plan.sites for plan in plans):
+    if not any(plan.changes_graph for plan in plans):
         return "nothing is compressed: no value of this model qualifies under these options"
     return ""
 

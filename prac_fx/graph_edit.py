@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import operator
+import re
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
@@ -204,6 +205,22 @@ def fake_result(node: fx.Node) -> Any:
     )
     with mode:
         return node.target(*args, **kwargs)  # type: ignore[operator]
+
+
+_NUMBER = re.compile(r"(_\d+)+$")
+
+
+def with_names_in_order(graph: fx.Graph) -> fx.Graph:
+    """A copy of a graph whose operators of each kind are numbered in order of appearance."""
+    renamed = fx.Graph()
+    copies: dict[fx.Node, fx.Node] = {}
+    for node in graph.nodes:
+        args, kwargs = fx.node.map_arg((node.args, node.kwargs), copies.__getitem__)
+        name = _NUMBER.sub("", node.name) if node.op == "call_function" else node.name
+        copy = renamed.create_node(node.op, node.target, args, kwargs, name, node.type)
+        copy.meta = dict(node.meta)
+        copies[node] = copy
+    return renamed
 
 
 def erase_dead(nodes: Sequence[fx.Node]) -> None:

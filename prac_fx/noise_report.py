@@ -38,7 +38,7 @@ minibatch: root mean square of |g - mean of g over batches| / |g|, all of them e
 class ParameterNoise:
     """How far the estimated gradient of one parameter is from its exact one.
 
-    Relative figures are fractions of |g|, and NaN where `zero_gradient` is True.
+    Relative figures are fractions of |g|, and NaN where `zero_gradient` is True or an estimate is not finite.
 
     Attributes:
         name: of the parameter; "all parameters" for the total.
@@ -239,11 +239,15 @@ def parameter_noise(
     """
     error_norm = math.sqrt(statistics.fmean(sums.squares))
     square, norm = sums.gradient, math.sqrt(sums.gradient)
-    if is_zero or not square:
+    is_zero = is_zero or not square
+    if is_zero or not math.isfinite(error_norm):
         nan = math.nan
-        minibatch = None if batches is None else nan
+        error, minibatch = (
+            (nan if is_zero else error_norm / norm),
+            (None if batches is None else nan),
+        )
         return ParameterNoise(
-            name, sums.elements, norm, error_norm, nan, nan, nan, nan, nan, minibatch, True
+            name, sums.elements, norm, error_norm, error, nan, nan, nan, nan, minibatch, is_zero
         )
     count = len(sums.along)
     along = [value / square for value in sums.along]
@@ -278,7 +282,7 @@ def student_quantile(degrees: int) -> float:
         (5 * z**5 + 16 * z**3 + 3 * z) / 96,
         (3 * z**7 + 19 * z**5 + 17 * z**3 - 15 * z) / 384,
     )
-    return sum(term / degrees**power for power, term in enumerate(terms))
+    return sum(term * (1.0 / degrees) ** power for power, term in enumerate(terms))
 
 
 def _parameter_table(rows: Sequence[ParameterNoise]) -> str:

@@ -33,7 +33,7 @@ _OWN_FOLDER = os.path.dirname(
 )  # `explain` calls the model, but is not where a value comes from
 _FRAME = re.compile(r'File "([^"]+)", line (\d+)')
 _INDEX = re.compile(r"\[(?:'([^']*)'|\"([^\"]*)\"|(\d+))\]")
-_CONTAINERS = ("_modules", "_parameters", "_buffers")
+_CONTAINERS = ("__dict__", "_modules", "_parameters", "_buffers")
 
 
 def origin_of(node: fx.Node) -> Origin:

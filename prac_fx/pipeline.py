@@ -15,7 +15,7 @@ import torch.fx as fx
 from prac_fx.codecs import PracCodec
 from prac_fx.config import PracConfig
 from prac_fx.errors import CannotRewriteError
-from prac_fx.graph_edit import Inliner
+from prac_fx.graph_edit import Inliner, with_names_in_order
 from prac_fx.passes.classify import classify
 from prac_fx.passes.factor import factor
 from prac_fx.passes.partition import PartitionedGraph, partition
@@ -97,12 +97,13 @@ def analyse(
 
 
 def merge_duplicates(gm: fx.GraphModule) -> None:
-    """Drop dead nodes and merge equal ones, as torch's partitioner does first of all.
+    """Drop dead nodes and merge equal ones, as torch's partitioner does first of all, and number the rest anew.
 
-    Query, key and value then read one node, and both phases see the same graph.
+    Query, key and value then read one node, and both phases see the same graph with the same names: how many dead
+    nodes a trace leaves behind, and so how the others are numbered, may differ.
     """
     gm.graph.eliminate_dead_code()
-    gm.graph = fx_graph_cse(gm.graph)
+    gm.graph = with_names_in_order(fx_graph_cse(gm.graph))
 
 
 def apply_plan(

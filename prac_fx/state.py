@@ -158,7 +158,9 @@ def subspace_for(
     """
     found = subspaces_of(owner).get(key)
     if found is None:
-        found = _create(key, device, _stream(owner, config.seed, name, key.slot, key.codec.features))
+        found = _create(
+            key, device, _stream(owner, config.seed, name, key.slot, key.codec.features)
+        )
         _OWNERS.setdefault(owner, {})[key] = found
     elif found.basis.device != device:
         found.basis = found.basis.to(device)

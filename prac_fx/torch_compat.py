@@ -41,6 +41,7 @@ __all__ = [
     "autograd_references",
     "compile_fx",
     "copy_dynamo_graph",
+    "functorch_config",
     "fx_graph_cse",
     "gradient_argument_index",
     "guard_loop_split",

@@ -382,9 +382,7 @@ def test_modes_and_inductor_options_are_passed_on() -> None:
 
 def test_typed_configuration() -> None:
     model = Sequential()
-    config = prac_fx.PracConfig(
-        policy="linear", min_nbytes=0, principal=8, random=8, strict=True
-    )
+    config = prac_fx.PracConfig(policy="linear", min_nbytes=0, principal=8, random=8, strict=True)
     step(torch.compile(model, backend=prac_fx.backend(config)), model, rows())
     (key,) = subspaces_of(model[2].weight)
     assert (key.codec.principal, key.codec.random) == (8, 8)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from itertools import product
 from typing import Any
 
 import pytest
@@ -16,9 +17,11 @@ from prac_fx.codecs.quantized import Format
 DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
 FORMATS: list[Format] = ["int8", "int4", "fp8_e4m3", "fp8_e5m2"]
 SIZES = [1, 2, 7, 8, 17, 63, 128, 129, 5461]
-# largest error relative to the largest value of a group; of half precision x, to half an ulp
+# largest code either side of zero
 LEVELS = {"int8": 127, "int4": 7, "fp8_e4m3": 448, "fp8_e5m2": 57344}
 MARGIN = 1 - 2.0**-18
+# relative above the smallest normal number, absolute below
+HALF_ULP = {"fp8_e4m3": (2.0**-4, 2.0**-10), "fp8_e5m2": (2.0**-3, 2.0**-17)}
 
 Options = dict[str, Any]
 # every combination that the codec offers
@@ -132,22 +135,23 @@ def test_nearest_is_biased() -> None:
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("features", SIZES)
 @pytest.mark.parametrize("kind", KINDS, ids=_id)
-def test_largest_error(kind: tuple[Format, Options], features: int, dtype: torch.dtype) -> None:
+def test_largest_error(kind: tuple[Format, Options], dtype: torch.dtype) -> None:
     """Below one step, half a step to nearest; of float8 half an ulp. Plus what the dtype rounds."""
-    codec = QuantCodec(kind[0], features, 128, **kind[1])
-    x = _randn(3, 2, features, seed=features, dtype=dtype)
-    found = _decoded(codec, x)
-    assert (found.dtype, found.shape) == (dtype, x.shape)
-    assert found.is_contiguous()
-    error, scale = (found.double() - x.double()).abs(), _scale(x, codec)
-    rounding = torch.finfo(dtype).eps * x.double().abs().max()
-    if "int" in codec.format:
-        assert (error <= scale * (1 if codec.stochastic else 0.5) * (1 + 1e-5) + rounding).all()
-    else:
-        half_ulp, smallest = {"fp8_e4m3": (2.0**-4, 2.0**-10), "fp8_e5m2": (2.0**-3, 2.0**-17)}[kind[0]]
-        assert (error <= x.double().abs() * half_ulp + scale * smallest + rounding).all()
+    for features in SIZES:
+        codec = QuantCodec(kind[0], features, 128, **kind[1])
+        x = _randn(3, 2, features, seed=features, dtype=dtype)
+        found = _decoded(codec, x)
+        assert (found.dtype, found.shape) == (dtype, x.shape)
+        assert found.is_contiguous()
+        error, scale = (found.double() - x.double()).abs(), _scale(x, codec)
+        rounding = torch.finfo(dtype).eps * x.double().abs().max()
+        if "int" in codec.format:
+            bound = scale * (1 if codec.stochastic else 0.5) * (1 + 1e-5)
+        else:
+            half_ulp, smallest = HALF_ULP[codec.format]
+            bound = x.double().abs() * half_ulp + scale * smallest
+        assert (error <= bound + rounding).all()
 
 
 # -- a scale that fits ----------------------------------------------------------------------------
@@ -277,34 +281,34 @@ def test_seed_is_required() -> None:
 # -- layout and sizes -----------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("dim", [-1, -2])
 @pytest.mark.parametrize("features", SIZES)
 @pytest.mark.parametrize("kind", KINDS, ids=_id)
-def test_nbytes(
-    kind: tuple[Format, Options], features: int, dim: int, dtype: torch.dtype
-) -> None:
+def test_nbytes(kind: tuple[Format, Options], features: int) -> None:
     """The bytes promised are those of what `encode` returns."""
-    codec = QuantCodec(kind[0], features, 64, dim=dim, **kind[1])
-    x = _randn(3, features, 5, dtype=dtype) if dim == -2 else _randn(3, 5, features, dtype=dtype)
-    stored = codec.encode(x, _seed(), 0)
-    assert len(stored) == (3 if codec.zero_point else 2)
-    assert sum(part.nbytes for part in stored) == codec.stored_nbytes(15, dtype.itemsize)
-    assert all(part.untyped_storage().nbytes() == part.nbytes for part in stored)
+    for dim, dtype in product((-1, -2), DTYPES):
+        codec = QuantCodec(kind[0], features, 64, dim=dim, **kind[1])
+        x = _randn(3, 5, features, dtype=dtype)
+        stored = codec.encode(x.mT.contiguous() if dim == -2 else x, _seed(), 0)
+        assert len(stored) == (3 if codec.zero_point else 2)
+        assert sum(part.nbytes for part in stored) == codec.stored_nbytes(15, dtype.itemsize)
+        assert all(part.untyped_storage().nbytes() == part.nbytes for part in stored)
 
 
 @pytest.mark.parametrize("name", FORMATS)
-@pytest.mark.parametrize("group", [2, 4, 8, 13, 64, 100, 128, 10_000])
-@pytest.mark.parametrize("features", [*SIZES, 96, 100, 512, 4096])
-def test_groups(name: Format, features: int, group: int) -> None:
+def test_groups(name: Format) -> None:
     """At most `group` elements in each, little padding, no group of padding alone."""
-    codec = QuantCodec(name, features, group)
-    k, g = codec.groups, codec.group_size
-    assert g <= group or (features <= 2 and g == 2)
-    assert (k - 1) * g < features <= k * g
-    assert g % 2 == 0 or name != "int4"
-    assert g % 8 == 0 or min(features, group) < 8
-    assert k == math.ceil(features / (group - group % 8 if group >= 8 else group)) or features < 8
+    sizes = [*range(1, 140), 512, 4096, 5461]
+    for features, group in product(sizes, [2, 4, 8, 13, 64, 100, 128, 10_000]):
+        codec = QuantCodec(name, features, group)
+        k, g = codec.groups, codec.group_size
+        assert g <= group
+        assert (k - 1) * g < features <= k * g
+        assert g % 2 == 0 or name != "int4"
+        # a divisor of the features, or else padded to whole eights
+        assert features % g == 0 or g % 8 == 0 or min(features, group) < 8
+        divisors = [d for d in range(min(group, features) // 2 + 1, min(group, features) + 1)]
+        if any(features % d == 0 and (d % 2 == 0 or name != "int4") for d in divisors):
+            assert k * g == features
 
 
 def test_int4_layout() -> None:
@@ -318,7 +322,7 @@ def test_int4_layout() -> None:
     for group, values in enumerate([numbers.flip(0), numbers]):
         expected = (values[:8] + 8) | ((values[8:] + 8) << 4)
         assert codes[8 * group : 8 * group + 8].tolist() == expected.tolist()
-    torch.testing.assert_close(codec.decode((codes, largest), x.dtype), x)
+    torch.testing.assert_close(codec.decode((codes, largest), x.dtype), x, rtol=1e-5, atol=0)
 
 
 @pytest.mark.parametrize("zero_point", [False, True])
@@ -330,7 +334,7 @@ def test_int4_pack_round_trip(zero_point: bool) -> None:
     x = torch.cat([x, torch.tensor([[values[0], values[-1]]]).float().expand_as(x)], dim=1)
     x = x[:, [0, 2, 1, 3]]
     codec = QuantCodec("int4", 4, 4, stochastic=False, zero_point=zero_point)
-    torch.testing.assert_close(_decoded(codec, x), x)
+    torch.testing.assert_close(_decoded(codec, x), x, rtol=1e-5, atol=0)
 
 
 @pytest.mark.parametrize("features", [5, 16, 40])
@@ -396,12 +400,9 @@ def _same_bits(found: Tensor, expected: Tensor) -> bool:
     )
 
 
-@pytest.mark.parametrize("dim", [-1, -2])
-@pytest.mark.parametrize("features", [16, 17])
+@pytest.mark.parametrize(("features", "dim"), [(16, -1), (17, -2)])
 @pytest.mark.parametrize("kind", KINDS, ids=_id)
-def test_traces_with_symbolic_sizes(
-    kind: tuple[Format, Options], features: int, dim: int
-) -> None:
+def test_traces_with_symbolic_sizes(kind: tuple[Format, Options], features: int, dim: int) -> None:
     """The graph of one size gives what another size gives, without random operators or needless padding."""
     codec = QuantCodec(kind[0], features, 16, dim=dim, **kind[1])
 
@@ -427,17 +428,16 @@ def test_traces_with_symbolic_sizes(
 
 COMPILED = [
     QuantCodec("int8", 256, 128),
-    QuantCodec("int4", 256, 128, zero_point=True),
-    QuantCodec("int4", 100, 64, dim=-2),
+    QuantCodec("int4", 100, 64, dim=-2, zero_point=True),
     QuantCodec("fp8_e4m3", 256, 128),
 ]
 
 
 @pytest.mark.parametrize("codec", COMPILED, ids=QuantCodec.describe)
 def test_compiled(codec: QuantCodec) -> None:
-    """With dynamic sizes, bit by bit what eager mode gives: the same scale on both sides, above all."""
+    """With dynamic rows, bit by bit what eager mode gives: the same scale on both sides, above all."""
 
-    @torch.compile(fullgraph=True, dynamic=True)
+    @torch.compile(fullgraph=True)
     def both(x: Tensor, seed: Tensor) -> tuple[tuple[Tensor, ...], Tensor]:
         stored = codec.encode(x, seed, 3)
         return stored, codec.decode(stored, x.dtype)
@@ -445,6 +445,8 @@ def test_compiled(codec: QuantCodec) -> None:
     for rows in (5, 12):
         shape = (2, rows, codec.features) if codec.dim == -1 else (2, codec.features, rows)
         x = _randn(*shape, seed=rows, dtype=torch.float32)
+        # not dynamic=True, which would also make symbols of the numbers in the codec
+        torch._dynamo.mark_dynamic(x, shape.index(rows))
         stored, found = both(x, _seed(rows))
         expected = codec.encode(x, _seed(rows), 3)
         assert all(map(_same_bits, stored, expected))

@@ -44,7 +44,12 @@ def test_features_are_the_innermost_dimension_and_more_where_it_is_narrow() -> N
 
 @pytest.mark.parametrize(
     "x",
-    [torch.tensor(1.0), torch.randn(6, 80)[:, ::2], torch.randn(6, 1).expand(6, 40), torch.randn(6, 80)[:, :40]],
+    [
+        torch.tensor(1.0),
+        torch.randn(6, 80)[:, ::2],
+        torch.randn(6, 1).expand(6, 40),
+        torch.randn(6, 80)[:, :40],
+    ],
     ids=["scalar", "holes", "expanded", "part of rows"],
 )
 def test_what_does_not_fill_its_memory_has_no_layout(x: Tensor) -> None:

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 import prac_fx
-from prac_fx import NoiseReport, ParameterNoise, PracConfig, VerifyError, gradient_noise, verify
+from prac_fx import NoiseReport, ParameterNoise, PracConfig, VerifyError, noise_variants, verify
 from prac_fx.noise_report import Deviations, parameter_noise, student_quantile
 from prac_fx.passes.plan import PlannedValue
 from tests.compiling import SMALL, compile_prac, step
@@ -119,6 +119,16 @@ def test_figures_of_known_noise() -> None:
     assert found.bias_norm == pytest.approx(math.hypot(0.1, 0.2), rel=0.05)
     assert found.error == pytest.approx(math.hypot(0.1, 0.2, 0.5), rel=0.02)
     assert found.cosine == pytest.approx(0.9 / math.hypot(0.9, 0.2, 0.5), rel=0.02)
+
+
+def test_an_estimate_that_overflows_is_reported() -> None:
+    collected = Deviations(torch.ones(3))
+    for value in (1.0, math.inf, math.nan):
+        collected.add(torch.full((3,), value))
+    found = parameter_noise("p", collected.sums())
+    assert not math.isfinite(found.error)
+    assert not math.isfinite(found.bias_norm)
+    assert not found.zero_gradient
 
 
 def test_student_quantile() -> None:
@@ -290,7 +300,7 @@ def test_a_graph_that_cannot_be_rewritten(monkeypatch: pytest.MonkeyPatch) -> No
     def fail(*_: object) -> None:
         raise RuntimeError("no luck")
 
-    monkeypatch.setattr(gradient_noise, "plan_and_compile", fail)
+    monkeypatch.setattr(noise_variants, "plan_and_compile", fail)
     options = {**SMALL, "prac.strict": False}
     report = _measure(Sequential(), rows(), options=options, steps=2)
     assert report.total.error == 0
@@ -405,24 +415,29 @@ def test_attributes_that_change_in_every_step() -> None:
         _measure(_Restless([]), rows(), steps=12)
 
 
+class _Masked(nn.Module):
+    def __init__(self, checkpointed: bool) -> None:
+        super().__init__()
+        self.weight, self.checkpointed = nn.Parameter(torch.ones(64)), checkpointed
+
+    def forward(self, x: Tensor) -> Tensor:
+        def run(x: Tensor) -> Tensor:
+            return nn.functional.dropout(self.weight * x, 0.5).sin()
+
+        if not self.checkpointed:
+            return run(x)
+        return torch.utils.checkpoint.checkpoint(run, x, use_reentrant=False)
+
+
 @pytest.mark.parametrize("checkpointed", [False, True])
 def test_random_numbers_are_the_same_in_backward(checkpointed: bool) -> None:
     """Inductor makes a mask again in backward, from a seed, and so do the graphs here."""
-
-    class Noisy(Sequential):
-        def forward(self, x: Tensor) -> Tensor:
-            def run(x: Tensor) -> Tensor:
-                return nn.functional.dropout(super(Noisy, self).forward(x), 0.5)
-
-            if not checkpointed:
-                return run(x)
-            return torch.utils.checkpoint.checkpoint(run, x, use_reentrant=False)
-
-    model = Noisy()
-    found = _by_name(_measure(model, rows(), by_value=False, loss_fn=lambda out: out.sum()))
-    # the loss is linear in the last bias: each element of its gradient is 2 times a number of tokens
-    count = found["4.bias"].gradient_norm / 8 / 2
-    assert count == pytest.approx(256, rel=0.1)
+    x = torch.full((512, 64), 1e-2)
+    # a graph of its own, so that what it hands back to the model's has the mask of the forward pass
+    loss_fn = torch.compiler.disable(lambda out: out.square().sum() / 2)
+    report = _measure(_Masked(checkpointed), x, loss_fn=loss_fn)
+    # the sum over tokens of (2 m x) (2 m' x) with masks m and m': half of m m' is 1, not a quarter
+    assert report.total.gradient_norm == pytest.approx(8 * 512 * 4 * 1e-4 / 2, rel=0.05)
 
 
 def test_dropout_masks_are_the_same_in_all_draws() -> None:

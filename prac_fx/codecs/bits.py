@@ -64,7 +64,7 @@ class BitCodec:
         padding = 8 * self.width - self.features
         if padding:
             x = torch.constant_pad_nd(x, [0, padding])
-        first, *others = x.unflatten(-1, (8, self.width)).unbind(-2)
+        first, *others = x.view(*x.shape[:-1], 8, self.width).unbind(-2)
         byte = first.to(torch.int32)
         for place, eighth in enumerate(others, start=1):
             byte = byte | (eighth.to(torch.int32) << place)

@@ -83,12 +83,22 @@ class QuantCodec:
     @property
     def groups(self) -> int:
         """k, the number of scales along the quantised dimension."""
-        return math.ceil(self.features / self._most)
+        return math.ceil(self.features / self.group_size)
 
     @property
     def group_size(self) -> int:
-        """g, as equal as groups can be: a multiple of 8, of 2 (`int4`) or 1 where n or `group` is below 8."""
-        return _round_up(math.ceil(self.features / self.groups), self._unit)
+        """g: the largest divisor of n from half of `group` to `group`, a multiple of 8 if there is one.
+
+        Without such a divisor, groups as equal as can be; rows are then padded, which costs a little time.
+        """
+        most = min(self.group, self.features)
+        step = 2 if self.format == "int4" else 1
+        for unit in (8, step):
+            for size in range(most // unit * unit, most // 2, -unit):
+                if self.features % size == 0:
+                    return size
+        groups = math.ceil(self.features / self._most)
+        return _round_up(math.ceil(self.features / groups), self._unit)
 
     def describe(self) -> str:
         """Short text for tables, such as `int8/128` or `int4/64 nearest`."""
@@ -188,8 +198,8 @@ class QuantCodec:
         if self._padding:
             x = self._padded(x)
         if self.format != "int4":
-            return [x.unflatten(self.dim, (self.groups, self.group_size))]
-        halves = x.unflatten(self.dim, (self.groups, 2, self.group_size // 2))
+            return [_split(x, self.dim, (self.groups, self.group_size))]
+        halves = _split(x, self.dim, (self.groups, 2, self.group_size // 2))
         return list(halves.unbind(self._at))
 
     def _padded(self, x: Tensor) -> Tensor:
@@ -249,16 +259,22 @@ class QuantCodec:
     def _integers(self, codes: Tensor) -> Tensor:
         """Codes by group, (..., k, g [, m])."""
         if self.format != "int4":
-            return codes.unflatten(self.dim, (self.groups, self.group_size))
-        halves = codes.unflatten(self.dim, (self.groups, 1, self.group_size // 2))
+            return _split(codes, self.dim, (self.groups, self.group_size))
+        halves = _split(codes, self.dim, (self.groups, 1, self.group_size // 2))
         shift = torch.arange(0, 8, 4, dtype=torch.int32, device=codes.device)
-        nibbles = (halves.to(torch.int32) >> shift.view(2, *[1] * -self.dim)) & 15
+        nibbles: Tensor = (halves.to(torch.int32) >> shift.view(2, *[1] * -self.dim)) & 15
         nibbles = nibbles.flatten(self._at, self._at + 1)
         return nibbles if self.zero_point else nibbles - _BIAS
 
 
 def _working(dtype: torch.dtype) -> torch.dtype:
     return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+def _split(x: Tensor, dim: int, sizes: tuple[int, ...]) -> Tensor:
+    """A view with `sizes` in the place of dimension `dim`, which is negative."""
+    at = x.dim() + dim
+    return x.view(*x.shape[:at], *sizes, *x.shape[at + 1 :])
 
 
 def _fold(function: Callable[[Tensor, Tensor], Tensor], parts: list[Tensor]) -> Tensor:

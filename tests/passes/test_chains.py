@@ -54,7 +54,9 @@ def test_role_a_is_quantised_and_what_follows_from_it_is_computed_again() -> Non
 up                                         512x128      A    encode    int8/128 nearest
 sin.default                                512x128      W    recompute derived""",
     )
-    assert_expected_inline(traced.graphs["rewrite"], """\
+    assert_expected_inline(
+        traced.graphs["rewrite"],
+        """\
 primals_1: 128x64
 primals_2: 512x64
 primals_3: 64x128
@@ -102,12 +104,15 @@ cos_2 = cos(decoded) -> 512x128  # backward
 mul_5 = mul(mm_4, cos_2) -> 512x128
 permute_5 = permute(mul_5, [1, 0]) -> 128x512
 mm_5 = mm(permute_5, primals_2) -> 128x64
-return sum_1, mm_5, None, mm_3""")
+return sum_1, mm_5, None, mm_3""",
+    )
 
 
 def test_both_halves_of_a_quantised_graph() -> None:
     traced = trace(Mlp(), inputs(), **BALANCED, rounding="nearest", weight_gradient="recompute")
-    assert_expected_inline(traced.graphs["bw"], """\
+    assert_expected_inline(
+        traced.graphs["bw"],
+        """\
 primals_2: 512x64
 primals_3: 64x128
 stored: 512x128
@@ -135,7 +140,8 @@ cos_1 = cos(decoded) -> 512x128  # backward
 mul_3 = mul(mm_2, cos_1) -> 512x128
 permute_4 = permute(mul_3, [1, 0]) -> 128x512
 mm_3 = mm(permute_4, primals_2) -> 128x64
-return mm_3, None, mm_1""")
+return mm_3, None, mm_1""",
+    )
 
 
 def test_stochastic_rounding_reads_the_seed() -> None:
@@ -148,13 +154,16 @@ def test_stochastic_rounding_reads_the_seed() -> None:
 
 def test_statistics_stay_exact_and_products_follow() -> None:
     traced = trace(Gated(), inputs(), **BALANCED)
-    assert_expected_inline(rows_of(traced.plan), """\
+    assert_expected_inline(
+        rows_of(traced.plan),
+        """\
 embed                                      512x64       A    encode    int8/128
 rsqrt.default                              512x1        A    keep      statistic
 mul.Tensor                                 512x64       W    encode    prac 19+19/64
 gate                                       512x128      A    encode    int8/128
 up                                         512x128      A    encode    int8/128
-mul.Tensor                                 512x128      W    recompute derived""")
+mul.Tensor                                 512x128      W    recompute derived""",
+    )
     bw = traced.graphs["bw"]
     assert "rsqrt:" in bw  # saved, and not computed from the decoded value
     assert "mean" not in bw

@@ -1,0 +1,173 @@
+"""The graphs that `verify` compares: one of Dynamo's graphs compiled exactly, as planned, and group by group."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, Literal, cast
+
+import torch
+import torch.fx as fx
+from torch import Tensor
+
+from prac_fx.config import PracConfig
+from prac_fx.dynamo_backend import DynamoGraph, compile_rewritten, plan_and_compile
+from prac_fx.passes.plan import Plan, PlannedValue
+from prac_fx.runtime import training_step
+from prac_fx.torch_compat import (
+    compile_fx,
+    copy_dynamo_graph,
+    make_boxed_func,
+    without_autograd_cache,
+)
+
+_LAYER_NUMBER = re.compile(r"(?<![^.])\d+(?![^.])")
+
+# Which values are encoded: those of one group, named by (module path, codec), or one of these.
+Variant = tuple[str, str]
+EXACT: Variant = ("", "exact")
+ALL: Variant = ("", "all")
+
+
+@dataclass(frozen=True)
+class _CompiledGraph:
+    """One of Dynamo's graphs: its plan, if it was rewritten, and what to call for each variant."""
+
+    plan: Plan | None
+    variants: Mapping[Variant, Callable[..., Any]]
+
+
+class Variants:
+    """A Dynamo backend that compiles every graph in all variants and calls the one that is asked for.
+
+    With `by_value` there is a variant for each group of values, too.
+
+    Attributes:
+        ran: the graphs with something to train that ran since `begin_step`.
+        notes: of what could not be compiled.
+        failed: groups that cannot be encoded alone.
+    """
+
+    def __init__(self, config: PracConfig, patches: Mapping[str, Any], by_value: bool) -> None:
+        # every draw has a tail of its own
+        self._config = replace(config, tail_every=1)
+        self._patches = dict(patches)
+        self._variant = EXACT
+        self._by_value = by_value
+        self.ran: list[_CompiledGraph] = []
+        self.notes: list[str] = []
+        self.failed: set[Variant] = set()
+
+    def begin_step(self, variant: Variant) -> None:
+        """What runs from now on is this variant; a graph that does not have it runs exactly."""
+        self._variant = variant
+        self.ran.clear()
+
+    def plans_of_last_step(self) -> list[Plan]:
+        """Once for each time that a graph ran."""
+        return [graph.plan for graph in self.ran if graph.plan is not None]
+
+    def __call__(self, gm: fx.GraphModule, example_inputs: Sequence[Any]) -> Callable[..., Any]:
+        """Compile one of Dynamo's graphs in all variants."""
+        graph = DynamoGraph(gm, tuple(example_inputs))
+        if not graph.trainable:
+            forward: Callable[..., Any] = gm.forward
+            return forward
+        with without_autograd_cache():
+            compiled = self._compile(graph)
+
+        def run(*args: Any) -> Any:
+            self.ran.append(compiled)
+            variants = compiled.variants
+            return variants.get(self._variant, variants[EXACT])(*args)
+
+        return run
+
+    def _compile(self, graph: DynamoGraph) -> _CompiledGraph:
+        options: Any = {"inner_compile": _run_eagerly, "config_patches": self._patches}
+        exact = compile_fx(copy_dynamo_graph(graph.gm), list(graph.example_inputs), **options)
+        variants = {EXACT: cast(Callable[..., Any], exact)}
+        try:
+            plan, rewritten = plan_and_compile(graph, self._config, self._patches, _run_eagerly)
+        except Exception as error:
+            if self._config.strict:
+                raise
+            self.notes.append(f"a graph is kept exact: {type(error).__name__}: {error}")
+            return _CompiledGraph(None, variants)
+        if plan is not None and rewritten is not None:
+            variants[ALL] = training_step(rewritten, plan, self._config)
+            variants |= self._groups_alone(graph, plan) if self._by_value else {}
+        return _CompiledGraph(plan, variants)
+
+    def _groups_alone(self, graph: DynamoGraph, plan: Plan) -> dict[Variant, Callable[..., Any]]:
+        variants: dict[Variant, Callable[..., Any]] = {}
+        for key, rows in encoded_groups([plan]).items():
+            alone = _plan_of_group(plan, rows)
+            try:
+                compiled = compile_rewritten(
+                    graph, alone, self._config, self._patches, _run_eagerly
+                )
+            except Exception as error:
+                self.failed.add(key)
+                self.notes.append(f"not measured alone: {' '.join(key)}: {error}")
+                continue
+            variants[key] = training_step(compiled, alone, self._config)
+        return variants
+
+
+def _plan_of_group(plan: Plan, rows: Sequence[PlannedValue]) -> Plan:
+    """The plan with only some of its sites.
+
+    It is not made anew, so that they share their bases with the whole, and backward derives from them what it
+    derives there. What it derives from other values, which are exact now, torch may save.
+    """
+    names = {row.allocated_by for row in rows}
+    values = [
+        replace(row, reason="min_cut") if row.reason == "derived" else row for row in plan.values
+    ]
+    sites = tuple(site for site in plan.sites if site.value in names)
+    return replace(plan, values=tuple(values), sites=sites)
+
+
+def _run_eagerly(gm: fx.GraphModule, *args: Any, **kwargs: Any) -> Callable[..., Any]:
+    """In place of Inductor's code generation: the graph itself."""
+    for module in gm.modules():
+        if isinstance(module, fx.GraphModule):
+            for node in module.graph.nodes:
+                node.target = _SEEDED.get(node.target, node.target)
+            module.recompile()
+    boxed: Callable[..., Any] = make_boxed_func(gm.forward)
+    return boxed
+
+
+def _seeded_random(
+    size: Sequence[int], seed: Tensor, mode: Literal["rand", "randn"], **_: Any
+) -> Tensor:
+    draw: Callable[..., Tensor] = {"rand": torch.rand, "randn": torch.randn}[mode]
+    return draw(size, generator=_generator(seed), device=seed.device, dtype=torch.float32)
+
+
+def _seeded_randint(low: int, high: int, size: Sequence[int], seed: Tensor) -> Tensor:
+    return torch.randint(low, high, size, generator=_generator(seed), device=seed.device)
+
+
+def _generator(seed: Tensor) -> torch.Generator:
+    return torch.Generator(seed.device).manual_seed(int(seed))
+
+
+# Inductor's kernels make random numbers from a seed, in backward the same ones again. Called on their own these
+# operators ignore it.
+_SEEDED: Mapping[object, Callable[..., Tensor]] = {
+    torch.ops.prims.inductor_random.default: _seeded_random,
+    torch.ops.prims.inductor_randint.default: _seeded_randint,
+}
+
+
+def encoded_groups(plans: Sequence[Plan]) -> dict[Variant, list[PlannedValue]]:
+    """Encoded values by module path, with `*` for layer numbers, and codec."""
+    groups: dict[Variant, list[PlannedValue]] = {}
+    for row in (row for plan in plans for row in plan.values if row.codec is not None):
+        path = _LAYER_NUMBER.sub("*", row.origin.module or row.name)
+        groups.setdefault((path, row.stored_as), []).append(row)
+    return groups
