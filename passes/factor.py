@@ -35,7 +35,9 @@ def factor(encoded: Sequence[EncodedSite], inline: Inliner) -> None:
 
 def _factor_reader(one: EncodedSite, reader: fx.Node, side: int, inline: Inliner) -> None:
     codec, dy = one.site.codec, reader.args[MATMULS[reader.target][1 - side]]
-    assert isinstance(dy, fx.Node) and isinstance(codec, PracCodec) and one.state is not None
+    assert isinstance(dy, fx.Node)
+    assert isinstance(codec, PracCodec)
+    assert one.state is not None
     # left operand X^T: the result is (n, o); right operand X: dY^T stands left, the result is (o, n)
     gradient = codec.weight_gradient if side == 0 else codec.weight_gradient_transposed
     result = inline(

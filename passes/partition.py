@@ -105,7 +105,7 @@ def _partition_with_outputs(
 
 def _replace_outputs(graph: fx.Graph, where: slice, nodes: Sequence[fx.Node]) -> None:
     output = next(iter(graph.find_nodes(op="output")))
-    outputs: list[Any] = list(output.args[0])  # type: ignore[arg-type]
+    outputs: list[Any] = list(output.args[0])
     outputs[where] = nodes
     output.args = (tuple(outputs),)
     if "desc" in output.meta:

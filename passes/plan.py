@@ -10,13 +10,13 @@ import hashlib
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 import torch.fx as fx
 
 from prac_fx.codecs import PracCodec, QuantCodec
-from prac_fx.config import ProjectedRole, PracConfig
+from prac_fx.config import PracConfig, ProjectedRole
 from prac_fx.graph_edit import (
     allocating_node,
     last_two_swapped,
@@ -540,7 +540,7 @@ class _Planner:
             slot=self.slots.get(owner, 0),
         )
 
-    def _common(self, root: fx.Node) -> dict[str, object]:
+    def _common(self, root: fx.Node) -> dict[str, Any]:
         value = tensor_value(root)
         assert value is not None
         return {

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 
 from prac_fx.codecs import PracCodec, QuantCodec
-from prac_fx.config import ProjectedRole, PracConfig
+from prac_fx.config import PracConfig, ProjectedRole
 from prac_fx.memory import size_hint
 from prac_fx.torch_compat import guard_or_false
 

@@ -210,7 +210,8 @@ def _store_coordinates(
     site: Site, coordinates: fx.Node, anchor: fx.Node, place: _Place
 ) -> tuple[fx.Node, ...]:
     """What is saved of coordinates: themselves, or their quantised form."""
-    quantizer, stored = site.coordinates, (coordinates,)
+    quantizer = site.coordinates
+    stored: tuple[fx.Node, ...] = (coordinates,)
     if quantizer is not None:
         stored = place.inline(
             lambda c, *seed: quantizer.encode(c, seed[0] if seed else None, site.salt),

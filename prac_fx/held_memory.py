@@ -19,7 +19,8 @@ def held_nbytes(result: Tensor, exclude: Iterable[Tensor]) -> int:
     """
     known = {tensor.untyped_storage().data_ptr() for tensor in exclude}
     storages: dict[int, int] = {}
-    pending, seen = [result.grad_fn], set()
+    pending: list[Any] = [result.grad_fn]
+    seen = set()
     while pending:
         node = pending.pop()
         if node is None or node in seen:

@@ -45,7 +45,7 @@ class Layout:
     def from_rows(self, rows: Tensor) -> Tensor:
         """The inverse of `to_rows`: shape and strides of the original, as a view of `rows`."""
         if len(self.inner) > 1:
-            rows = rows.unflatten(-1, self.inner)
+            rows = rows.view(*rows.shape[:-1], *self.inner)
         inverse = [0] * len(self.order)
         for position, dim in enumerate(self.order):
             inverse[dim] = position
@@ -53,8 +53,11 @@ class Layout:
 
 
 def layout_of(value: Tensor) -> Layout | None:
-    """The layout of a (fake) tensor; None when it has no features, or when its elements do not fill its storage
-    exactly once, or when the size of its innermost dimension is symbolic."""
+    """The layout of a (fake) tensor; None when it cannot be seen as rows of features.
+
+    That is when it has no dimensions, when its elements do not fill its storage exactly once, or when the size of
+    its innermost dimension is symbolic.
+    """
     if not value.dim():
         return None
     sizes = [size_hint(size) for size in value.shape]

@@ -175,7 +175,7 @@ def values_after(
     rows = []
     for value in plan.values:
         # a storage with several saved views has one row that counts
-        names = (value.name,)
+        names: tuple[str, ...] = (value.name,)
         if value.decision == "encode":
             names = result.stored[value.allocated_by]
         stored = [saved.pop(name) for name in names if name in saved]

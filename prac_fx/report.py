@@ -29,6 +29,7 @@ from pathlib import Path
 from typing import Any
 
 from prac_fx._version import __version__
+from prac_fx.codecs import PracCodec
 from prac_fx.config import split_options
 from prac_fx.errors import PracError, ReportError
 from prac_fx.memory import format_nbytes
@@ -224,9 +225,11 @@ def _value_as_json(value: PlannedValue) -> dict[str, Any]:
         "reason": value.reason,
         "detail": value.detail,
         "codec": None if codec is None else codec.name,
-        "principal": None if codec is None else codec.principal,
-        "random": None if codec is None else codec.random,
-        "blocks": None if codec is None else codec.blocks,
+        "stored_as": value.stored_as,
+        "principal": codec.principal if isinstance(codec, PracCodec) else None,
+        "random": codec.random if isinstance(codec, PracCodec) else None,
+        "blocks": codec.blocks if isinstance(codec, PracCodec) else None,
+        "coordinates": None if value.coordinates is None else value.coordinates.name,
         "nbytes_before": value.nbytes_before,
         "nbytes_after": value.nbytes_after,
         "state_nbytes": value.state_nbytes,

@@ -18,7 +18,7 @@ from torch import Tensor
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from prac_fx.codecs import PracCodec
-from prac_fx.config import ProjectedRole, PracConfig
+from prac_fx.config import PracConfig, ProjectedRole
 from prac_fx.errors import StateError
 from prac_fx.rounding_state import RoundingSeed, rounding_seed_of, set_rounding_seed
 from prac_fx.schedule import next_due

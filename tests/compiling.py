@@ -8,7 +8,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from prac_fx.held_memory import all_tensors, held_nbytes
 from prac_fx.state import Subspace, subspaces_of
 
 # everything that the linear policy can encode is: models in tests are small

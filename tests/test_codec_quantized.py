@@ -306,7 +306,7 @@ def test_groups(name: Format) -> None:
         assert g % 2 == 0 or name != "int4"
         # a divisor of the features, or else padded to whole eights
         assert features % g == 0 or g % 8 == 0 or min(features, group) < 8
-        divisors = [d for d in range(min(group, features) // 2 + 1, min(group, features) + 1)]
+        divisors = list(range(min(group, features) // 2 + 1, min(group, features) + 1))
         if any(features % d == 0 and (d % 2 == 0 or name != "int4") for d in divisors):
             assert k * g == features
 

@@ -15,9 +15,8 @@ from torch import nn
 
 import prac_fx
 from prac_fx import PracConfig, PracError, PracOptionError, PracWarning, dynamo_backend
-from prac_fx.config import split_options
+from prac_fx.config import PARTS, POLICIES, split_options
 from prac_fx.dynamo_backend import PracBackend, prac
-from prac_fx.config import PARTS, POLICIES
 from prac_fx.torch_compat import inductor_config
 
 NAN, INFINITY = float("nan"), float("inf")
@@ -544,7 +543,7 @@ def test_one_setting_per_role() -> None:
 
 @pytest.mark.parametrize("bad", [-0.1, 1.5, True, "half"])
 def test_a_bad_value_for_one_role_is_refused(bad: Any) -> None:
-    with pytest.raises(PracOptionError, match="prac.random"):
+    with pytest.raises(PracOptionError, match=r"prac\.random"):
         PracConfig(random={"weight_gradient": 0.3, "input_gradient": bad})
 
 
