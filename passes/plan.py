@@ -15,8 +15,8 @@ from typing import Any, Literal
 import torch
 import torch.fx as fx
 
-from prac_fx.codecs import PracCodec, QuantCodec
-from prac_fx.config import PracConfig, ProjectedRole
+from prac_fx.codecs import BitCodec, PracCodec, QuantCodec
+from prac_fx.config import INTEGERS, PracConfig, ProjectedRole
 from prac_fx.graph_edit import (
     allocating_node,
     last_two_swapped,
@@ -111,7 +111,7 @@ class Site:
     """
 
     value: str
-    codec: PracCodec | QuantCodec
+    codec: PracCodec | QuantCodec | BitCodec
     dtype: torch.dtype
     device: torch.device
     salt: int
@@ -134,7 +134,7 @@ class Site:
     def is_random(self) -> bool:
         """Does its encoding round stochastically?"""
         quantizer = self.coordinates if isinstance(self.codec, PracCodec) else self.codec
-        return quantizer is not None and quantizer.is_unbiased
+        return isinstance(quantizer, QuantCodec) and quantizer.is_unbiased
 
 
 @dataclass(frozen=True)
@@ -157,7 +157,7 @@ class PlannedValue:
     detail: str
     nbytes_before: int
     nbytes_after: int
-    codec: PracCodec | QuantCodec | None = None
+    codec: PracCodec | QuantCodec | BitCodec | None = None
     coordinates: QuantCodec | None = None
     state_nbytes: int = 0
 
@@ -320,6 +320,8 @@ class _Planner:
         kept = self._must_keep(role, row)
         if kept is not None:
             return kept
+        if row.dtype == "bool":
+            return "bits"
         if role.role == "W":
             part, reason = "weight_gradient", "weight_gradient_reads_it"
         elif any(reader.kind == "attention" for reader in role.readers):
@@ -345,8 +347,11 @@ class _Planner:
             return "shared_storage", f"shares storage with {saved.shares_with}"
         if saved.is_output:
             return "user_output", ""
-        if root not in classification.activations:
+        is_mask = value.dtype == torch.bool and self.config.input_gradient != "exact"
+        if root not in classification.activations and not is_mask:
             return "not_an_activation", ""
+        if is_mask:
+            return self._why_not_pack(role, row)
         if value.dtype not in _ENCODABLE_DTYPES:
             return "not_floating_point", str(value.dtype)
         if "attention_statistic" in kinds or is_statistic(root, classification):
@@ -360,6 +365,14 @@ class _Planner:
         if root.name in self.blocked:
             return "cannot_rewrite", ""
         return None
+
+    def _why_not_pack(self, role: ValueRole, row: PlannedValue) -> Reason | None:
+        """Why a mask is kept as it is; None when it may be packed, which loses nothing."""
+        if role.role == "-":
+            return "not_read", ""
+        if not _selected(row, self.config):
+            return "excluded", ""
+        return ("cannot_rewrite", "") if row.allocated_by in self.blocked else None
 
     def _decide(self, role: ValueRole, chosen: str | Reason) -> None:
         """Encode with the codec of this name, or keep."""
@@ -432,14 +445,17 @@ class _Planner:
         assert value is not None
         if layout.features < _MIN_QUANTIZED_FEATURES:
             return "too_few_features", f"{layout.features} features"
-        codec = QuantCodec(
-            name,  # type: ignore[arg-type]
-            layout.features,
-            config.group_size,
-            stochastic=config.rounding == "stochastic",
-            zero_point=config.zero_point,
-        )
-        if codec.is_unbiased and self._is_elsewhere(root):
+        codec: QuantCodec | BitCodec = BitCodec(layout.features)
+        if name != "bits":
+            codec = QuantCodec(
+                name,  # type: ignore[arg-type]
+                layout.features,
+                config.group_size,
+                stochastic=config.rounding == "stochastic",
+                zero_point=config.zero_point and name in INTEGERS,
+            )
+        rounds = isinstance(codec, QuantCodec) and codec.is_unbiased
+        if rounds and self._is_elsewhere(root):
             return "other_device", str(value.device)
         rows = size_hint(value.numel()) // layout.features
         stored = codec.stored_nbytes(rows, value.itemsize)

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 
 from prac_fx.codecs import PracCodec, QuantCodec
-from prac_fx.config import PracConfig, ProjectedRole
+from prac_fx.config import INTEGERS, PracConfig, ProjectedRole
 from prac_fx.memory import size_hint
 from prac_fx.torch_compat import guard_or_false
 
@@ -101,7 +101,7 @@ def coordinates_codec(codec: PracCodec, config: PracConfig) -> QuantCodec | None
         config.group_size,
         dim=-1 if codec.blocks == 1 else -2,
         stochastic=config.rounding == "stochastic",
-        zero_point=config.zero_point,
+        zero_point=config.zero_point and config.coordinates in INTEGERS,
     )
 
 

@@ -15,7 +15,8 @@ PREFIX = "prac."
 
 # How the saved values of each part may be stored. "auto" takes PRAC where it saves FLOPs and computes the
 # value again from stored ones where that is free.
-QUANTIZED = ("int8", "int4", "fp8_e4m3", "fp8_e5m2")
+INTEGERS = ("int8", "int4")
+QUANTIZED = (*INTEGERS, "fp8_e4m3", "fp8_e5m2")
 PARTS: Mapping[str, tuple[str, ...]] = {
     "weight_gradient": ("auto", "prac", "recompute", *QUANTIZED, "exact"),
     "input_gradient": ("prac", *QUANTIZED, "exact"),

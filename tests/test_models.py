@@ -10,14 +10,13 @@ import torch
 from torch import Tensor, nn
 
 import prac_fx
+from prac_fx.held_memory import all_tensors, held_nbytes
 from prac_fx.state import subspaces_of
 from tests import models
 from tests.compiling import (
     SMALL,
-    all_tensors,
     compile_prac,
     gradients,
-    held_nbytes,
     loss_of,
     projection,
     step,

@@ -10,15 +10,14 @@ import torch
 from torch import Tensor, nn
 
 import prac_fx
+from prac_fx.held_memory import all_tensors, held_nbytes
 from prac_fx.rounding_state import rounding_seed_of, step_number
 from prac_fx.state import subspaces_of
 from tests import models
 from tests.compiling import (
     SMALL,
-    all_tensors,
     compile_prac,
     gradients,
-    held_nbytes,
     loss_of,
     step,
 )

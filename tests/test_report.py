@@ -92,7 +92,7 @@ def _error(capsys: pytest.CaptureFixture[str], *argv: str) -> str:
 # -- output ---------------------------------------------------------------------------------------
 
 # one block, so that numbers do not depend on what "auto" finds best
-EXACT = ("prac.min_nbytes=0", "prac.blocks=1")
+EXACT = ("prac.min_nbytes=0", "prac.blocks=1", "prac.policy=linear")
 NBYTES_BEFORE = 1024 * 128 * 4
 # rank: floor(0.3 * 128) twice
 NBYTES_AFTER = 1024 * 2 * 38 * 4
@@ -118,7 +118,7 @@ def test_table(capsys: pytest.CaptureFixture[str], encodable: str) -> None:
 def test_table_explains_the_reasons_it_shows(
     capsys: pytest.CaptureFixture[str], encodable: str
 ) -> None:
-    assert report.main([encodable, "prac.min_nbytes=1000000"]) == 0
+    assert report.main([encodable, "prac.min_nbytes=1000000", "prac.policy=linear"]) == 0
     out = capsys.readouterr().out
     codes = ("too_small", "input_gradient_reads_it")
     for code in codes:
@@ -141,9 +141,11 @@ VALUE_FIELDS = {
     "reason": str,
     "detail": str,
     "codec": str | None,
+    "stored_as": str,
     "principal": int | None,
     "random": int | None,
     "blocks": int | None,
+    "coordinates": str | None,
     "nbytes_before": int,
     "nbytes_after": int,
     "state_nbytes": int,
@@ -170,7 +172,11 @@ def test_json_options_are_the_whole_configuration(
     capsys: pytest.CaptureFixture[str], encodable: str
 ) -> None:
     result = _json(capsys, encodable, "prac.principal=16", "prac.include=['1','*.up']")
-    expected = vars(PracConfig(principal=16)) | {"include": ["1", "*.up"], "exclude": []}
+    expected = vars(PracConfig(principal=16)) | {
+        "include": ["1", "*.up"],
+        "exclude": [],
+        "rules": [],
+    }
     assert result["options"] == expected
 
 
@@ -253,7 +259,7 @@ def test_what_the_model_prints_stays_out_of_the_report(
 def test_forms_of_inputs(
     capsys: pytest.CaptureFixture[str], write_model: WriteModel, body: str
 ) -> None:
-    result = _json(capsys, write_model(body), "prac.min_nbytes=0")
+    result = _json(capsys, write_model(body), *EXACT)
     assert result["totals"]["saved_before_nbytes"] >= NBYTES_BEFORE
     assert [v["module"] for v in result["values"] if v["decision"] == "encode"] == ["1"]
 
@@ -262,7 +268,7 @@ def test_modules_are_named_relative_to_the_model(
     capsys: pytest.CaptureFixture[str], write_model: WriteModel
 ) -> None:
     path = write_model("return Named(), {'x': x, 'scale': 2.0}")
-    values = _json(capsys, path, "prac.min_nbytes=0")["values"]
+    values = _json(capsys, path, *EXACT)["values"]
     (encoded,) = [value for value in values if value["decision"] == "encode"]
     assert encoded["module"] == "body.1"
     assert encoded["read_by"] == ["body.2.weight"]

@@ -7,7 +7,8 @@ numbers. Its methods are traced into the joint graph as ordinary aten operators.
 each element in fewer bits, `BitCodec` packs masks.
 """
 
+from prac_fx.codecs.bits import BitCodec
 from prac_fx.codecs.prac import PracCodec
 from prac_fx.codecs.quantized import QuantCodec
 
-__all__ = ["PracCodec", "QuantCodec"]
+__all__ = ["BitCodec", "PracCodec", "QuantCodec"]
