@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import warnings
 from typing import Any
 
 import pytest
@@ -10,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 import prac_fx
+from prac_fx import dynamo_backend
 from prac_fx.held_memory import all_tensors, held_nbytes
 from prac_fx.rounding_state import rounding_seed_of, step_number
 from prac_fx.state import subspaces_of
@@ -69,6 +71,17 @@ def _check_bytes(compiled: Any, model: nn.Module, inputs: dict, options: dict[st
     assert held == report.saved_after_nbytes < report.saved_before_nbytes
 
 
+def test_the_paper_policy_warns_once() -> None:
+    dynamo_backend._warn_projected.cache_clear()
+    with pytest.warns(prac_fx.PracWarning, match="passes through every earlier layer"):
+        step(compile_prac(models.Sequential(), policy="paper"), nn.Module(), models.rows())
+    torch._dynamo.reset()
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", prac_fx.PracWarning)
+        step(compile_prac(models.Sequential(), policy="paper"), nn.Module(), models.rows())
+
+
+@pytest.mark.filterwarnings("ignore::prac_fx.PracWarning")
 @pytest.mark.parametrize(("name", "policy"), [("llama", "max"), ("gpt2", "paper")])
 def test_bytes_with_projection(name: str, policy: str) -> None:
     model, inputs = MODELS[name]()
@@ -257,3 +270,26 @@ def test_features_that_no_group_divides() -> None:
         ours = gradients(model)
         step(model, model, x)
         assert _distance(ours, gradients(model)) < BOUNDS["balanced"]
+
+
+def test_dropout_masks_are_packed_and_right() -> None:
+    class Dropped(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            torch.manual_seed(0)
+            self.first, self.second = nn.Linear(64, 128), nn.Linear(128, 64)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.second(torch.dropout(torch.tanh(self.first(x)), 0.5, True))
+
+    model, x = Dropped(), models.rows()
+    options = {**SMALL, "prac.policy": "balanced"}
+    masks = [v for v in prac_fx.explain(model, x, options=options).values if v.dtype == "bool"]
+    assert [(v.stored_as, v.nbytes_after) for v in masks] == [("bits", 512 * 128 // 8)]
+    found = []
+    for compiler in (torch.compile, lambda m: compile_prac(m, policy="balanced")):
+        torch._dynamo.reset()
+        torch.manual_seed(1)
+        found += [step(compiler(model), model, x), gradients(model)]
+    assert torch.equal(found[0], found[2])
+    assert _distance(found[3], found[1]) < BOUNDS["balanced"]
