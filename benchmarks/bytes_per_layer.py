@@ -12,8 +12,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
-import platform
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -25,7 +23,7 @@ from tabulate import tabulate
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
-import prac_fx
+from benchmarks.environment import environment
 from prac_fx.config import PracConfig
 from prac_fx.dynamo_backend import DynamoGraph, plan_and_compile
 from prac_fx.held_memory import all_tensors, held_nbytes
@@ -223,13 +221,7 @@ def _record(rows: list[dict[str, Any]]) -> dict[str, Any]:
     return {
         "command": "python -m benchmarks.bytes_per_layer",
         "shape": {"batch": BATCH, "sequence": SEQUENCE, "hidden": HIDDEN, "heads": HEADS},
-        "versions": {
-            "python": platform.python_version(),
-            "torch": torch.__version__,
-            "transformers": transformers.__version__,
-            "prac_fx": prac_fx.__version__,
-        },
-        "machine": f"{platform.machine()}, {os.cpu_count()} CPU cores",
+        **environment(),
         "rows": rows,
     }
 

@@ -12,8 +12,6 @@ from __future__ import annotations
 import argparse
 import json
 import math
-import os
-import platform
 from collections import defaultdict
 from pathlib import Path
 from typing import Any
@@ -23,6 +21,7 @@ from tabulate import tabulate
 from torch import Tensor, nn
 
 from benchmarks.convergence import small_llama
+from benchmarks.environment import environment
 from examples.stdlib_text import batches, library_bytes
 from prac_fx.codecs import QuantCodec
 
@@ -122,8 +121,7 @@ def main() -> None:
     record = {
         "command": "python -m benchmarks.codec_noise",
         "steps": args.steps,
-        "versions": {"python": platform.python_version(), "torch": torch.__version__},
-        "machine": f"{platform.machine()}, {os.cpu_count()} CPU cores",
+        **environment(),
         "rows": rows,
     }
     args.output.write_text(json.dumps(record, indent=1) + "\n")

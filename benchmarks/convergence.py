@@ -13,20 +13,18 @@ from __future__ import annotations
 import argparse
 import json
 import math
-import os
-import platform
 import statistics
 import time
 from pathlib import Path
 from typing import Any
 
 import torch
-import transformers
 from tabulate import tabulate
 from torch import Tensor, nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
 import prac_fx
+from benchmarks.environment import environment
 from examples.stdlib_text import batches, library_bytes
 
 # what is compared, by name: options of the backend; None is plain Inductor
@@ -151,13 +149,7 @@ def _write(path: Path, args: argparse.Namespace, rows: list[dict[str, Any]]) -> 
     record = {
         "command": "python -m benchmarks.convergence",
         "settings": {name: getattr(args, name) for name in settings},
-        "versions": {
-            "python": platform.python_version(),
-            "torch": torch.__version__,
-            "transformers": transformers.__version__,
-            "prac_fx": prac_fx.__version__,
-        },
-        "machine": f"{platform.machine()}, {os.cpu_count()} CPU cores, one thread a run",
+        **environment(),
         "rows": rows,
     }
     path.write_text(json.dumps(record, indent=1) + "\n")

@@ -15,7 +15,6 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import platform
 import statistics
 import subprocess
 import sys
@@ -25,12 +24,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import transformers
 from tabulate import tabulate
 from torch import Tensor, nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
-import prac_fx
+from benchmarks.environment import environment
 
 BACKENDS = ("inductor", "prac")
 POLICIES = ("linear", "balanced", "max", "paper")
@@ -147,13 +145,7 @@ def main() -> None:
 def _write(path: Path, results: dict[str, Any]) -> None:
     record = {
         "command": "python -m benchmarks.step " + " ".join(sys.argv[1:]),
-        "versions": {
-            "python": platform.python_version(),
-            "torch": torch.__version__,
-            "transformers": transformers.__version__,
-            "prac_fx": prac_fx.__version__,
-        },
-        "machine": f"{platform.machine()}, {os.cpu_count()} CPU cores",
+        **environment(),
         **results,
     }
     path.write_text(json.dumps(record, indent=2) + "\n")

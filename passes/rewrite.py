@@ -101,12 +101,10 @@ def rewrite(graph: fx.Graph, plan: Plan, state: State, inline: Inliner) -> list[
     _require((*plan.clones, *plan.statistics), nodes)
     backward = classify(graph).backward
     position = {node: index for index, node in enumerate(graph.nodes)}
-    last_argument = max(position[node] for node in graph.find_nodes(op="placeholder"))
+    place = _Place(position, state.seed, inline)
     encoded: list[EncodedSite] = []
     decoded: dict[fx.Node, EncodedSite] = {}
     for site in plan.sites:
-        # arguments come first, tangents among them: code goes behind the last one that it reads
-        place = _Place(position, last_argument, state.seed, inline)
         if site.readers:
             encoded.append(_factored_site(site, state.sites[site.value], nodes, place))
         else:
@@ -139,7 +137,6 @@ class _Place:
     """Where code for one site goes."""
 
     position: Mapping[fx.Node, int]
-    last_argument: int
     seed: fx.Node | None
     inline: Inliner
 

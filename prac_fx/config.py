@@ -243,6 +243,20 @@ def config_patches(mode: str | None, options: Mapping[str, Any]) -> dict[str, An
         raise PracOptionError(f"options: {error}") from None
 
 
+def read_options(
+    options: Mapping[str, Any] | PracConfig | None,
+) -> tuple[PracConfig, dict[str, Any]]:
+    """Our configuration and Inductor's config patches, from options in either form.
+
+    Raises:
+        PracOptionError: as `split_options` and `config_patches`.
+    """
+    if isinstance(options, PracConfig):
+        return options, {}
+    config, inductor_options = split_options(options)
+    return config, config_patches(None, inductor_options)
+
+
 def _inductor_key(key: str, name: str, fields: set[str]) -> str:
     known = inductor_config.get_config_copy()
     if name == "custom_partitioner_fn":

@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from prac_fx.config import PracConfig, config_patches, split_options
+from prac_fx.config import PracConfig, read_options
 from prac_fx.errors import VerifyError
 from prac_fx.noise_report import (
     Deviations,
@@ -73,7 +73,7 @@ def verify(
         VerifyError: not a module, nothing to train, no loss, fewer than two steps, a gradient that is zero
             everywhere or not finite, or a model that Dynamo compiles anew in every step.
     """
-    config, patches = _read_options(options)
+    config, patches = read_options(options)
     model = getattr(model, "_orig_mod", model)  # what `torch.compile(model)` wraps
     _check(model, steps)
     measured, others = _Inputs(args, kwargs), [_as_inputs(one) for one in batches or ()]
@@ -109,15 +109,6 @@ def verify(
     if not quiet:
         print(report)
     return report
-
-
-def _read_options(
-    options: Mapping[str, Any] | PracConfig | None,
-) -> tuple[PracConfig, dict[str, Any]]:
-    if isinstance(options, PracConfig):
-        return options, {}
-    config, inductor_options = split_options(options)
-    return config, config_patches(None, inductor_options)
 
 
 def _check(model: object, steps: object) -> None:

@@ -14,7 +14,7 @@ from typing import Any, NoReturn
 import torch
 import torch.fx as fx
 
-from prac_fx.config import PracConfig, config_patches, split_options
+from prac_fx.config import PracConfig, read_options
 from prac_fx.dynamo_backend import DynamoGraph, analyse_graph, with_state_inputs
 from prac_fx.errors import CannotRewriteError, ReportError
 from prac_fx.passes.partition import PartitionedGraph
@@ -73,7 +73,7 @@ def explain(
         PracOptionError: a bad option.
         ReportError: nothing in the traced step has a backward.
     """
-    config, patches = _read_options(options)
+    config, patches = read_options(options)
     collector = _Collector(config, patches)
 
     def step(self: Any, *inputs: Any, **named: Any) -> Any:
@@ -90,15 +90,6 @@ def explain(
             "on one, or Dynamo does not trace the model (nn.LSTM, for one)"
         )
     return MemoryReport(tuple(collector.values), len(collector.plans), config)
-
-
-def _read_options(
-    options: Mapping[str, Any] | PracConfig | None,
-) -> tuple[PracConfig, dict[str, Any]]:
-    if isinstance(options, PracConfig):
-        return options, {}
-    config, inductor_options = split_options(options)
-    return config, config_patches(None, inductor_options)
 
 
 class _Collector:
