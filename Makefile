@@ -18,7 +18,7 @@ check: $(READY)
 	$(MAKE) test
 
 bench: $(READY)
-	$(BIN)/python -m benchmarks.step
+	$(BIN)/python -m benchmarks
 
 clean:
 	rm -rf .venv .pytest_cache .mypy_cache .ruff_cache build dist *.egg-info

@@ -14,12 +14,8 @@ Command, from the repository root (one thread, about ten minutes):
 from __future__ import annotations
 
 import argparse
-import json
 import math
-import platform
-import shlex
 import statistics
-import sys
 from collections import defaultdict
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
@@ -30,6 +26,7 @@ import transformers
 from tabulate import tabulate
 from torch import Tensor, nn
 
+from benchmarks.record import write_record
 from examples.stdlib_text import batches, library_bytes
 from prac_fx import subspace
 from prac_fx.codecs import PracCodec
@@ -252,19 +249,9 @@ def train_and_measure(args: argparse.Namespace) -> list[dict[str, object]]:
     return rows
 
 
-def write_record(path: Path, args: argparse.Namespace, rows: list[dict[str, object]]) -> None:
-    """JSON with everything needed to repeat the run."""
-    record = {
-        "command": shlex.join(["python", *sys.argv]),
-        "arguments": {name: str(value) for name, value in vars(args).items()},
-        "versions": {
-            "python": platform.python_version(),
-            "torch": torch.__version__,
-            "transformers": transformers.__version__,
-        },
-        "rows": rows,
-    }
-    path.write_text(json.dumps(record, indent=1) + "\n")
+def figures(args: argparse.Namespace, rows: list[dict[str, object]]) -> dict[str, object]:
+    """What goes into the record."""
+    return {"arguments": {name: str(value) for name, value in vars(args).items()}, "rows": rows}
 
 
 def main() -> None:
@@ -286,7 +273,7 @@ def main() -> None:
         table = [["all" if row[name] is None else row[name] for name in columns] for row in members]
         print(f"\n{group}\n" + tabulate(table, headers=columns, floatfmt=".3f"))
     if args.output:
-        write_record(args.output, args, rows)
+        write_record(args.output, "benchmarks.basis_quality", figures(args, rows))
 
 
 if __name__ == "__main__":

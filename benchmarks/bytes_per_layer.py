@@ -11,7 +11,6 @@ is plain Inductor's. The graphs are AOTAutograd's, after partitioning, and run e
 from __future__ import annotations
 
 import argparse
-import json
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -23,7 +22,7 @@ from tabulate import tabulate
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from benchmarks.environment import environment
+from benchmarks.record import write_record
 from prac_fx.config import PracConfig
 from prac_fx.dynamo_backend import DynamoGraph, plan_and_compile
 from prac_fx.held_memory import all_tensors, held_nbytes
@@ -33,6 +32,7 @@ from prac_fx.state import subspaces_of
 from prac_fx.torch_compat import compile_fx, copy_dynamo_graph, functorch_config, make_boxed_func
 
 BATCH, SEQUENCE, HIDDEN, HEADS = 16, 256, 512, 8
+SHAPE = {"batch": BATCH, "sequence": SEQUENCE, "hidden": HIDDEN, "heads": HEADS}
 BUDGETS = (0.99, 0.7, 0.5, 0.3, 0.1)
 POLICIES = ("linear", "balanced", "max", "paper")
 
@@ -213,17 +213,8 @@ def main() -> None:
                 {"model": model, "method": method, **measure(MODELS[model], policy, budget)}
             )
             print(rows[-1], flush=True)
-            args.output.write_text(json.dumps(_record(rows), indent=1) + "\n")
+            write_record(args.output, "benchmarks.bytes_per_layer", {"shape": SHAPE, "rows": rows})
     print(as_table(rows))
-
-
-def _record(rows: list[dict[str, Any]]) -> dict[str, Any]:
-    return {
-        "command": "python -m benchmarks.bytes_per_layer",
-        "shape": {"batch": BATCH, "sequence": SEQUENCE, "hidden": HIDDEN, "heads": HEADS},
-        **environment(),
-        "rows": rows,
-    }
 
 
 def as_table(rows: list[dict[str, Any]]) -> str:

@@ -10,7 +10,6 @@ layers; bytes are relative to bfloat16.
 from __future__ import annotations
 
 import argparse
-import json
 import math
 from collections import defaultdict
 from pathlib import Path
@@ -21,7 +20,7 @@ from tabulate import tabulate
 from torch import Tensor, nn
 
 from benchmarks.convergence import small_llama
-from benchmarks.environment import environment
+from benchmarks.record import write_record
 from examples.stdlib_text import batches, library_bytes
 from prac_fx.codecs import QuantCodec
 
@@ -118,13 +117,7 @@ def main() -> None:
             if what == "query":
                 row["bytes"] = share[0]
         rows.append(row)
-    record = {
-        "command": "python -m benchmarks.codec_noise",
-        "steps": args.steps,
-        **environment(),
-        "rows": rows,
-    }
-    args.output.write_text(json.dumps(record, indent=1) + "\n")
+    write_record(args.output, "benchmarks.codec_noise", {"steps": args.steps, "rows": rows})
     print(tabulate(rows, headers="keys", floatfmt=".4f", tablefmt="github"))
 
 

@@ -1,20 +1,23 @@
 """Does training with compressed activations end where exact training ends? Validation loss for each policy.
 
-    python -m benchmarks.convergence --output benchmarks/results/convergence.json
+    python -m benchmarks convergence [--size paper]           # as much as the time allows, then again to go on
+    python -m benchmarks.convergence --variant max --seeds 1 --optimizer muon
 
-A byte-level LLaMA (4 layers, hidden 128) is trained on the Python standard library's sources, at least 1,000 steps of
-6 x 256 bytes, AdamW, warm-up and cosine decay, float32. Runs of one seed share initial weights and batches. The seeds
-of plain Inductor give the noise floor: their standard deviation. Runs that are in the output file are not repeated, so
-a stopped benchmark continues; `--variant` and `--seeds` choose some of them.
+A byte-level LLaMA is trained on the Python standard library's sources, warm-up and cosine decay. Runs of one seed share
+initial weights and batches. The seeds of plain Inductor give the noise floor: their standard deviation. Runs that are in
+the output file are not repeated, so a stopped benchmark continues.
 """
 
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import math
 import statistics
 import time
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -24,8 +27,11 @@ from torch import Tensor, nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
 import prac_fx
-from benchmarks.environment import environment
+from benchmarks.record import RESULTS, page, write_record
+from benchmarks.settings import Settings
 from examples.stdlib_text import batches, library_bytes
+
+TITLE = "Convergence: validation loss at the end of training"
 
 # what is compared, by name: options of the backend; None is plain Inductor
 VARIANTS: dict[str, dict[str, Any] | None] = {
@@ -40,18 +46,59 @@ VARIANTS: dict[str, dict[str, Any] | None] = {
     "balanced, nearest": {"prac.policy": "balanced", "prac.rounding": "nearest"},
     "max, nearest": {"prac.policy": "max", "prac.rounding": "nearest"},
 }
+OPTIMIZERS = ("adamw", "muon")
 WARM_UP = 0.1  # share of the steps
 CURVE_EVERY = 50
+# 97.5% quantiles of Student's t with 1, 2, ... degrees of freedom
+_STUDENT = (12.71, 4.30, 3.18, 2.78, 2.57, 2.45, 2.36, 2.31)
 
 
-def small_llama(sequence: int) -> nn.Module:
+@dataclass(frozen=True)
+class Training:
+    """One model, one text, one schedule: what all runs of a file share."""
+
+    steps: int
+    batch: int
+    sequence: int
+    rate: float
+    hidden: int
+    intermediate: int
+    heads: int
+    layers: int
+    clip: float = 1.0
+    text_bytes: int = 6_000_000
+    dtype: str = "float32"
+
+
+TRAININGS = {
+    "small": Training(1000, 6, 256, 2e-3, 128, 344, 2, 4),
+    # LLaMA-35M's shape
+    "paper": Training(3000, 128, 256, 1e-3, 384, 1024, 8, 6, text_bytes=30_000_000),
+}
+
+
+@dataclass(frozen=True)
+class Run:
+    """Names one training run of a file."""
+
+    variant: str
+    seed: int
+    optimizer: str = "adamw"
+    accumulation: int = 1
+
+    def is_in(self, rows: list[dict[str, Any]]) -> bool:
+        """Has it been done?"""
+        return any(all(row[key] == value for key, value in asdict(self).items()) for row in rows)
+
+
+def small_llama(sequence: int, training: Training = TRAININGS["small"]) -> nn.Module:
     """The model that is trained."""
     config = LlamaConfig(
         vocab_size=256,
-        hidden_size=128,
-        intermediate_size=344,
-        num_hidden_layers=4,
-        num_attention_heads=2,
+        hidden_size=training.hidden,
+        intermediate_size=training.intermediate,
+        num_hidden_layers=training.layers,
+        num_attention_heads=training.heads,
         max_position_embeddings=sequence,
         use_cache=False,
     )
@@ -65,6 +112,19 @@ def learning_rate(step: int, steps: int) -> float:
     return min((step + 1) / start, 0.55 + 0.45 * math.cos(math.pi * done))
 
 
+def optimizers(model: nn.Module, name: str, rate: float) -> list[torch.optim.Optimizer]:
+    """AdamW for all, or Muon for the matrices of the layers and AdamW for the rest."""
+    matrices = [p for n, p in model.named_parameters() if p.dim() == 2 and ".layers." in n]
+    if name == "adamw":
+        return [torch.optim.AdamW(model.parameters(), lr=rate, betas=(0.9, 0.95))]
+    ids = set(map(id, matrices))
+    others = [p for p in model.parameters() if id(p) not in ids]
+    return [
+        torch.optim.Muon(matrices, lr=rate, adjust_lr_fn="match_rms_adamw"),
+        torch.optim.AdamW(others, lr=rate, betas=(0.9, 0.95)),
+    ]
+
+
 @torch.no_grad()
 def validation_loss(model: nn.Module, sequences: Tensor) -> float:
     """Mean loss on held-out text, uncompiled."""
@@ -72,118 +132,176 @@ def validation_loss(model: nn.Module, sequences: Tensor) -> float:
     return float(torch.stack(losses).mean())
 
 
-def train(options: dict[str, Any] | None, seed: int, args: argparse.Namespace) -> dict[str, Any]:
+def train(run: Run, training: Training, device: torch.device) -> dict[str, Any]:
     """Train once; losses, saved bytes and the largest gradient norm of the second half."""
-    torch.manual_seed(seed)
+    options = VARIANTS[run.variant]
+    torch.manual_seed(run.seed)
     torch._dynamo.reset()
-    text = library_bytes(args.text_bytes)
+    text = library_bytes(training.text_bytes)
     held_out = len(text) // 20
-    data = batches(text[:-held_out], args.batch, args.sequence, seed)
-    validation = next(batches(text[-held_out:], 256, args.sequence, seed=0))
-    model = small_llama(args.sequence)
+    data = batches(text[:-held_out], training.batch, training.sequence, run.seed)
+    validation = next(batches(text[-held_out:], 256, training.sequence, seed=0)).to(device)
+    dtype = getattr(torch, training.dtype)
+    model = small_llama(training.sequence, training).to(device=device, dtype=dtype)
     backend = "inductor" if options is None else "prac"
     compiled = torch.compile(model, backend=backend, options=options)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=args.rate, betas=(0.9, 0.95))
-    schedule = torch.optim.lr_scheduler.LambdaLR(
-        optimizer, lambda step: learning_rate(step, args.steps)
-    )
+    of_model = optimizers(model, run.optimizer, training.rate)
+    schedules = [
+        torch.optim.lr_scheduler.LambdaLR(one, lambda step: learning_rate(step, training.steps))
+        for one in of_model
+    ]
     losses, norms, begin = [], [], time.perf_counter()
-    for _ in range(args.steps):
-        tokens = next(data)
-        loss = compiled(input_ids=tokens, labels=tokens).loss
-        loss.backward()
-        norms.append(float(nn.utils.clip_grad_norm_(model.parameters(), args.clip)))
-        optimizer.step()
-        schedule.step()
-        optimizer.zero_grad()
-        losses.append(loss.item())
-    tokens = next(data)
-    report = prac_fx.explain(model, input_ids=tokens, labels=tokens, options=options)
+    for _ in range(training.steps):
+        tokens = next(data).to(device)
+        loss = torch.zeros((), device=device)
+        for part in tokens.chunk(run.accumulation):
+            part_loss = compiled(input_ids=part, labels=part).loss / run.accumulation
+            part_loss.backward()
+            loss += part_loss.detach()
+        norms.append(nn.utils.clip_grad_norm_(model.parameters(), training.clip))
+        for one, schedule in zip(of_model, schedules, strict=True):
+            one.step()
+            schedule.step()
+            one.zero_grad()
+        losses.append(loss)
+    seconds = time.perf_counter() - begin
+    losses = torch.stack(losses).tolist()
+    norms = torch.stack(norms).tolist()
+    report = prac_fx.explain(model, input_ids=part, labels=part, options=options)
     return {
+        **asdict(run),
         "validation_loss": validation_loss(model, validation),
         "training_loss": statistics.fmean(losses[-CURVE_EVERY:]),
         "largest_gradient_norm": max(norms[len(norms) // 2 :]),
         "curve": [
-            statistics.fmean(losses[i : i + CURVE_EVERY]) for i in range(0, args.steps, CURVE_EVERY)
+            statistics.fmean(losses[i : i + CURVE_EVERY])
+            for i in range(0, training.steps, CURVE_EVERY)
         ],
         "saved_nbytes": (
             report.saved_before_nbytes if options is None else report.saved_after_nbytes
         ),
         "saved_by_inductor_nbytes": report.saved_before_nbytes,
-        "seconds": time.perf_counter() - begin,
+        "seconds": seconds,
     }
 
 
-def main() -> None:
-    """Train what is missing, write after each run, print the table."""
-    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    parser.add_argument("--output", type=Path, default=Path("benchmarks/results/convergence.json"))
-    parser.add_argument("--variant", nargs="*", choices=VARIANTS, default=list(VARIANTS))
-    parser.add_argument("--seeds", type=int, nargs="*", default=[0, 1, 2])
-    parser.add_argument("--steps", type=int, default=1000)
-    parser.add_argument("--batch", type=int, default=6)
-    parser.add_argument("--sequence", type=int, default=256)
-    parser.add_argument("--rate", type=float, default=2e-3)
-    parser.add_argument("--clip", type=float, default=1.0)
-    parser.add_argument("--text-bytes", type=int, default=6_000_000)
-    args = parser.parse_args()
-    torch.set_num_threads(1)
-    for seed in args.seeds:
-        for name in args.variant:
-            rows = _read(args.output)
-            if any((row["variant"], row["seed"]) == (name, seed) for row in rows):
-                continue
-            row = {"variant": name, "seed": seed, **train(VARIANTS[name], seed, args)}
-            print(name, seed, round(row["validation_loss"], 4), flush=True)
-            # another process may have written meanwhile
-            _write(args.output, args, [*_read(args.output), row])
-    print(as_table(_read(args.output)))
+def runs_in_order() -> Iterator[Run]:
+    """What is worth knowing first: policies by seed, then Muon and accumulation, then the other variants."""
+    policies = list(VARIANTS)[:5]
+    for seed, name in itertools.product((0, 1, 2), policies):
+        yield Run(name, seed)
+    for seed, name in itertools.product((0, 1, 2), policies[:3]):
+        yield Run(name, seed, optimizer="muon")
+        yield Run(name, seed, accumulation=2)
+    for seed, name in itertools.product((0, 1, 2), list(VARIANTS)[5:]):
+        yield Run(name, seed)
 
 
-def _read(path: Path) -> list[dict[str, Any]]:
-    return list(json.loads(path.read_text())["rows"]) if path.exists() else []
+def run(settings: Settings) -> dict[str, Any]:
+    """Train what is missing in the output file until time is up; every run is written when it is done."""
+    training = TRAININGS[settings.size]
+    path = settings.output / "convergence.json"
+    for one in runs_in_order():
+        if settings.out_of_time:
+            break
+        if not one.is_in(_read(path, training)):
+            _train_and_write(one, training, path, settings.device)
+    return _figures(training, _read(path, training))
 
 
-def _write(path: Path, args: argparse.Namespace, rows: list[dict[str, Any]]) -> None:
-    settings = ("steps", "batch", "sequence", "rate", "clip", "text_bytes")
-    record = {
-        "command": "python -m benchmarks.convergence",
-        "settings": {name: getattr(args, name) for name in settings},
-        **environment(),
-        "rows": rows,
-    }
-    path.write_text(json.dumps(record, indent=1) + "\n")
+def _train_and_write(one: Run, training: Training, path: Path, device: torch.device) -> None:
+    row = train(one, training, device)
+    print(one, round(row["validation_loss"], 4), flush=True)
+    # another process may have written meanwhile
+    rows = [*_read(path, training), row]
+    write_record(path, "benchmarks.convergence", _figures(training, rows))
+
+
+def _figures(training: Training, rows: list[dict[str, Any]]) -> dict[str, Any]:
+    return {"training": asdict(training), "rows": rows}
+
+
+def _read(path: Path, training: Training) -> list[dict[str, Any]]:
+    if not path.exists():
+        return []
+    record = json.loads(path.read_text())
+    if record["training"] != asdict(training):
+        raise SystemExit(
+            f"{path} is from another training ({record['training']}); choose another output"
+        )
+    return list(record["rows"])
+
+
+def body(record: dict[str, Any]) -> str:
+    """A row per variant, optimizer and accumulation."""
+    shown = ("steps", "batch", "sequence", "hidden", "layers", "rate", "dtype")
+    about = ", ".join(f"{name} {record['training'][name]}" for name in shown)
+    return f"Byte-level LLaMA: {about}.\n\n{as_table(record['rows'])}\n"
 
 
 def as_table(rows: list[dict[str, Any]]) -> str:
-    """A row per variant: mean over its seeds, and the difference to plain Inductor on the same seeds."""
+    """Mean over seeds with its 95% interval, and the difference to plain Inductor on the same seeds."""
     exact = {
-        row["seed"]: row["validation_loss"] for row in rows if not VARIANTS.get(row["variant"])
+        (row["optimizer"], row["accumulation"], row["seed"]): row["validation_loss"]
+        for row in rows
+        if row["variant"] == "plain Inductor"
     }
+    kinds = dict.fromkeys((row["optimizer"], row["accumulation"], row["variant"]) for row in rows)
     lines = []
-    for name in VARIANTS:
-        of_variant = [row for row in rows if row["variant"] == name]
-        if not of_variant:
-            continue
-        losses = [row["validation_loss"] for row in of_variant]
-        paired = [
-            row["validation_loss"] - exact[row["seed"]]
-            for row in of_variant
-            if row["seed"] in exact
+    for kind in sorted(kinds, key=lambda kind: (kind[0], kind[1], list(VARIANTS).index(kind[2]))):
+        of_kind = [
+            row for row in rows if (row["optimizer"], row["accumulation"], row["variant"]) == kind
         ]
-        saved = of_variant[0]["saved_nbytes"] / of_variant[0]["saved_by_inductor_nbytes"]
+        paired = [
+            row["validation_loss"] - exact[(*kind[:2], row["seed"])]
+            for row in of_kind
+            if (*kind[:2], row["seed"]) in exact
+        ]
+        saved = of_kind[0]["saved_nbytes"] / of_kind[0]["saved_by_inductor_nbytes"]
         lines.append(
             [
-                name,
-                len(losses),
-                f"{statistics.fmean(losses):.4f}",
-                f"{statistics.stdev(losses):.4f}" if len(losses) > 1 else "",
-                f"{statistics.fmean(paired):+.4f}" if paired else "",
+                kind[2],
+                f"{kind[0]}, {kind[1]}" if kind[1] > 1 else kind[0],
+                len(of_kind),
+                _with_interval([row["validation_loss"] for row in of_kind], ""),
+                _with_interval(paired, "+") if kind[2] != "plain Inductor" else "",
                 f"{saved:.2f}",
             ]
         )
-    headers = ["variant", "seeds", "validation loss", "sd", "paired difference", "saved bytes"]
-    return tabulate(lines, headers=headers, disable_numparse=True)
+    headers = ["variant", "optimizer, accumulation", "seeds", "validation loss, 95% interval"]
+    headers += ["difference on the same seeds", "saved bytes"]
+    return tabulate(lines, headers=headers, tablefmt="github", disable_numparse=True)
+
+
+def _with_interval(values: list[float], sign: str) -> str:
+    """Mean and half the width of its interval (Student's t)."""
+    if not values:
+        return ""
+    mean = f"{statistics.fmean(values):{sign}.4f}"
+    if len(values) < 2:
+        return mean
+    margin = _STUDENT[len(values) - 2] * statistics.stdev(values) / math.sqrt(len(values))
+    return f"{mean} +- {margin:.4f}"
+
+
+def main() -> None:
+    """Chosen runs of the small size."""
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("--output", type=Path, default=RESULTS / "convergence.json")
+    parser.add_argument("--variant", nargs="*", choices=VARIANTS, default=list(VARIANTS)[:5])
+    parser.add_argument("--optimizer", choices=OPTIMIZERS, default="adamw")
+    parser.add_argument("--accumulation", type=int, default=1)
+    parser.add_argument("--seeds", type=int, nargs="*", default=[0, 1, 2])
+    args = parser.parse_args()
+    torch.set_num_threads(1)
+    training = TRAININGS["small"]
+    for seed, name in itertools.product(args.seeds, args.variant):
+        one = Run(name, seed, args.optimizer, args.accumulation)
+        if not one.is_in(_read(args.output, training)):
+            _train_and_write(one, training, args.output, torch.device("cpu"))
+    text = page(TITLE, args.output, body(json.loads(args.output.read_text())))
+    args.output.with_suffix(".md").write_text(text)
+    print(text)
 
 
 if __name__ == "__main__":

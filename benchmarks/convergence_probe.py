@@ -21,7 +21,8 @@ import torch
 from tabulate import tabulate
 from torch import Tensor, nn
 
-from benchmarks.basis_quality import Setting, SiteBasis, find_sites, small_llama, write_record
+from benchmarks.basis_quality import Setting, SiteBasis, figures, find_sites, small_llama
+from benchmarks.record import write_record
 from examples.stdlib_text import batches, library_bytes
 
 VARIANTS: dict[str, Setting | None] = {
@@ -126,7 +127,7 @@ def main() -> None:
             rows.append({"variant": name, "seed": seed, **train(setting, seed, args)})
             print(rows[-1], flush=True)
             if args.output:  # after each run: what is done is kept if the rest is stopped
-                write_record(args.output, args, rows)
+                write_record(args.output, "benchmarks.convergence_probe", figures(args, rows))
     print(tabulate(rows, headers="keys", floatfmt=".3f"))
 
 

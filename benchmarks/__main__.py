@@ -1,0 +1,70 @@
+"""All benchmarks by one command.
+
+    python -m benchmarks                                     # all of them, at a size for two CPU cores
+    python -m benchmarks memory_time frontier --size paper   # two of them, for a GPU with 80 GB or more
+
+Each writes NAME.json (figures, command, versions, hardware, commit) and NAME.md (the same as tables) into the output folder.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import sys
+import time
+from pathlib import Path
+from types import ModuleType
+
+import torch
+
+from benchmarks.record import RESULTS, page, write_record
+from benchmarks.settings import Settings
+
+NAMES = ("memory_time", "frontier", "convergence", "noise", "refresh", "scaling", "micro")
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("names", nargs="*", metavar="NAME", help=", ".join(NAMES))
+    parser.add_argument("--size", choices=("small", "paper"), default="small")
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--output", type=Path, default=RESULTS, help="folder to write into")
+    parser.add_argument("--minutes", type=float, default=60, help="for each benchmark, about")
+    parser.add_argument("--only", nargs="*", default=[], help="models, by name")
+    return parser
+
+
+def main() -> int:
+    """Run the named benchmarks, or all."""
+    parser = _parser()
+    args = parser.parse_args()
+    unknown = [name for name in args.names if name not in NAMES]
+    if unknown:
+        parser.error(f"no benchmark {unknown[0]!r}; there are {', '.join(NAMES)}")
+    device = torch.device(args.device)
+    args.output.mkdir(parents=True, exist_ok=True)
+    for name in args.names or NAMES:
+        module = importlib.import_module(f"benchmarks.{name}")
+        begin = time.perf_counter()
+        settings = Settings(args.size, device, args.output, args.minutes, tuple(args.only))
+        text = run_one(name, module, settings)
+        print(f"{text}\n{name}: {time.perf_counter() - begin:.0f} s\n", flush=True)
+    return 0
+
+
+def run_one(name: str, module: ModuleType, settings: Settings) -> str:
+    """Run a benchmark, write its JSON and its page; returns the page."""
+    figures = module.run(settings)
+    path = settings.output / f"{name}.json"
+    write_record(path, "benchmarks", {"size": settings.size, **figures})
+    text = page(module.TITLE, path, module.body(figures))
+    path.with_suffix(".md").write_text(text)
+    return text
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,40 @@
+"""What all benchmarks are given."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+
+
+@dataclass(frozen=True)
+class Settings:
+    """How large, where, for how long.
+
+    Attributes:
+        size: `small` (two CPU cores) or `paper` (a GPU with 80 GB or more).
+        device: where models run.
+        output: folder of JSON files and pages.
+        minutes: the benchmark stops taking up new work after so long; what it has by then is written.
+        only: names of models to run; empty for all.
+        started: clock at the start, for `minutes`.
+    """
+
+    size: str
+    device: torch.device
+    output: Path
+    minutes: float
+    only: tuple[str, ...] = ()
+    started: float = field(default_factory=time.monotonic)
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """float32 on a CPU, whose bfloat16 matmuls say little about a GPU's; bfloat16 on a GPU."""
+        return torch.bfloat16 if self.device.type == "cuda" else torch.float32
+
+    @property
+    def out_of_time(self) -> bool:
+        """Has the benchmark used up its time?"""
+        return time.monotonic() - self.started > 60 * self.minutes
