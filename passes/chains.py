@@ -7,6 +7,10 @@
 When x is stored by a codec, backward must compute such nodes from the decoded x. `rewrite` clones them;
 this pass says which. Statistics of a token (a mean, an rstd, a logsumexp) are never computed from a decoded
 value: they are saved exactly, for they are small and everything is divided by them.
+
+A *region* is what backward computes again through a matmul, through attention, or because the user checkpointed
+it. Its input stays exact unless `prac.checkpoint_inputs` names a codec; then the whole region is cloned, its own
+statistics included, so that backward differentiates it at the decoded input.
 """
 
 from __future__ import annotations
@@ -14,6 +18,7 @@ from __future__ import annotations
 import operator
 from collections.abc import Collection
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.fx as fx
@@ -110,14 +115,48 @@ def is_statistic(node: fx.Node, classification: Classification) -> bool:
     return found
 
 
-def blocking_node(
+def is_random(node: fx.Node) -> bool:
+    """Does the node draw from the random stream? Attention does so for its dropout alone."""
+    target: Any = node.target
+    if torch.Tag.nondeterministic_seeded not in getattr(target, "tags", ()):
+        return False
+    for position, argument in enumerate(target._schema.arguments):
+        if argument.name == "dropout_p":
+            given = node.args[position] if position < len(node.args) else argument.default_value
+            return bool(node.kwargs.get("dropout_p", given) != 0)
+    return True
+
+
+def is_repeatable(node: fx.Node) -> bool:
+    """Does a clone of the node compute the same as the node?"""
+    if isinstance(node.target, torch._ops.HigherOrderOperator):
+        return False
+    schema = getattr(node.target, "_schema", None)
+    return not (schema is not None and schema.is_mutable) and not is_random(node)
+
+
+@dataclass(frozen=True)
+class Region:
+    """What backward computes again from a value, beyond elementwise operators.
+
+    Attributes:
+        start: its first node that is one of a checkpointed region, or too expensive to be cloned unasked.
+        unrepeatable: a node in it of which there can be no clone; None when there is none.
+    """
+
+    start: fx.Node
+    unrepeatable: fx.Node | None
+
+
+def region_from(
     root: fx.Node, classification: Classification, recomputed: Collection[str]
-) -> fx.Node | None:
-    """A node that backward computes again from `root` and that must not see a decoded value.
+) -> Region | None:
+    """The region that backward computes again from `root`; None when there is none.
 
     Such are matmuls, attention and random numbers, and whatever a checkpointed region computes again: there the
     user, or `activation_memory_budget`, has decided how the value is used.
     """
+    start: fx.Node | None = None
     pending, seen = [root], {root}
     while pending:
         for user in pending.pop().users:
@@ -126,13 +165,16 @@ def blocking_node(
             is_alias = is_view(user) and allocating_node(user) is root
             if not is_alias and user.name not in recomputed:
                 continue
-            if is_reduction(user):
+            is_tagged = has_tag_must_recompute(user)
+            if is_reduction(user) and not is_tagged:
                 continue
-            if has_tag_must_recompute(user) or not (is_cheap(user) or is_alias):
-                return user
+            if is_tagged or not (is_cheap(user) or is_alias):
+                start = start or user
+                if not is_repeatable(user):
+                    return Region(start, user)
             seen.add(user)
             pending.append(user)
-    return None
+    return None if start is None else Region(start, None)
 
 
 def derivation(
@@ -185,7 +227,7 @@ def find_clones(
         if node not in derived and node.name not in recomputed and not is_alias:
             continue
         from_encoded = any(arg in dependent or arg in encoded for arg in node.all_input_nodes)
-        if from_encoded and is_reduction(node):
+        if from_encoded and is_reduction(node) and not has_tag_must_recompute(node):
             statistics[node] = None
         elif from_encoded or node in derived:
             dependent.add(node)

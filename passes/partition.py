@@ -22,7 +22,7 @@ from prac_fx.passes.plan import Plan
 from prac_fx.passes.rewrite import EncodedSite
 from prac_fx.passes.sample import sample
 from prac_fx.passes.survey import SavedValue, saved_values
-from prac_fx.torch_compat import min_cut_rematerialization_partition
+from prac_fx.torch_compat import functorch_config, min_cut_rematerialization_partition
 
 
 @dataclass(frozen=True)
@@ -95,7 +95,9 @@ def _partition_with_outputs(
     end = start + len(stored)
     with_stored = {**partition_options, "num_fwd_outputs": end}
     _replace_outputs(gm.graph, slice(start, start), stored)
-    fw, bw = min_cut_rematerialization_partition(gm, joint_inputs, **with_stored)
+    # duplicates were merged before: merging again would undo a clone that reads nothing decoded
+    with functorch_config.patch(cse=False):
+        fw, bw = min_cut_rematerialization_partition(gm, joint_inputs, **with_stored)
     for graph in (gm.graph, fw.graph):
         _replace_outputs(graph, slice(start, end), [])
     fw.recompile()

@@ -25,9 +25,16 @@ from prac_fx.graph_edit import (
     without_views,
 )
 from prac_fx.layout import Layout, layout_of
-from prac_fx.memory import is_symbolic, size_hint
+from prac_fx.memory import format_nbytes, is_symbolic, size_hint, storage_nbytes
 from prac_fx.origin import Origin, origin_of
-from prac_fx.passes.chains import blocking_node, derivation, find_clones, is_statistic
+from prac_fx.passes.chains import (
+    Region,
+    derivation,
+    find_clones,
+    is_random,
+    is_statistic,
+    region_from,
+)
 from prac_fx.passes.classify import Classification
 from prac_fx.passes.ranks import (
     Projected,
@@ -40,7 +47,7 @@ from prac_fx.passes.ranks import (
 )
 from prac_fx.passes.roles import Reader, ValueRole
 from prac_fx.passes.survey import Survey
-from prac_fx.torch_compat import guard_or_false, has_tag_must_recompute
+from prac_fx.torch_compat import guard_or_false, has_tag_must_recompute, is_random_state
 
 Decision = Literal["encode", "keep", "recompute"]
 
@@ -60,6 +67,7 @@ REASONS = {
     "weight_gradient_reads_it": "only weight gradients read it, and prac.weight_gradient is exact",
     "rule": "a rule of prac.rules keeps it exact",
     "feeds_recomputed": "a matmul or a checkpointed region is computed again from it",
+    "draws_random_numbers": "a checkpointed region draws random numbers from it, which would be others the second time",
     "not_read": "backward has no reader that could use an estimate",
     "excluded": "excluded by prac.include or prac.exclude",
     "too_small": "smaller than prac.min_nbytes",
@@ -76,6 +84,8 @@ REASONS = {
     "min_cut": "torch's min-cut decides otherwise once the other values are encoded",
     "cannot_rewrite": "the rewritten graph failed a check, so plain Inductor compiles this graph",
     "checkpointed": "inside a checkpointed region: backward computes it again",
+    "memory_budget": "torch's activation_memory_budget has backward compute it again",
+    "offloaded": "torch's activation offloading moves it to the host",
 }
 
 _ENCODABLE_DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
@@ -302,7 +312,7 @@ class _Planner:
         recomputed = joint.survey.recomputed
         clones = find_clones(graph, joint.classification, recomputed, encoded, self.derived)
         rows = [self.rows[role.value.node] for role in roles]
-        rows += _checkpointed(joint.classification, joint.survey, joint.argument_names)
+        rows += _recomputed(joint)
         return Plan(
             tuple(rows),
             tuple(self.sites.values()),
@@ -322,8 +332,14 @@ class _Planner:
             return kept
         if row.dtype == "bool":
             return "bits"
+        region = self._region_from(allocating_node(role.value.node))
         if role.role == "W":
             part, reason = "weight_gradient", "weight_gradient_reads_it"
+        elif region is not None:
+            refused = self._refused(region)
+            if refused is not None:
+                return refused
+            part, reason = "checkpoint_inputs", "feeds_recomputed"
         elif any(reader.kind == "attention" for reader in role.readers):
             part, reason = "attention", "attention_reads_it"
         else:
@@ -343,13 +359,15 @@ class _Planner:
         kinds = {reader.kind for reader in role.readers}
         if saved.is_input:
             return "input", ""
+        if saved.is_offloaded:
+            return "offloaded", format_nbytes(storage_nbytes(value))
         if saved.shares_with:
             return "shared_storage", f"shares storage with {saved.shares_with}"
         if saved.is_output:
             return "user_output", ""
         is_mask = value.dtype == torch.bool and self.config.input_gradient != "exact"
         if root not in classification.activations and not is_mask:
-            return "not_an_activation", ""
+            return "not_an_activation", "random state" if is_random_state(saved.node) else ""
         if is_mask:
             return self._why_not_pack(role, row)
         if value.dtype not in _ENCODABLE_DTYPES:
@@ -476,9 +494,10 @@ class _Planner:
         root = allocating_node(role.value.node)
         value = tensor_value(root)
         assert value is not None
-        blocking = blocking_node(root, self.joint.classification, self.joint.survey.recomputed)
-        if blocking is not None:
-            return "feeds_recomputed", f"backward computes {blocking.name} again from it"
+        region = self._region_from(root)
+        refused = None if region is None else self._refused(region)
+        if refused is not None:
+            return refused
         small = self._too_small(root)
         if small is not None:
             return small
@@ -486,6 +505,20 @@ class _Planner:
         if layout is None:
             return ("symbolic_size" if is_symbolic(value) else "not_dense"), ""
         return layout
+
+    def _region_from(self, root: fx.Node) -> Region | None:
+        return region_from(root, self.joint.classification, self.joint.survey.recomputed)
+
+    def _refused(self, region: Region) -> Reason | None:
+        """Why the region has to start from the exact value; None when it may start from a decoded one."""
+        again = f"backward computes {region.start.name} again from it"
+        if self.config.checkpoint_inputs == "exact":
+            return "feeds_recomputed", again
+        one = region.unrepeatable
+        if one is None:
+            return None
+        reason = "draws_random_numbers" if is_random(one) else "feeds_recomputed"
+        return reason, f"{again}, and {one.target} cannot be cloned"
 
     def _project(self, role: ValueRole) -> Reason | None:
         """Add a PRAC site that is decoded in backward."""
@@ -670,24 +703,25 @@ def _outputs(reader: Reader) -> int:
     return size_hint(reader.node.meta["val"].shape[-2 if reader.side == 1 else -1])
 
 
-def _checkpointed(
-    classification: Classification, survey: Survey, argument_names: Mapping[int, str]
-) -> list[PlannedValue]:
-    """Rows for matmul operands that a checkpointed region computes again: nothing is stored for them."""
+def _recomputed(joint: JointGraph) -> list[PlannedValue]:
+    """Rows for what a checkpointed region or the memory budget has backward compute again: nothing is stored.
+
+    Of a region these are the values that backward reads, of the budget those that torch would save without it.
+    """
+    survey = joint.survey
     saved = {storage_of(value.node) for value in survey.saved}
+    crossing = set(joint.classification.crossing)
     rows: dict[int | None, PlannedValue] = {}
-    for node in classification.crossing:
-        value = tensor_value(node)
-        storage = storage_of(node)
-        if value is None or storage in saved or storage in rows or not has_tag_must_recompute(node):
+    for node in joint.graph.nodes:
+        value, storage = tensor_value(node), storage_of(node)
+        if value is None or value.dim() < 2 or not value.dtype.is_floating_point:
             continue
-        if (
-            node.name not in survey.recomputed
-            or not value.dtype.is_floating_point
-            or value.dim() < 2
-        ):
+        if node.name not in survey.recomputed or storage in saved or storage in rows:
             continue
-        rows[storage] = row_without_readers(node, "recompute", "checkpointed", 0)
+        if has_tag_must_recompute(node) and node in crossing:
+            rows[storage] = row_without_readers(node, "recompute", "checkpointed", 0)
+        elif node.name in survey.budgeted:
+            rows[storage] = row_without_readers(node, "recompute", "memory_budget", 0)
     return list(rows.values())
 
 

@@ -205,8 +205,9 @@ def _reader(
     classification: Classification,
     gradients: _Gradients,
 ) -> Reader:
-    if "attention" in str(node.target):
-        return Reader(node, _attention_kind(node, operand), operand)
+    kind = _attention_kind(node, operand) if "attention" in str(node.target) else "other"
+    if kind == "attention" or (kind == "attention_statistic" and is_view):
+        return Reader(node, kind, operand)
     if not is_view:
         return Reader(node, "derived", operand)
     found = _weight_gradient_reader(node, operand, classification, gradients)

@@ -2,7 +2,8 @@
 
 The partitioner copies nodes into its two graphs and keeps their names, so the joint graph stays whole
 and a saved value is found in it again by name. Source: torch._functorch.partitioners,
-`min_cut_rematerialization_partition`, which also honours checkpoint tags and `activation_memory_budget`.
+`min_cut_rematerialization_partition`, which also honours checkpoint tags, `activation_memory_budget` and
+`enable_activation_offloading`.
 """
 
 from __future__ import annotations
@@ -15,7 +16,13 @@ import torch.fx as fx
 
 from prac_fx.graph_edit import storage_of, tensor_value
 from prac_fx.memory import storage_nbytes
-from prac_fx.torch_compat import min_cut_rematerialization_partition
+from prac_fx.torch_compat import (
+    has_tag_must_recompute,
+    is_random_state,
+    min_cut_rematerialization_partition,
+    offloaded_node,
+    without_memory_budget,
+)
 
 
 @dataclass(frozen=True)
@@ -29,6 +36,7 @@ class SavedValue:
         is_input: it is an argument of the graph or a view of one.
         is_output: it is a forward output or shares storage with one.
         shares_with: name of the earlier saved value on the same storage.
+        is_offloaded: torch moves it to the host until backward, so it takes no memory of its device.
     """
 
     node: fx.Node
@@ -36,6 +44,7 @@ class SavedValue:
     is_input: bool
     is_output: bool
     shares_with: str | None
+    is_offloaded: bool = False
 
 
 @dataclass(frozen=True)
@@ -45,10 +54,12 @@ class Survey:
     Attributes:
         saved: the saved tensors in the order of the forward graph's outputs.
         recomputed: names of forward nodes that the backward graph computes again.
+        budgeted: names of values that are not saved because of `activation_memory_budget`.
     """
 
     saved: tuple[SavedValue, ...]
     recomputed: frozenset[str]
+    budgeted: frozenset[str]
 
     @property
     def nbytes(self) -> int:
@@ -60,10 +71,33 @@ def survey(
     gm: fx.GraphModule, joint_inputs: Sequence[object], partition_options: Mapping[str, Any]
 ) -> Survey:
     """Partition and report what is saved; `gm` must already be free of common subexpressions."""
+    unbudgeted: frozenset[str] = frozenset()
+    with without_memory_budget(gm) as had_budget:
+        if had_budget:
+            saved, _ = _partition(gm, joint_inputs, partition_options)
+            unbudgeted = frozenset(value.node.name for value in saved)
+    saved, recomputed = _partition(gm, joint_inputs, partition_options)
+    names = {value.node.name for value in saved}
+    return Survey(saved, recomputed, unbudgeted - names)
+
+
+def _partition(
+    gm: fx.GraphModule, joint_inputs: Sequence[object], partition_options: Mapping[str, Any]
+) -> tuple[tuple[SavedValue, ...], frozenset[str]]:
+    """What is saved, and the names of what is computed again."""
     fw, bw = min_cut_rematerialization_partition(gm, joint_inputs, **partition_options)
-    recomputed = frozenset(node.name for node in bw.graph.nodes if node.op == "call_function")
-    saved = saved_values(gm.graph, fw, partition_options["num_fwd_outputs"])
-    return Survey(saved, recomputed)
+    recomputed = {node.name for node in bw.graph.nodes if node.op == "call_function"}
+    forward = {node.name for node in fw.graph.nodes}
+    # where a checkpointed region draws random numbers, the partitioner replaces the node in both graphs
+    recomputed |= {
+        node.name
+        for node in gm.graph.nodes
+        if has_tag_must_recompute(node) and node.name not in forward
+    }
+    return (
+        saved_values(gm.graph, fw, partition_options["num_fwd_outputs"]),
+        frozenset(recomputed),
+    )
 
 
 def saved_values(
@@ -83,8 +117,10 @@ def saved_values(
     first_on_storage: dict[int, str] = {}
     saved = []
     for output in outputs[num_fwd_outputs:]:
-        # the partitioner adds nodes of its own where a checkpointed region draws random numbers
-        node = by_name.get(output.name, output)
+        offloaded = offloaded_node(output)
+        name = (offloaded or output).name
+        # the partitioner adds such a node where a checkpointed region draws random numbers
+        node = output if is_random_state(output) else by_name.get(name, output)
         value = tensor_value(node)
         if value is None:  # a symbolic size, an opaque object
             continue
@@ -96,10 +132,11 @@ def saved_values(
         saved.append(
             SavedValue(
                 node=node,
-                nbytes=0 if is_input or shares_with else storage_nbytes(value),
+                nbytes=0 if is_input or shares_with or offloaded else storage_nbytes(value),
                 is_input=is_input,
                 is_output=storage in user_outputs,
                 shares_with=shares_with,
+                is_offloaded=offloaded is not None,
             )
         )
     return tuple(saved)

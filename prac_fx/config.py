@@ -22,6 +22,7 @@ PARTS: Mapping[str, tuple[str, ...]] = {
     "input_gradient": ("prac", *QUANTIZED, "exact"),
     "attention": (*QUANTIZED, "exact"),
     "coordinates": (*QUANTIZED, "exact"),
+    "checkpoint_inputs": (*QUANTIZED, "exact"),
 }
 RULE_CODECS = ("prac", "recompute", *QUANTIZED, "exact")
 
@@ -61,6 +62,7 @@ _COMMON: Mapping[str, Any] = {
     "random": 0.3,
     "blocks": "auto",
     "refresh_every": 100,
+    "checkpoint_inputs": "exact",
 }
 
 ProjectedRole = Literal["weight_gradient", "input_gradient"]
@@ -82,8 +84,14 @@ class PracConfig:
         input_gradient: how a value is stored that the input-gradient path reads.
         attention: how query, key, value and result of attention are stored.
         coordinates: how the coordinates of PRAC are stored.
+        checkpoint_inputs: how a value is stored from which backward computes a checkpointed region again, or what
+            `activation_memory_budget` has it compute again. "exact" by default. With a codec backward computes the
+            region anew from the decoded value, matmuls and attention included, so that it differentiates the
+            region at a point near the exact one: unbiased to first order in the rounding, and no more than that.
+            A region that draws random numbers which depend on its input (dropout with
+            `torch._inductor.config.fallback_random`) starts from the exact value.
         rules: (glob on module paths, codec) pairs, such as ("*.mlp.*", "int4"); the first match wins over the
-            three parts above.
+            parts above.
         group_size: features that share one scale in the quantised codecs, at most.
         rounding: "stochastic" (unbiased) or "nearest", in the integer codecs.
         zero_point: the integer codecs store an offset beside each scale.
@@ -102,6 +110,10 @@ class PracConfig:
         include: globs on module paths; when not empty, only matching values are compressed.
         exclude: globs on module paths whose values are kept exact. It wins over `include`.
         seed: start of our own random stream; the user's is never touched.
+        across_ranks: which processes of a distributed run draw the same random numbers. "auto": the data-parallel
+            replicas of DistributedDataParallel and `fully_shard` draw independently, ranks that share data
+            (tensor parallelism) alike. "identical": all of them alike. "independent": none of them; for data
+            parallelism that neither of the two wrappers runs.
         strict: raise where the backend would otherwise fall back to plain Inductor with a warning.
 
     Raises:
@@ -113,6 +125,7 @@ class PracConfig:
     input_gradient: str | None = None
     attention: str | None = None
     coordinates: str | None = None
+    checkpoint_inputs: str | None = None
     rules: tuple[tuple[str, str], ...] = ()
     group_size: int = 128
     rounding: Literal["stochastic", "nearest"] = "stochastic"
@@ -126,6 +139,7 @@ class PracConfig:
     include: tuple[str, ...] = ()
     exclude: tuple[str, ...] = ()
     seed: int = 0
+    across_ranks: Literal["auto", "identical", "independent"] = "auto"
     strict: bool = False
 
     def __post_init__(self) -> None:
@@ -138,6 +152,7 @@ class PracConfig:
         object.__setattr__(self, "rules", _rules(self.rules))
         _check_int("group_size", self.group_size, minimum=8)
         _check_choice("rounding", self.rounding, ("stochastic", "nearest"))
+        _check_choice("across_ranks", self.across_ranks, ("auto", "identical", "independent"))
         for name in ("zero_point", "strict"):
             if not isinstance(getattr(self, name), bool):
                 raise PracOptionError(

@@ -18,15 +18,16 @@ import torch
 import torch.fx as fx
 from torch import nn
 
-from prac_fx.codecs import PracCodec
+from prac_fx.compiled_graphs import record_graph
 from prac_fx.config import PracConfig, config_patches, split_options
+from prac_fx.data_parallel import is_distributed
 from prac_fx.errors import CannotRewriteError, PracOptionError, PracWarning
 from prac_fx.memory import format_nbytes
 from prac_fx.origin import clean_path
 from prac_fx.passes.plan import Plan
 from prac_fx.pipeline import AnalysePartitioner, AnalysisDone, Arguments, RewritePartitioner
 from prac_fx.plan_text import plan_as_text
-from prac_fx.runtime import training_step
+from prac_fx.runtime import state_inputs, training_step
 from prac_fx.torch_compat import (
     FakeTensor,
     compile_fx,
@@ -121,6 +122,12 @@ def _checked_compile(
             'torch._inductor.config.custom_partitioner_fn is set: backend="prac" is a '
             "partitioner itself and cannot be combined with another one"
         )
+    if config.across_ranks == "independent" and any(map(is_distributed, example_inputs)):
+        raise PracOptionError(
+            'prac.across_ranks="independent" contradicts a DTensor argument: the ranks of its mesh share data, and '
+            'with noise of their own their copies of replicated parameters would drift apart; "auto" lets data-parallel '
+            "ranks alone draw independently"
+        )
     patches = config_patches(mode, inductor_options)
     if config.is_biased:
         _warn_biased()
@@ -169,18 +176,21 @@ def _compile(
             raise
         # if plain Inductor fails too, its error is the one to see
         compiled = plain()
+        reason = f"{type(error).__name__}: {error}"
         warnings.warn(
-            f'backend="prac" compiles this graph with plain Inductor, nothing is compressed: '
-            f"{type(error).__name__}: {error}",
+            f'backend="prac" compiles this graph with plain Inductor, nothing is compressed: {reason}',
             PracWarning,
             stacklevel=2,
         )
         log.debug("fallback", exc_info=error)
+        record_graph(compiled, graph.trainable_names, config, None, reason)
         return compiled
     _log_plan(plan)
-    if plan is None or rewritten is None:
+    if plan is None:
         return plain()
-    return training_step(rewritten, plan, config)
+    compiled = plain() if rewritten is None else training_step(rewritten, plan, config)
+    record_graph(compiled, graph.trainable_names, config, plan)
+    return compiled
 
 
 def plan_and_compile(
@@ -247,6 +257,11 @@ class DynamoGraph:
         return Arguments(self.argument_names, parameters, self.trainable)
 
     @property
+    def trainable_names(self) -> tuple[str, ...]:
+        """Names of the parameters that require a gradient, in order."""
+        return tuple(self.argument_names[index] for index in sorted(self.trainable))
+
+    @property
     def trainable(self) -> frozenset[int]:
         """Indices of parameters that require a gradient.
 
@@ -305,27 +320,12 @@ def with_state_inputs(graph: DynamoGraph, plan: Plan) -> tuple[fx.GraphModule, l
     """Copy Dynamo's graph with state placeholders appended, and its inputs with fake state."""
     extra: list[tuple[str, FakeTensor]] = []
     with tracing_fake_mode(graph.example_inputs):
-        for number, site in enumerate(plan.sites):
-            if not isinstance(site.codec, PracCodec):
-                continue
-            shapes = {"basis": site.codec.basis_shape}
-            if site.codec.sample_rows:
-                shapes["rows"] = (site.codec.sample_rows, site.codec.features)
-            for what, shape in shapes.items():
-                fake = torch.empty(shape, dtype=site.dtype, device=site.device)
-                assert isinstance(fake, FakeTensor)
-                extra.append((f"prac_{what}_{number}", fake))
-        if plan.is_random:
-            seed = torch.empty((), dtype=torch.int64, device=_rounding_device(plan))
-            assert isinstance(seed, FakeTensor)
-            extra.append(("prac_seed", seed))
+        for one in state_inputs(plan):
+            fake = torch.empty(one.shape, dtype=one.dtype, device=one.device)
+            assert isinstance(fake, FakeTensor)
+            extra.append((one.name, fake))
     gm = copy_dynamo_graph(graph.gm, extra)
     return gm, [*graph.example_inputs, *(fake for _, fake in extra)]
-
-
-def _rounding_device(plan: Plan) -> torch.device:
-    """Where the seed lives: with the first value that is rounded stochastically."""
-    return next(site.device for site in plan.sites if site.is_random)
 
 
 def compile_rewritten(

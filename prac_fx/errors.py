@@ -36,6 +36,10 @@ class StateError(PracError, ValueError):
     """A saved subspace state does not fit the model it is loaded into."""
 
 
+class PlanMismatchError(PracError):
+    """The ranks of a distributed run did not compile the same plans."""
+
+
 class ReportError(PracError):
     """The report cannot be made: a bad file, a bad `build()`, or a model without backward."""
 

@@ -32,7 +32,8 @@ from prac_fx.noise_report import (
 )
 from prac_fx.noise_variants import ALL, EXACT, Variant, Variants, encoded_groups
 from prac_fx.passes.plan import Plan, PlannedValue
-from prac_fx.state import Subspace, load_state_dict, state_dict, subspaces_of
+from prac_fx.saved_state import load_state_dict, state_dict
+from prac_fx.state import Subspace, subspaces_of
 
 # Passes before the first draw: enough for two refreshes of every principal basis.
 _WARM_UP = 4

@@ -21,6 +21,10 @@ from prac_fx.torch_compat import (
     storage_key,
 )
 
+# What an inlined node takes over from the node it belongs to. "custom" holds annotations of the user's that have to
+# cover every node, such as torch.autograd.graph.region_activation_memory_budget.
+_INHERITED = ("stack_trace", "nn_module_stack", "seq_nr", "custom")
+
 # Operators that hand on the same elements in another shape. Deliberately without slice, select and
 # expand, which hand on fewer or repeated ones.
 _aten = torch.ops.aten
@@ -173,7 +177,7 @@ class Inliner:
                     raise AssertionError(f"traced code has a {node.op} node: {node.format_node()}")
                 copied = self.graph.node_copy(node, env.__getitem__)
                 copied.meta = {"val": fake_result(copied), "partitioner_tag": tag}
-                for field in ("stack_trace", "nn_module_stack", "seq_nr"):
+                for field in _INHERITED:
                     if field in like.meta:
                         copied.meta[field] = like.meta[field]
                 env[node] = copied

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal, cast
@@ -13,6 +12,7 @@ from torch import Tensor
 
 from prac_fx.config import PracConfig
 from prac_fx.dynamo_backend import DynamoGraph, compile_rewritten, plan_and_compile
+from prac_fx.origin import any_layer
 from prac_fx.passes.plan import Plan, PlannedValue
 from prac_fx.runtime import training_step
 from prac_fx.torch_compat import (
@@ -21,8 +21,6 @@ from prac_fx.torch_compat import (
     make_boxed_func,
     without_autograd_cache,
 )
-
-_LAYER_NUMBER = re.compile(r"(?<![^.])\d+(?![^.])")
 
 # Which values are encoded: those of one group, named by (module path, codec), or one of these.
 Variant = tuple[str, str]
@@ -168,6 +166,6 @@ def encoded_groups(plans: Sequence[Plan]) -> dict[Variant, list[PlannedValue]]:
     """Encoded values by module path, with `*` for layer numbers, and codec."""
     groups: dict[Variant, list[PlannedValue]] = {}
     for row in (row for plan in plans for row in plan.values if row.codec is not None):
-        path = _LAYER_NUMBER.sub("*", row.origin.module or row.name)
+        path = any_layer(row.origin.module or row.name)
         groups.setdefault((path, row.stored_as), []).append(row)
     return groups

@@ -20,12 +20,14 @@ class Origin:
         op: the aten operator.
         file: path of the source file of the innermost frame; empty when unknown.
         line: line number there; 0 when unknown.
+        layer_kind: class of that module; empty when unknown.
     """
 
     module: str
     op: str
     file: str
     line: int
+    layer_kind: str = ""
 
 
 _OWN_FOLDER = os.path.dirname(
@@ -33,6 +35,7 @@ _OWN_FOLDER = os.path.dirname(
 )  # `explain` calls the model, but is not where a value comes from
 _FRAME = re.compile(r'File "([^"]+)", line (\d+)')
 _INDEX = re.compile(r"\[(?:'([^']*)'|\"([^\"]*)\"|(\d+))\]")
+_LAYER_NUMBER = re.compile(r"(?<![^.])\d+(?![^.])")
 _CONTAINERS = ("__dict__", "_modules", "_parameters", "_buffers")
 
 
@@ -41,13 +44,25 @@ def origin_of(node: fx.Node) -> Origin:
     # a view that AOTAutograd made for backward knows no module; the value it is a view of does
     if not node.meta.get("nn_module_stack"):
         node = without_views(node)
-    stack = node.meta.get("nn_module_stack") or {}
-    module = clean_path(list(stack.values())[-1][0]) if stack else ""
+    path, kind = _module_stack(node) or ("", "")
+    module = clean_path(path)
     frames = _FRAME.findall(node.meta.get("stack_trace") or "")
     frames = [frame for frame in frames if not frame[0].startswith(_OWN_FOLDER)]
     file, line = frames[-1] if frames else ("", 0)
     op = str(node.target).removeprefix("aten.") if node.op == "call_function" else node.op
-    return Origin(module, op, file, int(line))
+    return Origin(module, op, file, int(line), kind)
+
+
+def _module_stack(node: fx.Node) -> tuple[str, str] | None:
+    """Dynamo's name of the innermost module that a node belongs to, and its class.
+
+    A node of backward belongs to the module of the forward node that it differentiates, where autograd left a note of it.
+    """
+    stack = node.meta.get("nn_module_stack") or node.meta.get("fwd_nn_module_stack")
+    if not stack:
+        return None
+    path, kind = list(stack.values())[-1]
+    return path, getattr(kind, "__name__", None) or str(kind).rpartition(".")[2]
 
 
 def clean_path(source: str) -> str:
@@ -63,3 +78,8 @@ def clean_path(source: str) -> str:
     if parts and parts[0] in ("self", "fn", "mod"):
         parts = parts[1:]
     return ".".join(parts)
+
+
+def any_layer(path: str) -> str:
+    """A module path with `*` for the numbers of layers: `model.layers.3.mlp` becomes `model.layers.*.mlp`."""
+    return _LAYER_NUMBER.sub("*", path)

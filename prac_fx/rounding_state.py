@@ -8,7 +8,7 @@ never read.
 from __future__ import annotations
 
 from collections.abc import MutableMapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
@@ -25,15 +25,28 @@ class RoundingSeed:
         seed: int64 scalar that the compiled code reads. Changed only in place.
         stream: identifies the random stream.
         steps: training forward passes begun so far.
+        replica: number under which this process draws from the stream.
     """
 
     seed: Tensor
     stream: str
     steps: int = 0
+    replica: int = 0
+    _start: int = field(default=0, init=False)
+
+    def __post_init__(self) -> None:
+        self.restart(self.stream, self.steps, self.replica)
+
+    def restart(self, stream: str, steps: int, replica: int) -> None:
+        """Go on from this step of this stream. Replica 0 draws as a single process does."""
+        self.stream, self.steps, self.replica = stream, steps, replica
+        self._start = int(stream[:16], 16)
+        if replica:
+            self._start = step_number(self._start ^ int(stream[16:], 16), replica)
 
     def begin_step(self) -> None:
-        """Write the number of this step, and count it."""
-        self.seed.fill_(step_number(int(self.stream[:16], 16), self.steps))
+        """Write the number of this step, and count it. Filling does not wait for the device."""
+        self.seed.fill_(step_number(self._start, self.steps))
         self.steps += 1
 
 
@@ -61,6 +74,6 @@ def set_rounding_seed(owner: Tensor, stream: str, steps: int, device: torch.devi
             seed = torch.zeros((), dtype=torch.int64, device=device)
         found = _SEEDS.setdefault(owner, RoundingSeed(seed, stream))
     elif found.seed.device != device:
-        found.seed = found.seed.to(device)
-    found.stream, found.steps = stream, steps
+        found.seed.data = found.seed.to(device)  # the same object: graphs are bound to it
+    found.restart(stream, steps, found.replica)
     return found

@@ -7,8 +7,11 @@ in prac_fx or passes may import from a module whose path has a leading underscor
 from __future__ import annotations
 
 import functools
-from collections.abc import Mapping, Sequence
-from typing import Any, cast
+import operator
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any, TypeVar, cast
+from unittest.mock import patch
 
 import sympy
 import torch
@@ -20,45 +23,77 @@ from torch._functorch.compile_utils import fx_graph_cse
 from torch._functorch.partitioners import min_cut_rematerialization_partition
 from torch._guards import TracingContext
 from torch._inductor import config as inductor_config
+from torch._inductor import ir as inductor_ir
+from torch._inductor.codegen.common import Kernel
 from torch._inductor.codegen.cpp import CppScheduling
-from torch._inductor.compile_fx import compile_fx
+from torch._inductor.codegen.wrapper import (
+    AllocateLine,
+    FreeIfNotReusedLine,
+    FreeLine,
+    ReuseLine,
+)
+from torch._inductor.compile_fx import compile_fx, compile_fx_inner
 from torch._inductor.custom_graph_pass import CustomPartitionerFn
 from torch._inductor.decomposition import select_decomp_table
+from torch._inductor.graph import GraphLowering
+from torch._inductor.virtualized import V
 from torch._logging._internal import trace_structured
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+from torch.distributed import _composable_state as composable_state
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.fx.experimental.symbolic_shapes import guard_or_false
+from torch.nn.parallel import DistributedDataParallel
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves, tree_map_only
 from torch.utils._sympy.functions import FloorDiv
 from torch.utils.checkpoint import CheckpointPolicy
 
 __all__ = [
+    "AllocateLine",
     "CheckpointPolicy",
     "CustomPartitionerFn",
     "FakeTensor",
     "FakeTensorMode",
+    "FreeIfNotReusedLine",
+    "FreeLine",
+    "GraphLowering",
+    "ReuseLine",
     "ShortenTraceback",
+    "TorchDispatchMode",
+    "active_data_parallel_group",
     "argument_index",
     "autograd_references",
     "compile_fx",
     "copy_dynamo_graph",
+    "fsdp_parameters",
     "functorch_config",
     "fx_graph_cse",
     "gradient_argument_index",
     "guard_loop_split",
     "guard_or_false",
+    "has_saved_tensors_hooks",
     "has_tag_must_recompute",
     "inductor_config",
     "inductor_decompositions",
+    "inductor_ir",
     "inductor_patches",
+    "inplace_decisions",
+    "is_random_state",
+    "lower_and_schedule",
     "make_boxed_func",
     "make_fx",
     "min_cut_rematerialization_partition",
+    "offloaded_node",
     "placeholder_source_name",
     "rename_node",
+    "result_index",
     "storage_key",
     "trace_structured",
     "tracing_fake_mode",
+    "tree_leaves",
+    "tree_map_only",
     "without_autograd_cache",
+    "without_memory_budget",
 ]
 
 
@@ -93,8 +128,18 @@ def storage_key(value: torch.Tensor) -> int:
 
 
 def autograd_references(value: torch.Tensor) -> int:
-    """How many owners the C++ tensor has: 1 when only Python holds it, more while a pending backward does."""
-    return value._use_count()  # type: ignore[attr-defined,no-any-return]
+    """How many hold the memory of a tensor: 1 when only its Python object does, more while a pending backward does.
+
+    A backward holds the C++ tensor, or, through a saved-tensors hook, an alias of it.
+    """
+    owners: int = value._use_count()  # type: ignore[attr-defined]
+    # one of the storage's owners is the tensor, one the storage object that this line makes
+    return owners + torch._C._storage_Use_Count(value.untyped_storage()._cdata) - 2  # type: ignore[attr-defined,no-any-return]
+
+
+def has_saved_tensors_hooks() -> bool:
+    """Do hooks (`torch.autograd.graph.saved_tensors_hooks`, `save_on_cpu`) see what a forward pass saves now?"""
+    return torch._C._autograd._top_saved_tensors_default_hooks(True) is not None
 
 
 def has_tag_must_recompute(node: fx.Node) -> bool:
@@ -105,21 +150,87 @@ def has_tag_must_recompute(node: fx.Node) -> bool:
     )
 
 
+def is_random_state(saved: fx.Node) -> bool:
+    """Is a forward output the state of the random stream that a checkpointed region starts again from?
+
+    Source: `functionalize_rng_ops` (torch._functorch.partitioners). The name of such a node says nothing: the joint
+    graph may have another node of that name.
+    """
+    sources = (str(arg.target) for arg in saved.all_input_nodes)
+    return saved.target is operator.getitem and "run_and_save_rng_state" in sources
+
+
+def offloaded_node(saved: fx.Node) -> fx.Node | None:
+    """The node whose value a forward output is a copy of on the host; None for any other output.
+
+    Source: torch._functorch._activation_offloading, which `functorch_config.enable_activation_offloading` runs in
+    the partitioner. Its asynchronous form passes the value on to the node that waits for the copy.
+    """
+    sources = (arg for arg in saved.all_input_nodes if arg.meta.get("saved_for_offloading"))
+    return next(sources, None) if saved.name.startswith("cpu_offload_") else None
+
+
+@contextmanager
+def without_memory_budget(gm: fx.GraphModule) -> Iterator[bool]:
+    """Context in which the partitioner knows no activation memory budget; gives whether there was one.
+
+    Source: `min_cut_rematerialization_partition`. The budget is `functorch_config.activation_memory_budget`, or, in
+    torch 2.13, an annotation of every node (`torch.autograd.graph.region_activation_memory_budget`).
+    """
+    nodes = [node for module in gm.modules() for node in getattr(module, "graph", fx.Graph()).nodes]
+    annotated = {node: node.meta["custom"] for node in nodes if _region_budget(node) is not None}
+    had_budget = bool(annotated) or functorch_config.activation_memory_budget != 1
+    for node, custom in annotated.items():
+        node.meta["custom"] = {key: v for key, v in custom.items() if key != _REGION_BUDGET}
+    try:
+        # without cse the partitioner leaves these very nodes in place
+        with functorch_config.patch(activation_memory_budget=1.0, cse=False):
+            yield had_budget
+    finally:
+        for node, custom in annotated.items():
+            node.meta["custom"] = custom
+
+
+_REGION_BUDGET = (
+    "_region_activation_memory_budget"  # torch.fx.traceback.MEMORY_BUDGET_ANNOTATION_KEY
+)
+
+
+def _region_budget(node: fx.Node) -> object:
+    custom = node.meta.get("custom")
+    return custom.get(_REGION_BUDGET) if isinstance(custom, dict) else None
+
+
 def argument_index(placeholder: fx.Node) -> int | None:
     """Position, among the Dynamo graph's placeholders, of a joint-graph primal.
 
-    Source: `torch._functorch._aot_autograd.descriptors` (PlainAOTInput.idx). None for synthetic bases
-    and tensor subclasses, which have no such position.
+    Source: `torch._functorch._aot_autograd.descriptors` (PlainAOTInput.idx). A DTensor reaches the joint graph as
+    its local tensor, which stands for it. None for synthetic bases and other tensor subclasses, which have no
+    such position.
     """
     return _plain_index(placeholder.meta.get("desc"))
 
 
 def gradient_argument_index(description: object) -> int | None:
     """Position of the argument whose gradient a joint-graph output is, from the output's descriptor."""
-    return _plain_index(getattr(description, "grad_of", None))
+    return _plain_index(getattr(_of_dtensor(description), "grad_of", None))
+
+
+def result_index(description: object) -> int | None:
+    """Position, among the results of Dynamo's graph, of a joint-graph output, from the output's descriptor."""
+    if type(description).__name__ != "PlainAOTOutput":
+        return None
+    return cast(int, description.idx)  # type: ignore[attr-defined]
+
+
+def _of_dtensor(description: Any) -> Any:
+    """What is said of a DTensor, from what is said of its local tensor."""
+    is_local = getattr(description, "attr", None) == "_local_tensor"
+    return description.base if is_local else description
 
 
 def _plain_index(description: object) -> int | None:
+    description = _of_dtensor(description)
     if type(description).__name__ != "PlainAOTInput":
         return None
     return cast(int, description.idx)  # type: ignore[attr-defined]
@@ -226,3 +337,91 @@ def inductor_patches(mode: str | None, options: Mapping[str, Any]) -> dict[str, 
 def rename_node(node: fx.Node, name: str) -> None:
     """Give a node this name, or the nearest free one (fx.Node has only a private way to do it)."""
     node._rename(name)
+
+
+_Result = TypeVar("_Result")
+
+
+class _Scheduled(Exception):
+    """Leaves Inductor once a graph is scheduled."""
+
+
+def lower_and_schedule(
+    gm: fx.GraphModule,
+    example_inputs: Sequence[Any],
+    read: Callable[[GraphLowering], _Result],
+    **options: Any,
+) -> _Result:
+    """Let Inductor lower, fuse and order a graph, look at the result, and stop before code is written.
+
+    Source: `GraphLowering.codegen` (torch._inductor.graph), whose first two steps these are.
+
+    Args:
+        gm: a forward or backward graph as AOTAutograd hands it to Inductor, which takes ownership of it.
+        example_inputs: its inputs.
+        read: called with the lowered graph, its scheduler in place, under Inductor's handlers.
+        **options: of `compile_fx_inner`.
+
+    Returns:
+        What `read` returns.
+    """
+    results: list[_Result] = []
+
+    def stop_when_scheduled(graph: GraphLowering) -> Any:
+        graph.init_wrapper_code()
+        graph._update_scheduler()
+        results.append(read(graph))
+        raise _Scheduled
+
+    settings = {
+        # a cached graph would not be lowered
+        "fx_graph_cache": False,
+        # searching for the fastest kernels would run them
+        "max_autotune": False,
+        "max_autotune_gemm": False,
+        # Inductor copies its configuration for its logs, and a partitioner may hold fake tensors
+        "custom_partitioner_fn": None,
+    }
+    with (
+        inductor_config.patch(settings),
+        patch.object(GraphLowering, "codegen", stop_when_scheduled),
+    ):
+        try:
+            compile_fx_inner(gm, example_inputs, **options)
+        except Exception:
+            if not results:
+                raise
+    if not results:
+        raise AssertionError("Inductor returned without scheduling the graph")
+    return results[0]
+
+
+def inplace_decisions() -> Any:
+    """Context in which Inductor's scheduler decides which outputs take over the memory of an input.
+
+    As `Scheduler.codegen_extern_call` does for kernels that it does not write itself.
+    """
+    return V.set_kernel_handler(Kernel(increase_kernel_count=False))
+
+
+def fsdp_parameters() -> list[Any]:
+    """Every parameter of this process that `fully_shard` (or its `replicate`) manages.
+
+    Source: `FSDPParam` (torch.distributed.fsdp._fully_shard._fsdp_param). What is used of it: `sharded_param`, the
+    parameter that the module shows between steps; `_unsharded_param`, the one that forward and backward see, made
+    once by the first all-gather; `mesh_info`, this process's place among the data-parallel ones.
+    """
+    found = []
+    states = {id(ref()): ref() for ref in composable_state._module_state_mapping.values()}
+    for state in states.values():
+        groups = getattr(state, "_fsdp_param_groups", None)
+        if groups is None:  # torch before 2.13 has at most one
+            groups = [getattr(state, "_fsdp_param_group", None)]
+        found += [parameter for group in groups if group for parameter in group.fsdp_params]
+    return found
+
+
+def active_data_parallel_group() -> Any:
+    """The process group of the DistributedDataParallel whose forward is running; None outside of one."""
+    running = DistributedDataParallel._get_active_ddp_module()
+    return None if running is None else running.process_group

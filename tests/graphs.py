@@ -11,10 +11,10 @@ from torch import Tensor
 
 from prac_fx import pipeline
 from prac_fx.config import split_options
-from prac_fx.dynamo_backend import DynamoGraph, analyse_graph
-from prac_fx.memory_report import rewrite_graph
+from prac_fx.dynamo_backend import DynamoGraph, analyse_graph, compile_rewritten
 from prac_fx.passes.partition import PartitionedGraph
 from prac_fx.passes.plan import Plan, PlannedValue
+from prac_fx.torch_compat import functorch_config, make_boxed_func
 from tests.compiling import SMALL
 
 
@@ -52,8 +52,9 @@ def trace(
         assert plan is not None, "no backward"
         traced.plan = plan
         if plan.sites:
-            with _recorded(traced):
-                traced.result = rewrite_graph(graph, plan, config, {})
+            with _recorded(traced), functorch_config.patch(enable_autograd_cache=False):
+                compile_rewritten(graph, plan, config, {}, _not_compiled)
+            assert traced.result is not None
             traced.graphs["fw"] = readable(traced.result.fw.graph)
             traced.graphs["bw"] = readable(traced.result.bw.graph)
         return gm.forward
@@ -63,21 +64,32 @@ def trace(
     return traced
 
 
+def _not_compiled(gm: fx.GraphModule, example_inputs: Any, **options: Any) -> Any:
+    return make_boxed_func(gm.forward)
+
+
 class _recorded:
-    """While active, the editing passes leave the text of the graph before and after them."""
+    """While active, the editing passes leave the text of the graph before and after them, and their result."""
 
     def __init__(self, traced: Traced) -> None:
         self.traced = traced
         self.patch: Any = None
 
     def __enter__(self) -> None:
-        self.originals = {name: getattr(pipeline, name) for name in ("rewrite", "factor")}
+        self.originals = {
+            name: getattr(pipeline, name) for name in ("rewrite", "factor", "apply_plan")
+        }
         pipeline.rewrite = self._rewrite  # type: ignore[assignment]
         pipeline.factor = self._factor  # type: ignore[assignment]
+        pipeline.apply_plan = self._apply_plan
 
     def __exit__(self, *error: object) -> None:
         for name, function in self.originals.items():
             setattr(pipeline, name, function)
+
+    def _apply_plan(self, *args: Any) -> Any:
+        self.traced.result = self.originals["apply_plan"](*args)
+        return self.traced.result
 
     def _rewrite(self, graph: fx.Graph, *args: Any) -> Any:
         self.traced.graphs["joint"] = readable(graph)

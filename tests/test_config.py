@@ -65,6 +65,7 @@ POSITIVE = "an int of at least 1"
         ("min_nbytes", 2**40),
         ("seed", 0),
         ("seed", 2**63 - 1),
+        *(("across_ranks", choice) for choice in ("auto", "identical", "independent")),
         ("strict", True),
         ("strict", False),
     ],
@@ -144,6 +145,7 @@ def test_accepted_values(field: str, value: Any) -> None:
         ("seed", 2**63, "an int in 0..9223372036854775807"),
         ("seed", True, "an int in 0..9223372036854775807"),
         ("seed", 0.0, "an int in 0..9223372036854775807"),
+        ("across_ranks", "same", "allowed are 'auto', 'identical', 'independent'"),
         ("strict", 1, "True or False"),
         ("strict", 0, "True or False"),
         ("strict", None, "True or False"),
@@ -328,6 +330,7 @@ CHANGES: dict[str, Any] = {
     "include": ("*.mlp.*",),
     "exclude": ("*.mlp.*",),
     "seed": 1,
+    "across_ranks": "identical",
     "strict": True,
 }
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import gc
+import hashlib
 import io
 import weakref
 from itertools import pairwise
@@ -16,14 +17,10 @@ from torch import Tensor, nn
 from prac_fx.codecs import PracCodec
 from prac_fx.config import PracConfig
 from prac_fx.errors import StateError
-from prac_fx.state import (
-    Subspace,
-    SubspaceKey,
-    load_state_dict,
-    state_dict,
-    subspace_for,
-    subspaces_of,
-)
+from prac_fx.random_streams import Draws, identity_of
+from prac_fx.rounding_state import RoundingSeed, step_number
+from prac_fx.saved_state import load_state_dict, state_dict
+from prac_fx.state import Subspace, SubspaceKey, subspace_for, subspaces_of
 from prac_fx.torch_compat import autograd_references
 
 CPU = torch.device("cpu")
@@ -53,8 +50,10 @@ def _subspace(
     key: SubspaceKey | None = None,
     name: str = "weight",
     config: PracConfig | None = None,
+    replica: int = 0,
 ) -> Subspace:
-    return subspace_for(owner, key or _key(), CPU, name, config or PracConfig())
+    draws = Draws(name, identity_of([owner]), replica)
+    return subspace_for(owner, key or _key(), CPU, draws, config or PracConfig())
 
 
 def _forward(subspace: Subspace, step: int) -> None:
@@ -265,6 +264,46 @@ def test_user_random_state_is_untouched(codec: PracCodec) -> None:
     torch.manual_seed(4)
     other = _parameter()
     assert _subspace(other, _key(codec)).stream == subspace.stream
+
+
+def test_identity_is_that_of_the_largest_parameter() -> None:
+    """The norms of all blocks are ones at first; what tells the blocks apart is a weight."""
+    norm, first, second = nn.Parameter(torch.ones(16)), _parameter(0), _parameter(1)
+    assert identity_of([norm, first]) == identity_of([first]) != identity_of([norm, second])
+    assert len(identity_of([first])) == 64
+    assert len({identity_of([norm, weight]) for weight in (first, second)}) == 2
+
+
+@pytest.mark.parametrize("codec", CODECS, ids=PracCodec.describe)
+def test_replicas_draw_independently_from_one_stream(codec: PracCodec) -> None:
+    """One stream and one schedule for all, other directions for each, and the same ones again in the next run."""
+    owners = [_parameter() for _ in range(4)]
+    states = [_subspace(o, _key(codec), replica=r) for o, r in zip(owners, (0, 1, 2, 1), strict=True)]
+    assert len({state.stream for state in states}) == 1
+    for step in range(5):
+        bases = [state.basis.clone() for state in states]
+        assert torch.equal(bases[1], bases[3])
+        for a, b in ((0, 1), (0, 2), (1, 2)):
+            assert not torch.allclose(bases[a], bases[b])
+        for state in states:
+            _forward(state, step)
+    assert len({(state.draws, state.next_refresh) for state in states}) == 1
+
+
+def test_replicas_round_independently() -> None:
+    """Each replica has its own numbers in every step; replica 0 has those of a single process."""
+    stream = hashlib.blake2b(b"a stream", digest_size=16).hexdigest()
+    numbers = []
+    for replica in (0, 1, 2):
+        seed = RoundingSeed(torch.zeros((), dtype=torch.int64), stream, replica=replica)
+        seen = []
+        for _ in range(100):
+            seed.begin_step()
+            seen.append(int(seed.seed))
+        numbers += seen
+        assert seed.steps == 100
+    assert len(set(numbers)) == 300
+    assert numbers[:2] == [step_number(int(stream[:16], 16), step) for step in range(2)]
 
 
 # -- schedule -------------------------------------------------------------------------------------
@@ -502,14 +541,16 @@ class _Model(nn.Module):
 CONFIG = PracConfig(refresh_every=6, tail_every=2)
 
 
-def _bind(model: _Model) -> list[Subspace]:
+def _bind(model: _Model, replica: int = 0) -> list[Subspace]:
     """What binding a compiled graph does: find or create the state of every site."""
-    return [
-        _subspace(model.first.weight, _key(PRAC, 0), "first.weight", CONFIG),
-        _subspace(model.first.weight, _key(RAC, 1), "first.weight", CONFIG),
-        _subspace(model.second.weight, _key(PRAC_4, 0), "second.weight", CONFIG),
-        _subspace(model.second.weight, _key(PRAC_4, 1, torch.bfloat16), "second.weight", CONFIG),
+    first, second = model.first.weight, model.second.weight
+    sites = [
+        (first, _key(PRAC, 0), "first.weight"),
+        (first, _key(RAC, 1), "first.weight"),
+        (second, _key(PRAC_4, 0), "second.weight"),
+        (second, _key(PRAC_4, 1, torch.bfloat16), "second.weight"),
     ]
+    return [_subspace(owner, key, name, CONFIG, replica) for owner, key, name in sites]
 
 
 def _train(subspaces: list[Subspace], steps: range) -> list[Tensor]:
@@ -613,7 +654,7 @@ def test_saved_state_is_plain() -> None:
     model = _Model(0)
     _bind(model)
     saved = state_dict(model)
-    assert saved["version"] == 2
+    assert saved["version"] == 3
     named = [(entry["parameter"], entry["slot"], entry["dtype"]) for entry in saved["subspaces"]]
     assert named == [
         ("first.weight", 0, "float32"),
@@ -639,6 +680,43 @@ def test_parameters_that_are_not_mentioned_keep_their_state() -> None:
     assert [s.steps for s in existing] == [5, 5, 0, 0]
 
 
+@pytest.mark.parametrize("bound", [True, False], ids=["bound", "fresh"])
+def test_state_of_another_replica_is_drawn_anew(bound: bool) -> None:
+    """One rank saves and all load: principal directions are taken over, each rank gets a tail of its own."""
+    saving, loading = _Model(0), _Model(1)
+    _train(_bind(saving), range(5))
+    saved = _through_a_file(state_dict(saving))
+    if bound:
+        _train(_bind(loading, replica=3), range(2))
+    load_state_dict(loading, saved)
+    for state, entry in zip(_bind(loading, replica=3), saved["subspaces"], strict=True):
+        assert torch.equal(state.basis, entry["basis"])  # not before the step: a backward may need it
+        principal, draws, due = _parts(state)[0], state.draws, state.next_refresh
+        state.begin_step()
+        assert (state.draws, state.steps, state.replica) == (draws + 1, 6, 3)
+        if 5 < due:
+            torch.testing.assert_close(_parts(state)[0], principal, rtol=0, atol=0.01)
+        assert not torch.allclose(state.basis, entry["basis"], rtol=0.1, atol=0.1)
+    again = _Model(2)
+    load_state_dict(again, saved)
+    for state in _bind(again):  # by the replica that saved it: only what is due
+        expected = state.draws + (state.due <= 5)
+        state.begin_step()
+        assert state.draws == expected
+
+
+def test_parameters_that_the_model_lacks_can_be_left_out() -> None:
+    """As when pipeline stages lie elsewhere: the rest is loaded."""
+    model, other = _Model(0), _Model(1)
+    _train(_bind(model), range(5))
+    saved = state_dict(model)
+    for entry in saved["subspaces"][:2]:
+        entry["parameter"] = "third.weight"
+    load_state_dict(other, saved, strict=False)
+    assert subspaces_of(other.first.weight) == {}
+    assert [s.steps for s in subspaces_of(other.second.weight).values()] == [5, 5]
+
+
 def _spoil(saved: dict[str, Any], how: str) -> object:
     last = saved["subspaces"][-1]
     if how == "version":
@@ -655,6 +733,12 @@ def _spoil(saved: dict[str, Any], how: str) -> object:
         last["rows"] = last["rows"][:-1]
     elif how == "rows missing":
         last["rows"] = None
+    elif how == "stream":
+        last["stream"] = "not hexadecimal"
+    elif how == "steps":
+        last["steps"] = -1
+    elif how == "replica missing":
+        del last["replica"]
     return saved
 
 
@@ -662,13 +746,16 @@ def _spoil(saved: dict[str, Any], how: str) -> object:
 @pytest.mark.parametrize(
     ("how", "message"),
     [
-        ("version", "expected version 2, got 99"),
-        ("no version", "expected version 2, got None"),
-        ("not a mapping", "expected version 2, got 'list'"),
+        ("version", "expected version 3, got 99"),
+        ("no version", "expected version 3, got None"),
+        ("not a mapping", "expected version 3, got 'list'"),
         ("parameter", "no parameter 'third.weight'"),
         ("basis", r"'second.weight': basis has shape \(4, 8, 3\), its codec needs \(4, 8, 4\)"),
         ("rows", r"'second.weight': rows do not fit \(16, 32\)"),
         ("rows missing", r"'second.weight': rows do not fit \(16, 32\)"),
+        ("stream", "'second.weight': 'not hexadecimal' is not the name of a stream"),
+        ("steps", "'second.weight': steps is -1, not a count"),
+        ("replica missing", r"not what state_dict\(\) returned: KeyError\('replica'\)"),
     ],
 )
 def test_state_that_does_not_fit_changes_nothing(how: str, message: str, bound: bool) -> None:

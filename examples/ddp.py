@@ -1,0 +1,61 @@
+"""Data-parallel training with compressed activations: each process compresses its own, nothing of that is communicated.
+
+    torchrun --nproc-per-node 2 examples/ddp.py [--steps 60]
+
+The ranks draw their random numbers independently, so that the variance of the averaged gradient falls with their number.
+Runs on CPUs with gloo, and on GPUs with NCCL where there are any.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+from collections.abc import Sequence
+
+import torch
+import torch.distributed as dist
+from byte_transformer import ByteTransformer, training_data
+from torch.nn.parallel import DistributedDataParallel
+
+import prac_fx
+
+
+def start() -> torch.device:
+    """Join the other processes; this one's device."""
+    if not torch.cuda.is_available():
+        dist.init_process_group("gloo")
+        return torch.device("cpu")
+    device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
+    torch.cuda.set_device(device)
+    dist.init_process_group("nccl")
+    return device
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Train; rank 0 prints the mean loss of all ranks."""
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("--steps", type=int, default=60)
+    parser.add_argument("--width", type=int, default=128)
+    parser.add_argument("--layers", type=int, default=2)
+    parser.add_argument("--backend", default="prac")
+    args = parser.parse_args(argv)
+    device = start()
+    replicated = DistributedDataParallel(ByteTransformer(args.width, args.layers).to(device))
+    compiled = torch.compile(replicated, backend=args.backend)
+    optimizer = torch.optim.AdamW(replicated.parameters(), lr=2e-3)
+    for step, tokens in enumerate(training_data(args.steps, dist.get_rank())):
+        loss = compiled(tokens.to(device))
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        if step == 0:
+            prac_fx.check_plans()  # an error if the ranks did not compile the same
+        mean = loss.detach() / dist.get_world_size()
+        dist.all_reduce(mean)
+        if dist.get_rank() == 0 and step in (0, args.steps - 1):
+            print(f"step {step}: loss {float(mean):.3f}", flush=True)
+    dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,79 @@
+"""Sharded training with compressed activations: each block is compiled and sharded, then saved and loaded.
+
+    torchrun --nproc-per-node 2 examples/fsdp2.py [--steps 60]
+
+Runs on CPUs with gloo, and on GPUs with NCCL where there are any.
+"""
+
+from __future__ import annotations
+
+import argparse
+import tempfile
+from collections.abc import Sequence
+
+import torch
+import torch.distributed as dist
+import torch.distributed.checkpoint as dcp
+from byte_transformer import ByteTransformer, training_data
+from ddp import start
+from torch import Tensor, nn
+from torch.distributed.checkpoint.state_dict import get_model_state_dict, set_model_state_dict
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
+
+import prac_fx
+
+
+def sharded(width: int, layers: int, backend: str, device: torch.device) -> nn.Module:
+    """Each block compiled as one graph, then sharded; the rest is sharded as a whole."""
+    model = ByteTransformer(width, layers).to(device)
+    mesh = init_device_mesh(device.type, (dist.get_world_size(),))
+    for block in model.blocks:
+        block.compile(backend=backend, fullgraph=True)
+        fully_shard(block, mesh=mesh)
+    return fully_shard(model, mesh=mesh)
+
+
+def train(model: nn.Module, data: list[Tensor], device: torch.device) -> list[float]:
+    """Mean loss of all ranks, step by step."""
+    optimizer = torch.optim.AdamW(model.parameters(), lr=2e-3)
+    losses = []
+    for tokens in data:
+        loss = model(tokens.to(device))
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        mean = loss.detach() / dist.get_world_size()
+        dist.all_reduce(mean)
+        losses.append(float(mean))
+    return losses
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Train, save, go on with a fresh model from what was saved."""
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("--steps", type=int, default=60)
+    parser.add_argument("--width", type=int, default=128)
+    parser.add_argument("--layers", type=int, default=2)
+    parser.add_argument("--backend", default="prac")
+    args = parser.parse_args(argv)
+    device = start()
+    model, fresh = (sharded(args.width, args.layers, args.backend, device) for _ in range(2))
+    data = training_data(args.steps + 1, dist.get_rank())
+    losses = train(model, data[:-1], device)
+    folder = [tempfile.mkdtemp()]
+    dist.broadcast_object_list(folder)
+    state = {"model": get_model_state_dict(model), "prac": prac_fx.CheckpointState(model)}
+    dcp.save(state, checkpoint_id=folder[0])
+    state = {"model": get_model_state_dict(fresh), "prac": prac_fx.CheckpointState(fresh)}
+    dcp.load(state, checkpoint_id=folder[0])
+    set_model_state_dict(fresh, state["model"])
+    following = [train(one, data[-1:], device)[0] for one in (model, fresh)]
+    if dist.get_rank() == 0:
+        print(f"loss {losses[0]:.3f} -> {losses[-1]:.3f}")
+        print(f"next step, going on: {following[0]!r}, from the checkpoint: {following[1]!r}")
+    dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main()

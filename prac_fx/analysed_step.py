@@ -1,0 +1,217 @@
+"""One training step, analysed: what it keeps for backward, and what it holds at each moment, without and with our backend."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+from torch import Tensor, nn
+
+from prac_fx.config import PracConfig
+from prac_fx.errors import ReportError
+from prac_fx.memory import storage_nbytes
+from prac_fx.optimizer_memory import OptimizerMemory, optimizer_memory
+from prac_fx.passes.plan import PlannedValue
+from prac_fx.planned_values import values_after, values_refused
+from prac_fx.step_memory import Category, Live, StepMemory, simulate
+from prac_fx.step_trace import Call, PlannedGraph, Step, trace
+from prac_fx.torch_compat import storage_key, tree_leaves
+
+NO_BACKWARD = (
+    "the model has no backward: no parameter requires a gradient, the result does not depend "
+    "on one, or Dynamo does not trace the model (nn.LSTM, for one)"
+)
+
+
+@dataclass(frozen=True)
+class Tensors:
+    """The tensors that a step meets, each storage once.
+
+    Attributes:
+        parameters, buffers, inputs: (name, tensor) pairs.
+    """
+
+    parameters: tuple[tuple[str, Tensor], ...]
+    buffers: tuple[tuple[str, Tensor], ...]
+    inputs: tuple[tuple[str, Tensor], ...]
+
+    @cached_property
+    def trained(self) -> list[Tensor]:
+        """Parameters that require a gradient."""
+        return [parameter for _, parameter in self.parameters if parameter.requires_grad]
+
+    @property
+    def all(self) -> Iterator[Tensor]:
+        """All of them."""
+        for group in (self.parameters, self.buffers, self.inputs):
+            yield from (tensor for _, tensor in group)
+
+    def live(self) -> list[Live]:
+        """What they take, all the time."""
+        groups: dict[Category, tuple[tuple[str, Tensor], ...]] = {
+            "parameters": self.parameters,
+            "buffers": self.buffers,
+            "inputs": self.inputs,
+        }
+        return [
+            _live_tensor(name, category, tensor)
+            for category, group in groups.items()
+            for name, tensor in group
+        ]
+
+
+def tensors_of(step: Step) -> Tensors:
+    """Parameters, buffers and inputs of a step; what shares a storage counts once, for the first that has it."""
+    seen: set[int] = set()
+
+    def distinct(pairs: Iterable[tuple[str, Tensor]]) -> tuple[tuple[str, Tensor], ...]:
+        found = []
+        for name, tensor in pairs:
+            if storage_key(tensor) not in seen:
+                seen.add(storage_key(tensor))
+                found.append((name, tensor))
+        return tuple(found)
+
+    modules = [one for one in (step.model, step.loss_fn) if isinstance(one, nn.Module)]
+    return Tensors(
+        distinct(pair for module in modules for pair in module.named_parameters()),
+        distinct(pair for module in modules for pair in module.named_buffers()),
+        distinct(named_inputs(step.args, step.kwargs)),
+    )
+
+
+def named_inputs(args: Sequence[Any], kwargs: Mapping[str, Any]) -> Iterator[tuple[str, Tensor]]:
+    """The tensors among the inputs; a positional one is named by its number."""
+    for name, value in [*((str(i), value) for i, value in enumerate(args)), *kwargs.items()]:
+        leaves = [leaf for leaf in tree_leaves(value) if isinstance(leaf, Tensor)]
+        for number, leaf in enumerate(leaves):
+            yield (name if len(leaves) == 1 else f"{name}.{number}"), leaf
+
+
+@dataclass(frozen=True)
+class AnalysedStep:
+    """What one training step allocates and keeps.
+
+    Attributes:
+        tensors: parameters, buffers and inputs.
+        optimizer: what the optimizer takes.
+        calls: the runs of graphs that have a backward.
+        values: every value that backward needs, of all calls.
+        before: memory over the step with plain Inductor.
+        after: with our backend.
+        model: what was analysed.
+    """
+
+    tensors: Tensors
+    optimizer: OptimizerMemory
+    calls: tuple[Call, ...]
+    values: tuple[PlannedValue, ...]
+    before: StepMemory
+    after: StepMemory
+    model: Callable[..., Any]
+
+    @property
+    def num_graphs(self) -> int:
+        """Graphs that have a backward; one that runs several times counts once."""
+        return len({id(call.before) for call in self.calls})
+
+    @property
+    def saved_before_nbytes(self) -> int:
+        """Bytes that plain Inductor holds between forward and backward, inputs not counted."""
+        return sum(value.nbytes_before for value in self.values)
+
+    @property
+    def saved_after_nbytes(self) -> int:
+        """Bytes that our backend holds there, without state."""
+        return sum(value.nbytes_after for value in self.values)
+
+    @property
+    def state_nbytes(self) -> int:
+        """Bytes of bases and sampled rows."""
+        return sum(value.state_nbytes for value in self.values)
+
+    @property
+    def flops_before(self) -> int:
+        """FLOPs of matmuls, convolutions and attention with plain Inductor."""
+        return sum(call.before.flops for call in self.calls)
+
+    @property
+    def flops_after(self) -> int:
+        """Likewise with our backend."""
+        return sum(call.after.flops for call in self.calls)
+
+    @property
+    def logits_nbytes(self) -> int:
+        """Bytes of the largest value that the loss is computed from: a language model's logits."""
+        sizes = [
+            value.nbytes
+            for call in self.calls
+            for kernel in call.before.forward.kernels
+            for value in kernel.allocated.values()
+            if value.name in call.before.facts.logits
+        ]
+        return max(sizes, default=0)
+
+
+def analyse_step(
+    step: Step,
+    config: PracConfig | None,
+    patches: Mapping[str, Any],
+    optimizer: str = "adamw",
+    *,
+    budget: float = 1.0,
+) -> AnalysedStep:
+    """Trace a step and run through its memory.
+
+    Args:
+        step: what to analyse.
+        config: options of our backend; None for plain Inductor alone.
+        patches: Inductor's.
+        optimizer: a key of `prac_fx.optimizer_memory.OPTIMIZERS`.
+        budget: torch's `activation_memory_budget`.
+
+    Raises:
+        ReportError: an unknown optimizer, or nothing has a backward.
+    """
+    tensors = tensors_of(step)
+    of_optimizer = optimizer_memory(optimizer, tensors.trained)
+    calls = trace(step, config, patches, budget=budget)
+    if not calls:
+        raise ReportError(NO_BACKWARD)
+    values = [value for call in calls for value in _values(call.after)]
+    constants = tensors.live()
+    constants.append(Live(optimizer, "optimizer", "", of_optimizer.state_nbytes))
+    state = Live("bases and sampled rows", "state", "", sum(value.state_nbytes for value in values))
+    static = [storage_key(tensor) for tensor in tensors.all]
+
+    def memory(graphs: Sequence[PlannedGraph], more: Sequence[Live]) -> StepMemory:
+        pairs = zip(calls, graphs, strict=True)
+        step_graphs = [call.step_graph(graph) for call, graph in pairs]
+        return simulate([*constants, *more], step_graphs, static, of_optimizer.temporary_nbytes)
+
+    before = memory([call.before for call in calls], [])
+    # the same object means that nothing is rewritten
+    changed = any(call.after is not call.before for call in calls)
+    after = memory([call.after for call in calls], [state]) if changed else before
+    return AnalysedStep(
+        tensors, of_optimizer, tuple(calls), tuple(values), before, after, step.model
+    )
+
+
+def _values(graph: PlannedGraph) -> list[PlannedValue]:
+    if graph.plan is None:
+        return []
+    if graph.rewritten is not None:
+        return values_after(graph.plan, graph.rewritten)
+    if graph.refused is not None:
+        return values_refused(graph.plan, graph.refused)
+    return list(graph.plan.values)
+
+
+def _live_tensor(name: str, category: Category, tensor: Tensor) -> Live:
+    module = name.rpartition(".")[0] if category != "inputs" else ""
+    dtype = str(tensor.dtype).removeprefix("torch.")
+    shape = tuple(int(size) for size in tensor.shape)
+    return Live(name, category, module, storage_nbytes(tensor), shape, dtype)

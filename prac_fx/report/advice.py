@@ -1,0 +1,92 @@
+"""What the numbers of a report say to do, in sentences."""
+
+from __future__ import annotations
+
+from prac_fx.memory import format_nbytes
+from prac_fx.report.document import Alternative, Category, Document
+
+# Shares of the peak from which on something is worth a sentence.
+_MUCH = 0.2
+# Recomputation below this share of the step's FLOPs is as good as free.
+_FREE_FLOPS = 0.005
+
+
+def advice_for(document: Document) -> list[str]:
+    """Sentences, the most useful first; the document's own advice is not read."""
+    found = [_about_prac(document), _about_loss(document), _about_free_recomputation(document)]
+    found += [_about_optimizer(document), _about_parameters(document)]
+    return [sentence for sentence in found if sentence]
+
+
+def _share_at_peak(document: Document, category: Category) -> float:
+    peak = document["peak"]["after"]
+    nbytes = sum(one["nbytes"] for one in peak["live"] if one["category"] == category)
+    return nbytes / peak["nbytes"] if peak["nbytes"] else 0.0
+
+
+def _about_prac(document: Document) -> str:
+    before, after = (document["peak"][which]["nbytes"] for which in ("before", "after"))
+    saved = document["totals"]["saved_before_nbytes"] - document["totals"]["saved_after_nbytes"]
+    if not saved:
+        return (
+            'backend="prac" would encode nothing: the reasons in the table of values say why, value by '
+            "value"
+        )
+    if before - after < 0.02 * before:
+        return (
+            f'backend="prac" saves {format_nbytes(saved)} between forward and backward, but the peak lies '
+            "elsewhere and hardly moves: see what is alive there"
+        )
+    return (
+        f'backend="prac" takes {format_nbytes(before - after)} off the peak '
+        f"({(before - after) / before:.0%})"
+    )
+
+
+def _about_loss(document: Document) -> str:
+    share = _share_at_peak(document, "loss")
+    if share < _MUCH:
+        return ""
+    return (
+        f"logits and what the loss makes of them are {share:.0%} of the peak: chunk the loss (Inductor's "
+        "auto_chunker.enable, or a fused linear cross entropy); compression cannot help there"
+    )
+
+
+def _about_free_recomputation(document: Document) -> str:
+    plain = _named(document, "inductor")
+    if plain is None or not plain["saved_nbytes"]:
+        return ""
+    for one in document["alternatives"]:
+        saved, flops = one["saved_nbytes"], one["added_flops"]
+        if not one["name"].startswith("budget") or saved is None or flops is None:
+            continue
+        less = 1 - saved / plain["saved_nbytes"]
+        if less >= 0.1 and flops <= _FREE_FLOPS:
+            budget = one["name"].removeprefix("budget ")
+            return (
+                f"activation_memory_budget={budget} saves {less:.0%} of what is kept for backward with exact "
+                "gradients and without another matmul"
+            )
+    return ""
+
+
+def _named(document: Document, name: str) -> Alternative | None:
+    return next((one for one in document["alternatives"] if one["name"] == name), None)
+
+
+def _about_optimizer(document: Document) -> str:
+    share = _share_at_peak(document, "optimizer")
+    if share < _MUCH:
+        return ""
+    return (
+        f"the state of {document['totals']['optimizer']} is {share:.0%} of the peak and does not depend on the "
+        "batch: an 8-bit or factored optimizer, or sharding, helps there"
+    )
+
+
+def _about_parameters(document: Document) -> str:
+    share = _share_at_peak(document, "parameters") + _share_at_peak(document, "gradients")
+    if share < 0.5:
+        return ""
+    return f"parameters and gradients are {share:.0%} of the peak: activations matter little at this batch size"

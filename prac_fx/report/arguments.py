@@ -1,0 +1,216 @@
+"""Where the memory of a training step goes, why, and what would help.
+
+model.py is any file with a function `build()` that returns `(model, inputs)` or `(model, inputs, loss_fn)`:
+
+    import torch
+
+    def build():
+        model = torch.nn.Sequential(torch.nn.Linear(512, 2048), torch.nn.GELU(), torch.nn.Linear(2048, 512))
+        return model, (torch.randn(4096, 512),), lambda out: out.square().mean()
+
+`inputs` is a tuple of arguments, a dict of keyword arguments, or a single tensor. `loss_fn`, when given, is
+applied to the model's result and traced with it. No GPU is needed. Instead of model.py, a report that was written
+with --format json can be given, to see it in another format.
+Options follow as key=value, as in `torch.compile(options=...)`: `prac.principal=0.2 prac.min_nbytes=0`.
+"""
+
+from __future__ import annotations
+
+import argparse
+import ast
+import errno
+import os
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, NoReturn
+
+from prac_fx.config import split_options
+from prac_fx.errors import ReportError
+from prac_fx.report import table
+from prac_fx.report.analysis import Analysis
+from prac_fx.report.png import require_matplotlib
+from prac_fx.report.sizes import parse_nbytes
+
+FORMATS = ("table", "json", "html", "png")
+DTYPES = ("float32", "bfloat16", "float16", "float64")
+STDOUT = "-"
+
+
+class _Parser(argparse.ArgumentParser):
+    """Errors are one line, like all others of this command."""
+
+    def error(self, message: str) -> NoReturn:
+        raise ReportError(f"{message}; see --help")
+
+
+def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
+    """Parse the command line, and refuse before minutes of analysis what could not be carried out after it.
+
+    Returns:
+        The arguments; sizes are bytes, `options` of a model is a dict, `format` is set.
+
+    Raises:
+        PracError: what is wrong, in one line.
+    """
+    arguments = _parser().parse_intermixed_args(argv)
+    _check(arguments)
+    return arguments
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = _Parser(
+        prog="python -m prac_fx.report",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("model", nargs="?", help="file with a function build(), or a JSON report")
+    parser.add_argument(
+        "options", nargs="*", metavar="option=value", help="as in torch.compile(options=...)"
+    )
+    _add_output_flags(parser.add_argument_group("output"))
+    _add_analysis_flags(parser.add_argument_group("what to analyse"))
+    return parser
+
+
+def _add_output_flags(group: argparse._ArgumentGroup) -> None:
+    group.add_argument(
+        "--format", choices=FORMATS, help="default: by the name of the output file, else table"
+    )
+    group.add_argument(
+        "-o", "--output", metavar="FILE", default=STDOUT, help="- for standard output (default)"
+    )
+    group.add_argument(
+        "--by", choices=table.GROUPINGS, default="value", help="rows of the table (default: value)"
+    )
+    group.add_argument(
+        "--top", type=int, default=20, metavar="N", help="rows of the table, 0 for all (default 20)"
+    )
+    group.add_argument(
+        "--compare", nargs=2, metavar=("A", "B"), help="two JSON reports, instead of a model"
+    )
+    group.add_argument(
+        "--fail-if-above",
+        metavar="SIZE",
+        help="exit with 1 if the estimated peak with prac is above it, such as 12GiB",
+    )
+
+
+def _add_analysis_flags(group: argparse._ArgumentGroup) -> None:
+    group.add_argument("--optimizer", metavar="NAME", help="whose state counts (default: adamw)")
+    group.add_argument("--batch", type=int, metavar="N", help="instead of the inputs' batch")
+    group.add_argument(
+        "--seq", type=int, metavar="N", help="instead of the inputs' sequence length"
+    )
+    group.add_argument("--dtype", choices=DTYPES, help="instead of the model's")
+    group.add_argument("--fits", metavar="SIZE", help="find the largest batch that fits, in 80GiB")
+    group.add_argument(
+        "--alternatives",
+        action=argparse.BooleanOptionalAction,
+        default=None,
+        help="what other ways to train would take (default: yes; each one is an analysis of its own)",
+    )
+    group.add_argument(
+        "--measure",
+        action="store_true",
+        default=None,
+        help="also run real steps, and put what they take beside the estimates",
+    )
+    group.add_argument(
+        "--fake",
+        action=argparse.BooleanOptionalAction,
+        default=None,
+        help="build() without memory for its tensors (default: if they would not fit)",
+    )
+
+
+# -- checks that need no work ------------------------------------------------------------------------
+
+
+def _check(arguments: argparse.Namespace) -> None:
+    """Refuse before minutes of analysis what could not be carried out after it."""
+    if arguments.model is None and not arguments.compare:
+        raise ReportError("no model: give a file with a function build(), or --compare; see --help")
+    if arguments.top < 0:
+        raise ReportError(f"--top {arguments.top}: expected a number of rows, 0 for all")
+    arguments.format = arguments.format or _format_of(arguments.output)
+    for name in ("batch", "seq"):
+        size = getattr(arguments, name)
+        if size is not None and size < 1:
+            raise ReportError(f"--{name} {size}: expected a whole number above zero")
+    for name in ("fail_if_above", "fits"):
+        text = getattr(arguments, name)
+        if text is not None:
+            setattr(arguments, name, parse_nbytes(text, f"--{name.replace('_', '-')}"))
+    if arguments.alternatives is False:
+        for name in ("fits", "measure"):
+            if getattr(arguments, name):
+                raise ReportError(f"--{name} is about the alternatives: drop --no-alternatives")
+    if arguments.measure and arguments.fake:
+        raise ReportError("--measure runs real steps, and --fake has no memory for them: drop one")
+    if arguments.format == "png":
+        require_matplotlib()
+        if arguments.output == STDOUT and sys.stdout.isatty():
+            raise ReportError("--format png: give a file with -o, a terminal cannot show it")
+    if arguments.output != STDOUT:
+        _check_writable(Path(arguments.output))
+    if arguments.compare:
+        _check_compare(arguments)
+    elif is_report(Path(arguments.model)):
+        _check_finished(arguments)
+    else:
+        arguments.options = _parse_options(arguments.options)
+        split_options(arguments.options)
+
+
+def is_report(path: Path) -> bool:
+    """Is it a finished report rather than a model?"""
+    return path.suffix == ".json"
+
+
+def _format_of(output: str) -> str:
+    suffix = Path(output).suffix.removeprefix(".")
+    return suffix if suffix in FORMATS else "table"
+
+
+def _check_compare(arguments: argparse.Namespace) -> None:
+    if arguments.model is not None:
+        raise ReportError(
+            f"--compare takes two JSON reports and nothing else, not {arguments.model}"
+        )
+    if arguments.format not in ("table", "json"):
+        raise ReportError(f"--compare --format {arguments.format}: expected table or json")
+    for name in ("fail_if_above", *_given(arguments)):
+        if getattr(arguments, name) is not None:
+            raise ReportError(f"--{name.replace('_', '-')} does not go with --compare")
+
+
+def _check_finished(arguments: argparse.Namespace) -> None:
+    given = [*(f"--{name}" for name in _given(arguments)), *arguments.options]
+    if given:
+        raise ReportError(f"{arguments.model} is a finished report: {given[0]} cannot change it")
+
+
+def _given(arguments: argparse.Namespace) -> list[str]:
+    """Flags of the analysis that are set."""
+    return [name for name in Analysis.flags() if getattr(arguments, name) is not None]
+
+
+def _check_writable(path: Path) -> None:
+    if path.is_dir():
+        raise ReportError(f"{path}: cannot write: {os.strerror(errno.EISDIR)}")
+    if not path.parent.is_dir():
+        raise ReportError(f"{path}: cannot write: {os.strerror(errno.ENOENT)}")
+
+
+def _parse_options(pairs: Sequence[str]) -> dict[str, Any]:
+    options: dict[str, Any] = {}
+    for pair in pairs:
+        key, equals, text = pair.partition("=")
+        if not equals:
+            raise ReportError(f"{pair!r}: expected option=value, such as prac.principal=0.2")
+        try:
+            options[key] = ast.literal_eval(text)
+        except (ValueError, TypeError, SyntaxError):
+            options[key] = text
+    return options

@@ -1,0 +1,87 @@
+"""Two steps on one pair of axes, thinned out for drawing; the peak is always among what is left.
+
+The two steps have different events, so position is progress within a phase: every phase has the same place
+in both.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+from prac_fx.report.document import Timeline, TimelinePair
+
+# More than a screen has pixels to show, few enough for a file that opens at once.
+MOST_SAMPLES = 700
+
+# A phase of a single event, such as the optimizer's, still has to be seen.
+_MIN_SHARE = 0.075
+_MARKS = 5
+_HEADROOM = 1.18
+
+
+@dataclass(frozen=True)
+class Span:
+    """Place of a phase on the axis, both ends in 0 .. 1."""
+
+    name: str
+    left: float
+    right: float
+
+
+@dataclass(frozen=True)
+class Sample:
+    """An event to draw: where it starts on the axis, and its number in the timeline."""
+
+    left: float
+    event: int
+
+
+def phase_spans(timelines: TimelinePair) -> list[Span]:
+    """Share the axis among the phases by their number of events, the larger one of both steps."""
+    events: dict[str, int] = {}
+    for timeline in (timelines["before"], timelines["after"]):
+        for phase in timeline["phases"]:
+            count = phase["end"] - phase["start"]
+            events[phase["name"]] = max(count, events.get(phase["name"], 0))
+    total = sum(events.values())
+    shares = {name: max(_MIN_SHARE, count / total) for name, count in events.items() if count}
+    spans, left = [], 0.0
+    for name, share in shares.items():
+        right = left + share / sum(shares.values())
+        spans.append(Span(name, left, right))
+        left = right
+    return spans
+
+
+def largest_nbytes(timelines: TimelinePair) -> float:
+    """Upper end of the axis of bytes: the higher peak, and some room above it."""
+    return max(1, *timelines["before"]["nbytes"], *timelines["after"]["nbytes"]) * _HEADROOM
+
+
+def byte_marks(nbytes: float) -> list[float]:
+    """Multiples of a power of two, at most five of them, up to a size."""
+    step = 2.0 ** math.ceil(math.log2(nbytes / _MARKS))
+    return [step * number for number in range(1, math.floor(nbytes / step) + 1)]
+
+
+def sample_timeline(
+    timeline: Timeline, spans: list[Span], limit: int = MOST_SAMPLES
+) -> list[Sample]:
+    """At most about `limit` events: of each stretch of a phase the one with the most bytes."""
+    places = {span.name: span for span in spans}
+    samples = []
+    for phase in timeline["phases"]:
+        count = phase["end"] - phase["start"]
+        if not count:
+            continue
+        place = places[phase["name"]]
+        width = place.right - place.left
+        stretches = min(count, max(1, round(limit * width)))
+        for index in range(stretches):
+            first = phase["start"] + index * count // stretches
+            last = phase["start"] + (index + 1) * count // stretches
+            event = max(range(first, last), key=timeline["nbytes"].__getitem__)
+            left = place.left + width * (first - phase["start"]) / count
+            samples.append(Sample(left, event))
+    return samples

@@ -1,0 +1,339 @@
+"""The report as one HTML page that needs no network: template, style and script are in `page/`.
+
+Whatever comes from the user's model is text to it. Jinja escapes it where it stands in markup, the script only
+ever sets it as text, and the page's own content security policy lets no other script, style or connection in.
+"""
+
+from __future__ import annotations
+
+import base64
+import hashlib
+import json
+from functools import cache
+from importlib import resources
+from typing import Any, Literal
+
+import jinja2
+
+from prac_fx.passes.plan import REASONS
+from prac_fx.report import wording
+from prac_fx.report.axes import Sample
+from prac_fx.report.chart import Chart, draw_chart
+from prac_fx.report.document import CATEGORIES, Category, Document, Live, Timeline
+from prac_fx.report.palette import DARK, LIGHT
+from prac_fx.report.repeats import Repeat, merge_live, merge_repeats
+from prac_fx.report.wording import (
+    AFTER,
+    BEFORE,
+    change_text,
+    is_listed,
+    nbytes_text,
+    operator_text,
+    position_text,
+    reason_codes,
+    tensor_text,
+)
+
+MEANINGS: dict[Category, str] = {
+    "parameters": "weights of the model",
+    "buffers": "its other tensors",
+    "inputs": "the batch",
+    "gradients": "of the parameters",
+    "optimizer": "its state",
+    "saved": "kept by forward for backward",
+    "state": "bases and sampled rows of prac",
+    "temporary": "used and freed within the step",
+    "loss": "logits, and what follows from them",
+}
+
+_MOST_LIVE = 8
+_VALUE_COLUMNS = (
+    ("Value", "text"),
+    ("Role", "text"),
+    ("Before", "number"),
+    ("After", "number"),
+    ("Stored as", "text"),
+)
+_FILTERS = {
+    "nbytes": nbytes_text,
+    "percent": lambda share: f"{share:.2f}%",
+    **{
+        name: getattr(wording, name)
+        for name in (
+            "count_text",
+            "flops_text",
+            "inputs_text",
+            "model_text",
+            "options_text",
+            "position_text",
+            "repeated_text",
+            "share_text",
+            "tensor_text",
+            "value_text",
+        )
+    },
+}
+
+
+def as_html(document: Document) -> str:
+    """The whole page; it loads nothing and sends nothing."""
+    css, script = _palette() + _page_file("page.css"), _page_file("page.js")
+    chart = draw_chart(document)
+    policy = (
+        f"default-src 'none'; style-src {_hash(css)}; script-src {_hash(script)}; "
+        "base-uri 'none'; form-action 'none'"
+    )
+    return _template().render(
+        doc=document,
+        model=document["model"],
+        before=BEFORE,
+        after=AFTER,
+        policy=policy,
+        css=css,
+        script=script,
+        data=_embedded(_script_data(document, chart)),
+        **_summary(document),
+        **_step(document, chart),
+        **_alternatives(document),
+        **_values(document),
+    )
+
+
+@cache
+def _template() -> jinja2.Template:
+    environment = jinja2.Environment(
+        autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True
+    )
+    environment.filters.update(_FILTERS)
+    return environment.from_string(_page_file("page.html"))
+
+
+@cache
+def _page_file(name: str) -> str:
+    return (resources.files("prac_fx.report") / "page" / name).read_text(encoding="utf-8")
+
+
+def _palette() -> str:
+    """The colours of the categories as variables of the style."""
+    light, dark = (
+        "".join(f"--{category}:{colour};" for category, colour in colours.items())
+        for colours in (LIGHT, DARK)
+    )
+    return f"\n:root{{{light}}}\n@media (prefers-color-scheme: dark){{:root{{{dark}}}}}"
+
+
+def _hash(text: str) -> str:
+    """What a content security policy names an inline script or style by."""
+    digest = hashlib.sha256(text.encode()).digest()
+    return f"'sha256-{base64.b64encode(digest).decode()}'"
+
+
+def _embedded(data: object) -> str:
+    """JSON in which nothing can end the script element that it stands in."""
+    text = json.dumps(data, separators=(",", ":"), allow_nan=False)
+    return text.replace("<", "\\u003c").replace(">", "\\u003e").replace("&", "\\u0026")
+
+
+# -- sections --------------------------------------------------------------------------------------
+
+
+def _summary(document: Document) -> dict[str, Any]:
+    totals, peak = document["totals"], document["peak"]
+    saved = totals["saved_before_nbytes"], totals["saved_after_nbytes"]
+    peaks = peak["before"]["nbytes"], peak["after"]["nbytes"]
+    at_peak = [_categories_at_peak(document["timeline"][side]) for side in ("before", "after")]
+    figures = [
+        _figure(
+            "Estimated peak", *peaks, at_peak, f"With {AFTER} in {position_text(peak['after'])}."
+        ),
+        _figure(
+            "Saved for backward",
+            *saved,
+            [_saved_by_category(document, side) for side in ("nbytes_before", "nbytes_after")],
+            "What forward leaves for backward, inputs and parameters not counted.",
+        ),
+    ]
+    fixed = [
+        ("Parameters", totals["parameters_nbytes"]),
+        ("Gradients", totals["gradients_nbytes"]),
+        (f"Optimizer, {totals['optimizer']}", totals["optimizer_nbytes"]),
+        ("Logits", totals["logits_nbytes"]),
+        ("State of prac", totals["state_nbytes"]),
+        ("Buffers", totals["buffers_nbytes"]),
+        ("Inputs", totals["inputs_nbytes"]),
+    ]
+    return {"figures": figures, "fixed": fixed}
+
+
+def _figure(
+    name: str, before: int, after: int, parts: list[dict[Category, int]], note: str
+) -> dict[str, Any]:
+    largest = max(before, after, 1)
+    bars = []
+    for side, nbytes, sizes in zip((BEFORE, AFTER), (before, after), parts, strict=True):
+        left, shown = 0.0, []
+        for category, size in sizes.items():
+            width = 100 * size / largest
+            shown.append({"category": category, "nbytes": size, "left": left, "width": width})
+            left += width
+        bars.append({"name": side, "nbytes": nbytes, "parts": shown})
+    return {
+        "name": name,
+        "before": before,
+        "after": after,
+        "change": change_text(before, after),
+        "bars": bars,
+        "note": note,
+    }
+
+
+def _categories_at_peak(timeline: Timeline) -> dict[Category, int]:
+    event = max(range(len(timeline["nbytes"])), key=timeline["nbytes"].__getitem__)
+    columns = timeline["by_category"]
+    return {name: columns[name][event] for name in CATEGORIES if columns.get(name, [0])[event]}
+
+
+def _saved_by_category(
+    document: Document, side: Literal["nbytes_before", "nbytes_after"]
+) -> dict[Category, int]:
+    sums: dict[Category, int] = {}
+    for value in document["values"]:
+        sums[value["category"]] = sums.get(value["category"], 0) + value[side]
+    return {name: sums[name] for name in CATEGORIES if sums.get(name)}
+
+
+def _step(document: Document, chart: Chart) -> dict[str, Any]:
+    peak, timeline = document["peak"], document["timeline"]
+    before = _categories_at_peak(timeline["before"])
+    after = _categories_at_peak(timeline["after"])
+    used = {
+        name
+        for side in (timeline["before"], timeline["after"])
+        for name, column in side["by_category"].items()
+        if any(column)
+    }
+    legend = [
+        {
+            "category": name,
+            "meaning": MEANINGS[name],
+            "before": before.get(name, 0),
+            "after": after.get(name, 0),
+        }
+        for name in reversed(CATEGORIES)
+        if name in used
+    ]
+    live = [
+        {"name": name, "peak": one, "largest": merge_live(one["live"])[:_MOST_LIVE]}
+        for name, one in ((BEFORE, peak["before"]), (AFTER, peak["after"]))
+    ]
+    return {
+        "chart": chart,
+        "chart_label": (
+            f"Bytes allocated during a step. {BEFORE} peaks at {nbytes_text(peak['before']['nbytes'])} in "
+            f"{peak['before']['phase']}, {AFTER} at {nbytes_text(peak['after']['nbytes'])} in "
+            f"{peak['after']['phase']}."
+        ),
+        "peaks": [
+            ("before", chart.before, peak["before"]["nbytes"]),
+            ("after", chart.after, peak["after"]["nbytes"]),
+        ],
+        "legend": legend,
+        "live": live,
+    }
+
+
+def _alternatives(document: Document) -> dict[str, Any]:
+    ways = document["alternatives"]
+    largest = max([one["peak_nbytes"] or 0 for one in ways] or [0]) or 1
+    return {
+        "alternatives": [
+            {"way": one, "width": 100 * (one["peak_nbytes"] or 0) / largest} for one in ways
+        ],
+        "has_batch": any(one["largest_batch"] is not None for one in ways),
+        "has_measured": any(one["measured"] is not None for one in ways),
+    }
+
+
+def _values(document: Document) -> dict[str, Any]:
+    listed = [value for value in document["values"] if is_listed(value)]
+    merged = merge_repeats(listed)
+    each = [Repeat(value["module"] or value["name"], (value,)) for value in listed]
+    each.sort(key=lambda one: (-one.before_nbytes, -one.after_nbytes))
+    return {
+        "value_columns": _VALUE_COLUMNS,
+        "merged": merged,
+        "values": each,
+        "most": {"merged": _largest(merged), "each": _largest(each)},
+        "inputs_count": len(document["values"]) - len(listed),
+        "reasons": [(code, REASONS.get(code, "")) for code in reason_codes(document)],
+    }
+
+
+def _largest(rows: list[Repeat]) -> int:
+    return max([max(row.before_nbytes, row.after_nbytes) for row in rows] or [0]) or 1
+
+
+# -- what the script reads ---------------------------------------------------------------------------
+
+
+def _script_data(document: Document, chart: Chart) -> dict[str, Any]:
+    timeline, peak = document["timeline"], document["peak"]
+    return {
+        "names": [BEFORE, AFTER],
+        "spans": [(span.name, span.left, span.right) for span in chart.spans],
+        "before": _samples(timeline["before"], chart.samples_before),
+        "after": _samples(timeline["after"], chart.samples_after),
+        "values": [
+            (
+                value["module"],
+                operator_text(value["op"]),
+                value["category"],
+                value["decision"],
+                value["nbytes_before"],
+                value["nbytes_after"],
+                ", ".join(
+                    filter(
+                        None,
+                        (
+                            tensor_text(value["shape"], value["dtype"]),
+                            value["stored_as"],
+                            value["reason"],
+                        ),
+                    )
+                ),
+            )
+            for value in document["values"]
+            if value["nbytes_before"] or value["nbytes_after"]
+        ],
+        "live": {"before": _live(peak["before"]["live"]), "after": _live(peak["after"]["live"])},
+    }
+
+
+def _samples(timeline: Timeline, samples: tuple[Sample, ...]) -> dict[str, Any]:
+    events = [sample.event for sample in samples]
+    return {
+        "left": [round(sample.left, 5) for sample in samples],
+        "events": events,
+        "nbytes": [timeline["nbytes"][event] for event in events],
+        "labels": [timeline["labels"][event] for event in events],
+        "categories": {
+            name: [column[event] for event in events]
+            for name, column in timeline["by_category"].items()
+            if any(column)
+        },
+    }
+
+
+def _live(live: list[Live]) -> list[tuple[object, ...]]:
+    return [
+        (
+            one["module"],
+            one["what"],
+            one["category"],
+            "",
+            one["nbytes"],
+            one["nbytes"],
+            ", ".join(filter(None, (one["category"], tensor_text(one["shape"], one["dtype"])))),
+        )
+        for one in live
+    ]

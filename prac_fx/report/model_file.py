@@ -1,0 +1,113 @@
+"""Runs a user's model file: its `build()`, and errors shown as theirs."""
+
+from __future__ import annotations
+
+import importlib.util
+import sys
+import traceback
+import types
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from importlib.machinery import SourceFileLoader
+from pathlib import Path
+from typing import Any
+
+from prac_fx.errors import ReportError
+
+
+@dataclass(frozen=True)
+class Built:
+    """What `build()` returned: a model, how to call it, and what to apply to its result."""
+
+    model: Callable[..., Any]
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+    loss_fn: Callable[[Any], Any] | None
+
+
+class UserCodeError(ReportError):
+    """The user's code raised.
+
+    Attributes:
+        traceback: of their error, with the frames of their file alone; empty when none is theirs.
+    """
+
+    def __init__(self, message: str, traceback: str) -> None:
+        super().__init__(message)
+        self.traceback = traceback
+
+
+def import_build(path: Path) -> Callable[[], object]:
+    """Import the file and find its `build`.
+
+    Raises:
+        ReportError: no such file, it cannot be imported, or it has no function `build`.
+    """
+    if not path.is_file():
+        raise ReportError(f"{path}: no such file")
+    # as `python model.py` would: the file may import its neighbours
+    sys.path.insert(0, str(path.resolve().parent))
+    try:
+        build = getattr(_import_file(path), "build", None)
+    except (Exception, SystemExit) as error:
+        raise user_code_error(f"{path}: loading it raised", error, path) from error
+    if not callable(build):
+        raise ReportError(f"{path}: no function build() in it; see --help for an example")
+    return build  # type: ignore[no-any-return]
+
+
+def call_build(build: Callable[[], object], path: Path) -> Built:
+    """Call it and check what it returns.
+
+    Raises:
+        ReportError: it raised, or returned something else than a model and its inputs.
+    """
+    try:
+        built = build()
+    except (Exception, SystemExit) as error:
+        raise user_code_error(f"{path}: build() raised", error, path) from error
+    expected = f"{path}: build() must return (model, inputs) or (model, inputs, loss_fn)"
+    if not isinstance(built, tuple) or len(built) not in (2, 3):
+        size = f" of {len(built)}" if isinstance(built, tuple) else ""
+        raise ReportError(f"{expected}, got {type(built).__name__}{size}")
+    model, inputs, loss_fn = built if len(built) == 3 else (*built, None)
+    if not callable(model):
+        raise ReportError(f"{expected}, but its model is {type(model).__name__}, not callable")
+    if loss_fn is not None and not callable(loss_fn):
+        raise ReportError(f"{expected}, but its loss_fn is {type(loss_fn).__name__}, not callable")
+    if isinstance(inputs, Mapping):
+        return Built(model, (), dict(inputs), loss_fn)
+    args = tuple(inputs) if isinstance(inputs, tuple | list) else (inputs,)
+    return Built(model, args, {}, loss_fn)
+
+
+def user_code_error(message: str, error: BaseException, path: Path) -> UserCodeError:
+    """The error as one line after a message, with a traceback of the frames of the user's file."""
+    return UserCodeError(f"{message} {one_line(error)}", _own_traceback(error, path))
+
+
+def one_line(error: BaseException) -> str:
+    """Type and first line of an error."""
+    text = str(error).strip().partition("\n")[0]
+    return f"{type(error).__name__}: {text}" if text else type(error).__name__
+
+
+def _own_traceback(error: BaseException, path: Path) -> str:
+    report = traceback.TracebackException.from_exception(error)
+    own = [frame for frame in report.stack if Path(frame.filename).resolve() == path.resolve()]
+    if not own:
+        return ""
+    report.stack = traceback.StackSummary.from_list(own)
+    return "".join(report.format(chain=False))
+
+
+def _import_file(path: Path) -> types.ModuleType:
+    """Import a file under a name of its own; Dynamo looks modules up in `sys.modules`."""
+    name = f"prac_fx_report_{path.stem}"
+    loader = SourceFileLoader(name, str(path))
+    spec = importlib.util.spec_from_loader(name, loader)
+    assert spec is not None
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[name] = module
+    loader.exec_module(module)
+    return module

@@ -1,0 +1,123 @@
+"""The timeline as a picture, by matplotlib: the step with prac by category, and over it the one without."""
+
+from __future__ import annotations
+
+import importlib.util
+import io
+from typing import Any
+
+from prac_fx.errors import ReportError
+from prac_fx.memory import format_nbytes
+from prac_fx.report.axes import (
+    Sample,
+    byte_marks,
+    largest_nbytes,
+    phase_spans,
+    sample_timeline,
+)
+from prac_fx.report.document import CATEGORIES, Document, Timeline
+from prac_fx.report.palette import LIGHT
+from prac_fx.report.wording import AFTER, BEFORE
+
+_INCHES = (10.0, 4.8)
+_DOTS_PER_INCH = 160
+_QUIET = "#5d636d"
+_INK = "#1c1e22"
+
+
+def require_matplotlib() -> None:
+    """Say how to install it before any work is done.
+
+    Raises:
+        ReportError: it is not installed.
+    """
+    if importlib.util.find_spec("matplotlib") is None:
+        raise ReportError("--format png needs matplotlib: pip install 'prac-fx[plot]'")
+
+
+def as_png(document: Document) -> bytes:
+    """A PNG file, 1600 x 768 pixels."""
+    require_matplotlib()
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=_INCHES, dpi=_DOTS_PER_INCH, layout="constrained")
+    axes = figure.add_subplot()
+    _draw_steps(axes, document)
+    _draw_frame(axes, document)
+    target = io.BytesIO()
+    # without the software's name and version, so that equal reports give equal files
+    figure.savefig(target, format="png", metadata={"Software": None})
+    return target.getvalue()
+
+
+def _draw_steps(axes: Any, document: Document) -> None:
+    timelines = document["timeline"]
+    spans = phase_spans(timelines)
+    before, after = timelines["before"], timelines["after"]
+    samples = sample_timeline(after, spans)
+    used = [name for name in CATEGORIES if any(after["by_category"].get(name, ()))]
+    axes.stackplot(
+        _edges(samples),
+        [_held(after["by_category"][name], samples) for name in used],
+        labels=used,
+        colors=[LIGHT[name] for name in used],
+        step="post",
+        linewidth=0,
+    )
+    samples_before = sample_timeline(before, spans)
+    heights = _held(before["nbytes"], samples_before)
+    axes.step(_edges(samples_before), heights, where="post", color=_INK, lw=1.2, label=BEFORE)
+    _mark_peak(axes, before, samples_before, f"{BEFORE} ")
+    _mark_peak(axes, after, samples, f"{AFTER} ")
+
+
+def _edges(samples: list[Sample]) -> list[float]:
+    return [*(sample.left for sample in samples), 1.0]
+
+
+def _held(column: list[int], samples: list[Sample]) -> list[int]:
+    """Bytes at each edge; the last event lasts to the end."""
+    heights = [column[sample.event] for sample in samples]
+    return [*heights, heights[-1]]
+
+
+def _mark_peak(axes: Any, timeline: Timeline, samples: list[Sample], name: str) -> None:
+    peak = max(samples, key=lambda sample: timeline["nbytes"][sample.event])
+    nbytes = timeline["nbytes"][peak.event]
+    to_the_left = peak.left > 0.5
+    axes.plot([peak.left], [nbytes], "o", color=_INK, markersize=4)
+    axes.annotate(
+        f"{name}{format_nbytes(nbytes)}",
+        (peak.left, nbytes),
+        xytext=(-6 if to_the_left else 6, 5),
+        textcoords="offset points",
+        ha="right" if to_the_left else "left",
+        color=_INK,
+        weight="bold",
+        fontsize=9,
+        bbox={"facecolor": "white", "edgecolor": "none", "pad": 1, "alpha": 0.7},
+    )
+
+
+def _draw_frame(axes: Any, document: Document) -> None:
+    """Phases, marks, legend, title."""
+    timelines = document["timeline"]
+    nbytes = largest_nbytes(timelines)
+    for number, span in enumerate(phase_spans(timelines)):
+        if number % 2:
+            axes.axvspan(span.left, span.right, color="#f2f2ee", zorder=0)
+    spans = phase_spans(timelines)
+    axes.set_xticks([(span.left + span.right) / 2 for span in spans], [one.name for one in spans])
+    axes.set_yticks(byte_marks(nbytes), [format_nbytes(mark) for mark in byte_marks(nbytes)])
+    axes.set_xlim(0, 1)
+    axes.set_ylim(0, nbytes)
+    axes.tick_params(length=0, labelcolor=_QUIET)
+    axes.grid(axis="y", color=_INK, alpha=0.12, linewidth=0.8)
+    for side in ("top", "right", "left"):
+        axes.spines[side].set_visible(False)
+    title = f"{document['model']['name']}: bytes allocated in one training step"
+    axes.set_title(title, loc="left", parse_math=False)
+    handles, labels = axes.get_legend_handles_labels()
+    axes.legend(
+        handles[::-1], labels[::-1], loc="center left", bbox_to_anchor=(1, 0.5), frameon=False
+    )

@@ -1,0 +1,100 @@
+"""What differs only in the number of its layer, told once: `model.layers.*.mlp`, 24 times."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+from prac_fx.origin import any_layer
+from prac_fx.report.document import Live, Value
+
+
+@dataclass(frozen=True)
+class Repeat:
+    """Values of equal size, make and treatment.
+
+    Attributes:
+        module: their path, with `*` for numbers of layers; a value without a module has its own name.
+        values: themselves, in the order of the forward pass.
+    """
+
+    module: str
+    values: tuple[Value, ...]
+
+    @property
+    def first(self) -> Value:
+        """One for all: they share everything that a report shows but the path."""
+        return self.values[0]
+
+    @property
+    def before_nbytes(self) -> int:
+        """Of all of them together."""
+        return sum(value["nbytes_before"] for value in self.values)
+
+    @property
+    def after_nbytes(self) -> int:
+        """Of all of them together."""
+        return sum(value["nbytes_after"] for value in self.values)
+
+
+def merge_repeats(values: Iterable[Value]) -> list[Repeat]:
+    """Group values by everything but the number of the layer, the largest group first."""
+    groups: dict[tuple[object, ...], list[Value]] = {}
+    for value in values:
+        key = (
+            any_layer(value["module"]) or value["name"],
+            value["op"],
+            value["file"],
+            value["line"],
+            tuple(value["shape"]),
+            value["dtype"],
+            value["role"],
+            value["stored_as"],
+            value["reason"],
+            value["nbytes_before"],
+            value["nbytes_after"],
+        )
+        groups.setdefault(key, []).append(value)
+    repeats = [
+        Repeat(group[0]["module"] or group[0]["name"], tuple(group))
+        if len(group) == 1
+        else Repeat(str(key[0]), tuple(group))
+        for key, group in groups.items()
+    ]
+    return sorted(repeats, key=lambda one: (-one.before_nbytes, -one.after_nbytes))
+
+
+@dataclass(frozen=True)
+class LiveRepeat:
+    """Things of equal shape, dtype and category that are alive at the peak; `first` stands for all."""
+
+    what: str
+    first: Live
+    count: int
+    nbytes: int
+
+
+def merge_live(live: Iterable[Live]) -> list[LiveRepeat]:
+    """Group what is alive by everything but the number of the layer, the largest group first."""
+    groups: dict[tuple[object, ...], list[Live]] = {}
+    for number, one in enumerate(live):
+        # without a module there is nothing that says what else is like it
+        module = any_layer(one["module"]) or number
+        key = (module, one["category"], tuple(one["shape"]), one["dtype"], one["nbytes"])
+        groups.setdefault(key, []).append(one)
+    repeats = [
+        LiveRepeat(_name(group), group[0], len(group), sum(one["nbytes"] for one in group))
+        for group in groups.values()
+    ]
+    return sorted(repeats, key=lambda one: -one.nbytes)
+
+
+def _name(group: list[Live]) -> str:
+    first = group[0]
+    if len(group) == 1:
+        module, same = first["module"], True
+    else:
+        module, same = any_layer(first["module"]), len({one["what"] for one in group}) == 1
+    if not same or module == first["what"]:
+        return module
+    return f"{module} {first['what']}".strip()

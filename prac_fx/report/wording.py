@@ -1,0 +1,134 @@
+"""Figures and places of a report as words, the same in every format."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import PurePath
+from typing import Any
+
+from prac_fx.config import PracConfig
+from prac_fx.memory import format_nbytes
+from prac_fx.report.document import Document, Model, Peak, Size, Value
+
+BEFORE = "plain Inductor"
+AFTER = 'backend="prac"'
+NOTHING = "-"
+
+
+def nbytes_text(nbytes: int | None) -> str:
+    """Binary units; a dash for what is not known."""
+    return NOTHING if nbytes is None else format_nbytes(nbytes)
+
+
+def change_text(before: int, after: int) -> str:
+    """`-60.3%`; empty when nothing changes, or there is nothing to compare with."""
+    return f"{after / before - 1:+.1%}" if before and before != after else ""
+
+
+def share_text(part: int, whole: int) -> str:
+    """`12%`."""
+    return f"{part / whole:.0%}" if whole else ""
+
+
+def count_text(count: int) -> str:
+    """`24x`; empty for a single one."""
+    return f"{count}x" if count > 1 else ""
+
+
+def shape_text(shape: Sequence[Size], sign: str = "x") -> str:
+    """`128x256`; empty for a scalar or what has no shape."""
+    return sign.join(map(str, shape))
+
+
+def tensor_text(shape: Sequence[Size], dtype: str) -> str:
+    """`128x256 float32`."""
+    return " ".join(filter(None, (shape_text(shape), dtype)))
+
+
+def operator_text(op: str) -> str:
+    """The operator without the overload that nearly all have."""
+    return op.removesuffix(".default")
+
+
+def source_text(file: str, line: int) -> str:
+    """`model.py:12`, without the folder; empty when unknown."""
+    return f"{PurePath(file).name}:{line}" if file else ""
+
+
+def position_text(peak: Peak) -> str:
+    """Where in the step a peak is: phase, operator, module, line."""
+    text = f"{peak['phase']}, at {operator_text(peak['op']) or peak['node']}"
+    if peak["module"]:
+        text += f" of {peak['module']}"
+    source = source_text(peak["file"], peak["line"])
+    return f"{text} ({source})" if source else text
+
+
+def model_text(model: Model) -> str:
+    """How many parameters, how many of them trained, and what was multiplied."""
+    trained = "all trained"
+    if model["trainable"] != model["parameters"]:
+        trained = f"{model['trainable']:,} trained"
+    return f"{model['parameters']:,} parameters, {trained}"
+
+
+def repeated_text(model: Model) -> str:
+    """What the analysis left out because it is identical; empty when it left out nothing."""
+    repeated = model["repeated"]
+    if repeated is None:
+        return ""
+    return (
+        f"{repeated['analysed']} of the {repeated['total']} identical blocks of {repeated['module']} "
+        "analysed, the others counted like it"
+    )
+
+
+def inputs_text(document: Document) -> str:
+    """Every input with shape and dtype."""
+    return ", ".join(
+        f"{one['name']} {tensor_text(one['shape'], one['dtype'])}" for one in document["inputs"]
+    )
+
+
+def options_text(options: dict[str, Any]) -> str:
+    """The options that are not the defaults, as they are given on the command line."""
+    defaults = {
+        name: list(value) if isinstance(value, tuple) else value
+        for name, value in vars(PracConfig()).items()
+    }
+    changed = [
+        f"prac.{name}={value}"
+        for name, value in options.items()
+        if name not in defaults or value != defaults[name]
+    ]
+    return " ".join(changed) or "defaults"
+
+
+def flops_text(share: float | None) -> str:
+    """FLOPs that are added to a step, `+12%`."""
+    if share is None:
+        return NOTHING
+    return "0%" if abs(share) < 0.0005 else f"{share:+.1%}"
+
+
+def value_text(value: Value) -> str:
+    """What a value is: operator, shape, dtype, source line."""
+    what = f"{operator_text(value['op'])} {tensor_text(value['shape'], value['dtype'])}"
+    source = source_text(value["file"], value["line"])
+    return f"{what}, {source}" if source else what
+
+
+def reason_codes(document: Document) -> list[str]:
+    """Reason codes of the values that a report lists, in the order of the forward pass."""
+    listed = (value["reason"] for value in document["values"] if is_listed(value))
+    return list(dict.fromkeys(code for code in listed if code))
+
+
+def is_listed(value: Value) -> bool:
+    """Inputs and parameters are saved without costing memory: they are counted, not listed."""
+    return value["reason"] != "input"
+
+
+def shortened(path: str, width: int) -> str:
+    """The end of a path says more than its beginning."""
+    return path if len(path) <= width else "..." + path[3 - width :]

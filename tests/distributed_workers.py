@@ -1,0 +1,506 @@
+"""What each process of a distributed test does; `tests/test_distributed.py` judges the results.
+
+    python -m tests.distributed_workers RANK WORLD FOLDER SCENARIO...
+
+Starting processes and importing torch takes longer than most scenarios, so one start runs several. Each leaves plain values in
+FOLDER/SCENARIO-RANK.json, or the text of its exception.
+"""
+
+from __future__ import annotations
+
+import datetime
+import functools
+import hashlib
+import json
+import sys
+import traceback
+import warnings
+from collections.abc import Callable
+from contextlib import nullcontext
+from pathlib import Path
+from typing import Any
+from unittest.mock import patch
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+
+import prac_fx
+from prac_fx import PracConfig, dynamo_backend
+from prac_fx.data_parallel import home_of, replica_of, sharded_parameters
+from prac_fx.rounding_state import rounding_seed_of
+from prac_fx.state import Subspace, subspaces_of
+from prac_fx.torch_compat import fsdp_parameters, make_boxed_func
+
+FEATURES, TOKENS, STEPS = 32, 256, 6
+TIMEOUT = datetime.timedelta(seconds=60)
+
+Result = dict[str, Any]
+
+
+class Block(nn.Module):
+    """Norm and MLP with a residual connection."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm = nn.LayerNorm(FEATURES)
+        self.up = nn.Linear(FEATURES, 4 * FEATURES)
+        self.down = nn.Linear(4 * FEATURES, FEATURES)
+
+    def forward(self, x: Tensor) -> Tensor:
+        hidden = nn.functional.gelu(self.up(self.norm(x)))
+        result: Tensor = x + self.down(hidden)
+        return result
+
+
+class Net(nn.Module):
+    """Two blocks, the same numbers in every process and every call."""
+
+    def __init__(self, seed: int = 0) -> None:
+        torch.manual_seed(seed)
+        super().__init__()
+        self.blocks = nn.ModuleList(Block() for _ in range(2))
+
+    def forward(self, x: Tensor) -> Tensor:
+        for block in self.blocks:
+            x = block(x)
+        return x
+
+
+def options(**changes: Any) -> dict[str, Any]:
+    """Of the backend: everything is compressed, a fallback is an error."""
+    given = {"min_nbytes": 0, "strict": True, "refresh_every": 4, **changes}
+    return {f"prac.{name}": value for name, value in given.items()}
+
+
+def batch(step: int, rank: int, tokens: int = TOKENS) -> Tensor:
+    """The same in every run, different from step to step and from rank to rank."""
+    generator = torch.Generator().manual_seed(1000 * rank + step)
+    return torch.randn(tokens, FEATURES, generator=generator)
+
+
+def train(
+    model: Callable[[Tensor], Tensor],
+    parameters: Any,
+    steps: range = range(STEPS),
+    rank: int | None = None,
+    tokens: int = TOKENS,
+) -> list[float]:
+    """Train towards a fixed linear map; the mean loss of all ranks in each step."""
+    is_alone = not dist.is_initialized()
+    if rank is None:
+        rank = 0 if is_alone else dist.get_rank()
+    target = torch.randn(FEATURES, FEATURES, generator=torch.Generator().manual_seed(5))
+    optimizer = torch.optim.AdamW(parameters, lr=1e-2, foreach=False)
+    losses = []
+    for step in steps:
+        x = batch(step, rank, tokens)
+        optimizer.zero_grad()
+        loss = (model(x) - x @ target).square().mean()
+        loss.backward()
+        optimizer.step()
+        total = loss.detach().clone()
+        if not is_alone:
+            dist.all_reduce(total)
+            total /= dist.get_world_size()
+        losses.append(float(total))
+    return losses
+
+
+def digest(*tensors: Tensor | None) -> str:
+    """Text that is equal exactly for equal bits."""
+    numbers = [t.detach().contiguous().numpy().tobytes() for t in tensors if t is not None]
+    return hashlib.sha256(b"".join(numbers)).hexdigest()[:16]
+
+
+def states_of(model: nn.Module) -> list[Subspace]:
+    """All subspaces of a model, in order."""
+    return [state for p in model.parameters() for state in subspaces_of(p).values()]
+
+
+def rounding_of(model: nn.Module) -> list[Any]:
+    """All seeds of stochastic rounding of a model, in order."""
+    owners = [home_of(p, sharded_parameters()) for p in model.parameters()]
+    return [seed for owner in owners if (seed := rounding_seed_of(owner)) is not None]
+
+
+def describe(model: nn.Module) -> Result:
+    """What ranks should have in common, and what they should not."""
+    states, seeds = states_of(model), rounding_of(model)
+    return {
+        "streams": [state.stream for state in [*states, *seeds]],
+        "replicas": [state.replica for state in [*states, *seeds]],
+        "schedule": [(state.steps, state.next_refresh, state.draws) for state in states],
+        "bases": [digest(state.basis) for state in states],
+        "seeds": [int(seed.seed) for seed in seeds],
+    }
+
+
+def without_kernels() -> Any:
+    """Context in which the partitioned graphs run as they are, as what is tested here is not Inductor's kernels."""
+
+    def run_graph(gm: Any, example_inputs: Any, **_: Any) -> Any:
+        return make_boxed_func(gm.forward)
+
+    quick = functools.partial(dynamo_backend.compile_fx, inner_compile=run_graph)
+    return patch.object(dynamo_backend, "compile_fx", quick)
+
+
+# -- data parallel ---------------------------------------------------------------------------------
+
+
+def ddp(folder: Path) -> Result:
+    """The graph in one piece: loss against plain Inductor, draws of the ranks, comparison of plans."""
+    plain = DistributedDataParallel(torch.compile(Net()))
+    found: Result = {"plain": train(plain, plain.parameters())}
+    net = Net()
+    wrapped = DistributedDataParallel(compiled(net))
+    found["prac"] = train(wrapped, net.parameters())
+    found |= describe(net)
+    found["compared"] = prac_fx.check_plans()
+    # the last batch of an epoch is smaller on one rank, so that it alone compiles once more
+    with without_kernels():
+        wrapped(batch(STEPS, 0, TOKENS - dist.get_rank() * 64)).sum().backward()
+    found["uneven"] = prac_fx.check_plans()
+    found["weights"] = digest(*net.parameters())
+    return found
+
+
+def ddp_split(folder: Path) -> Result:
+    """The graph split into buckets by Dynamo's optimizer for DistributedDataParallel, one bucket for a parameter or two."""
+    graphs = []
+    original = dynamo_backend.training_step
+
+    def counted(*args: Any) -> Any:
+        graphs.append(args)
+        return original(*args)
+
+    net = Net()
+    buckets = patch.object(dist, "_DEFAULT_FIRST_BUCKET_BYTES", 1024)
+    with buckets, patch.object(dynamo_backend, "training_step", counted):
+        outside = compiled(DistributedDataParallel(net, bucket_cap_mb=0.02))
+        losses = train(outside, net.parameters())
+    prac_fx.check_plans()
+    saved = prac_fx.state_dict(outside)
+    names = [entry["parameter"] for entry in [*saved["subspaces"], *saved["rounding"]]]
+    return {"prac": losses, "graphs": len(graphs), "names": names, **describe(net)}
+
+
+def ddp_alone(folder: Path) -> Result:
+    """Rank 1 does something alone: refreshes in every step, then falls back to plain Inductor."""
+    is_odd = dist.get_rank() == 1
+    net = Net()
+    wrapped = DistributedDataParallel(compiled(net))
+    train(wrapped, net.parameters(), range(1))
+    for state in states_of(net) if is_odd else []:
+        state.refresh_every = state.tail_every = state.due = state.next_refresh = 1
+    found: Result = {"refreshing": train(wrapped, net.parameters(), range(1, STEPS))}
+    found["draws"] = [state.draws for state in states_of(net)]
+
+    torch._dynamo.reset()
+    net = Net()
+    lenient = torch.compile(net, backend="prac", options=options(strict=False))
+    wrapped = DistributedDataParallel(lenient)
+    fails = patch.object(dynamo_backend, "plan_and_compile", side_effect=RuntimeError("no"))
+    with warnings.catch_warnings(record=True) as caught, fails if is_odd else nullcontext():
+        warnings.simplefilter("always")
+        found["fallen_back"] = train(wrapped, net.parameters())
+    found["warnings"] = [str(w.message) for w in caught if w.category is prac_fx.PracWarning]
+    try:
+        prac_fx.check_plans()
+    except prac_fx.PlanMismatchError as error:
+        found["mismatch"] = str(error)
+    return found
+
+
+def replicas(folder: Path) -> Result:
+    """The number under which each rank draws, for wrappers, meshes and choices; nothing is compiled."""
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import fully_shard
+
+    seen: list[int] = []
+
+    class Asks(nn.Linear):
+        across_ranks = "auto"
+
+        def forward(self, x: Tensor) -> Tensor:
+            seen.append(replica_of(self.weight, sharded_parameters(), self.across_ranks))
+            return super().forward(x)
+
+    def ask(model: nn.Module) -> int:
+        model(torch.ones(2, 4)).sum().backward()
+        return seen[-1]
+
+    world = dist.get_world_size()
+    mesh = init_device_mesh("cpu", (world, 1), mesh_dim_names=("dp", "tp"))
+    alike = init_device_mesh("cpu", (1, world), mesh_dim_names=("dp", "tp"))
+    found: Result = {"bare": ask(Asks(4, 4)), "ddp": ask(DistributedDataParallel(Asks(4, 4)))}
+    found["fully_shard"] = ask(fully_shard(Asks(4, 4), mesh=mesh["dp"]))
+    found["hybrid"] = ask(fully_shard(Asks(4, 4), mesh=alike))
+    found["replicated"] = ask(fully_shard(Asks(4, 4), mesh=mesh))
+    found["tensor_parallel"] = ask(fully_shard(Asks(4, 4), mesh=alike["dp"]))
+    for choice in ("identical", "independent"):
+        Asks.across_ranks = choice
+        found[choice] = ask(DistributedDataParallel(Asks(4, 4)))
+    return found
+
+
+# -- fully sharded ---------------------------------------------------------------------------------
+
+
+def _fully_sharded(seed: int, reshard: bool, backend: str) -> nn.Module:
+    """As torchtitan does it: compile each block, shard each block, shard the rest."""
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import fully_shard
+
+    net = Net(seed)
+    mesh = init_device_mesh("cpu", (dist.get_world_size(),))
+    for block in net.blocks:
+        block.compile(backend=backend, fullgraph=True, options=options() if backend == "prac" else None)
+    for block in net.blocks:
+        fully_shard(block, mesh=mesh, reshard_after_forward=reshard)
+    fully_shard(net, mesh=mesh, reshard_after_forward=reshard)
+    return net
+
+
+def fsdp(folder: Path, reshard: bool = True) -> Result:
+    """Loss, ownership, memory of the unsharded parameters, and resuming in a fresh model."""
+    net = _fully_sharded(0, reshard, "prac")
+    found: Result = {"prac": train(net, net.parameters()), **describe(net)}
+    found["unsharded_bytes"] = [p.untyped_storage().nbytes() for p in _unsharded(net)]
+    saved, weights = prac_fx.state_dict(net), net.state_dict()
+    found["names"] = [entry["parameter"] for entry in saved["subspaces"]]
+    found["saved_weights"] = _saved_weights(net)
+    prac_fx.check_plans()
+    if reshard:
+        fresh = _fully_sharded(1, reshard, "prac")
+        prac_fx.load_state_dict(net, saved)  # the pass above counted a step
+        fresh.load_state_dict(weights)
+        prac_fx.load_state_dict(fresh, saved)
+        later = range(STEPS, STEPS + 3)
+        for model, name in ((net, "continued"), (fresh, "resumed")):
+            train(model, model.parameters(), later)
+            found[name] = [digest(*(p.to_local() for p in model.parameters())), describe(model)]
+    return found
+
+
+def _unsharded(net: nn.Module) -> list[Tensor]:
+    """The parameters as the forward pass sees them, of modules between two steps."""
+    mine = {id(p) for p in net.parameters()}
+    return [p._unsharded_param for p in fsdp_parameters() if id(p.sharded_param) in mine]
+
+
+def _saved_weights(net: nn.Module) -> list[int]:
+    """How many tensors as large as a weight autograd keeps of one forward pass: parameters, and others."""
+    unsharded, kept = _unsharded(net), list[Tensor]()
+    sizes = {p.shape for p in unsharded if p.dim() == 2}
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: (kept.append(t), t)[1], lambda t: t):
+        net(batch(0, 0)).sum().backward()
+    weights = [t for t in kept if t.dim() == 2 and (t.shape in sizes or t.mT.shape in sizes)]
+    parameters = [t for t in weights if any(t is p for p in unsharded)]
+    return [len(parameters), len(weights) - len(parameters)]
+
+
+fsdp_unsharded = functools.partial(fsdp, reshard=False)
+
+
+# -- tensor and pipeline parallel ------------------------------------------------------------------
+
+
+def tensor_parallel(folder: Path) -> Result:
+    """Column and row parallel linear layers between norms that every rank holds."""
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.tensor.parallel import (
+        ColwiseParallel,
+        RowwiseParallel,
+        parallelize_module,
+    )
+
+    mesh = init_device_mesh("cpu", (dist.get_world_size(),), mesh_dim_names=("tp",))
+
+    def parallel() -> Net:
+        net = Net()
+        for block in net.blocks:
+            parallelize_module(block, mesh, {"up": ColwiseParallel(), "down": RowwiseParallel()})
+        return net
+
+    found: Result = {}
+    plans = []
+    original = dynamo_backend.training_step
+
+    def seen(compiled: Any, plan: Any, config: PracConfig) -> Any:
+        plans.append(plan)
+        return original(compiled, plan, config)
+
+    net = parallel()
+    for block in net.blocks:
+        block.compile(backend="prac", options=options(weight_gradient="prac"), fullgraph=True)
+    with patch.object(dynamo_backend, "training_step", seen):
+        found["prac"] = train(net, net.parameters(), rank=0)
+    found |= describe(net)
+    found["stored"] = [(v.origin.module, v.role, v.stored_as) for p in plans for v in p.values]
+    found["replicated"] = {
+        name: digest(p.to_local() if hasattr(p, "to_local") else p)
+        for name, p in net.named_parameters()
+        if not any(part in name for part in ("up.", "down.weight"))
+    }
+    prac_fx.check_plans()
+    other = parallel().blocks[0]
+    other.compile(backend="prac", options=options(across_ranks="independent"))
+    try:
+        other(batch(0, 0))
+    except prac_fx.PracOptionError as error:
+        found["refused"] = str(error)
+    return found
+
+
+def pipeline_parallel(folder: Path) -> Result:
+    """Two stages as graphs of their own; several forward passes before the first backward."""
+    from torch.distributed.pipelining import PipelineStage, Schedule1F1B, ScheduleGPipe
+
+    rank, found = dist.get_rank(), {}
+    target = torch.randn(FEATURES, FEATURES, generator=torch.Generator().manual_seed(5))
+    for name, schedule_of in (("1f1b", Schedule1F1B), ("gpipe", ScheduleGPipe)):
+        block = Net().blocks[rank]
+        block.compile(backend="prac", options=options(policy="linear", refresh_every=1), fullgraph=True)
+        stage = PipelineStage(block, rank, dist.get_world_size(), torch.device("cpu"))
+        schedule = schedule_of(
+            stage, n_microbatches=4, loss_fn=lambda y, want: (y - want).square().mean()
+        )
+        optimizer = torch.optim.AdamW(block.parameters(), lr=1e-2, foreach=False)
+        means = []
+        draws: list[list[int]] = []
+        for step in range(STEPS):
+            x, losses = batch(step, 0, 4 * TOKENS), []
+            optimizer.zero_grad()
+            if rank == 0:
+                schedule.step(x)
+            else:
+                schedule.step(target=x @ target, losses=losses)
+                means.append(float(torch.stack(losses).mean()))
+            optimizer.step()
+            draws.append([state.draws for state in states_of(block)])
+        found[name] = {"losses": means, "draws": draws, "sites": len(states_of(block))}
+        found[name]["steps"] = [state.steps for state in states_of(block)]
+    whole = Net()
+    found["exact"] = train(whole, whole.parameters(), rank=0, tokens=4 * TOKENS)
+    return found
+
+
+# -- checkpoints -----------------------------------------------------------------------------------
+
+
+def checkpoint(folder: Path) -> Result:
+    """Save and resume at the same world size, at another one, with another batch size, and with nothing."""
+    import torch.distributed.checkpoint as dcp
+
+    def fresh(seed: int) -> tuple[Net, Any]:
+        net = Net(seed)
+        return net, DistributedDataParallel(compiled(net))
+
+    found: Result = {}
+    later = range(STEPS, STEPS + 3)
+    net, wrapped = fresh(0)
+    train(wrapped, net.parameters())
+    state = {"model": net.state_dict(), "prac": prac_fx.CheckpointState(wrapped)}
+    dcp.save(state, checkpoint_id=folder / "two")
+    found["saved"] = describe(net)
+    train(wrapped, net.parameters(), later)
+    found["continued"] = [digest(*net.parameters()), describe(net)]
+
+    net, wrapped = fresh(1)
+    state = {"model": net.state_dict(), "prac": prac_fx.CheckpointState(wrapped)}
+    dcp.load(state, checkpoint_id=folder / "two")
+    found["loaded"] = describe(net)
+    train(wrapped, net.parameters(), later)
+    found["resumed"] = [digest(*net.parameters()), describe(net)]
+    return found | _grown(folder, fresh)
+
+
+def _grown(folder: Path, fresh: Callable[[int], tuple[Net, Any]]) -> Result:
+    """From a checkpoint of one process, and from one that has nothing of ours."""
+    import torch.distributed.checkpoint as dcp
+    from torch.distributed.checkpoint import DefaultLoadPlanner
+
+    found: Result = {}
+    partial = DefaultLoadPlanner(allow_partial_load=True)
+    for name in ("one", "bare"):
+        net, wrapped = fresh(1)
+        dcp.load({"model": net.state_dict()}, checkpoint_id=folder / name)
+        ours = {"prac": prac_fx.CheckpointState(wrapped)}
+        dcp.load(ours, checkpoint_id=folder / name, planner=partial)
+        found[f"{name}_loaded"] = describe(net)
+        losses = train(wrapped, net.parameters(), range(STEPS, STEPS + 3))
+        found[name] = {"losses": losses, **describe(net)}
+    return found
+
+
+def compiled(net: nn.Module) -> Any:
+    """The whole model with this backend."""
+    return torch.compile(net, backend="prac", options=options())
+
+
+def save_alone(folder: Path) -> None:
+    """In a single process: a checkpoint with our state, and one without."""
+    import torch.distributed.checkpoint as dcp
+
+    net = Net()
+    train(compiled(net), net.parameters())
+    ours = prac_fx.CheckpointState(net)
+    dcp.save({"model": net.state_dict(), "prac": ours}, checkpoint_id=folder / "one")
+    dcp.save({"model": net.state_dict()}, checkpoint_id=folder / "bare")
+
+
+def load_alone(folder: Path) -> Result:
+    """In a single process: what two ranks saved."""
+    import torch.distributed.checkpoint as dcp
+
+    net = Net(1)
+    dcp.load(
+        {"model": net.state_dict(), "prac": prac_fx.CheckpointState(net)},
+        checkpoint_id=folder / "two",
+    )
+    found = {"loaded": describe(net)}
+    found["losses"] = train(compiled(net), net.parameters(), range(STEPS, STEPS + 3))
+    return found | describe(net)
+
+
+SCENARIOS: dict[str, Callable[[Path], Result]] = {
+    "ddp": ddp,
+    "ddp_split": ddp_split,
+    "ddp_alone": ddp_alone,
+    "replicas": replicas,
+    "fsdp": fsdp,
+    "fsdp_unsharded": fsdp_unsharded,
+    "tensor_parallel": tensor_parallel,
+    "pipeline_parallel": pipeline_parallel,
+    "checkpoint": checkpoint,
+}
+
+
+def main(rank: int, world: int, folder: Path, names: list[str]) -> None:
+    """Run the scenarios in order."""
+    torch.set_num_threads(1)
+    dist.init_process_group(
+        "gloo",
+        init_method=f"file://{folder / 'store'}",
+        rank=rank,
+        world_size=world,
+        timeout=TIMEOUT,
+    )
+    for name in names:
+        torch._dynamo.reset()
+        # `ddp` comes with all of Inductor; whole models, or Dynamo splits them (`ddp_split`)
+        whole = torch._dynamo.config.patch(optimize_ddp=name == "ddp_split")
+        try:
+            with whole, nullcontext() if name == "ddp" else without_kernels():
+                result = SCENARIOS[name](folder)
+        except Exception:
+            result = {"error": traceback.format_exc()}
+        (folder / f"{name}-{rank}.json").write_text(json.dumps(result))
+    dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main(int(sys.argv[1]), int(sys.argv[2]), Path(sys.argv[3]), sys.argv[4:])

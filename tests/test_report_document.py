@@ -1,0 +1,189 @@
+"""Report files are checked field by field before anything reads them; sizes and axes of what is drawn."""
+
+from __future__ import annotations
+
+import copy
+import itertools
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from prac_fx.errors import ReportError
+from prac_fx.report.axes import MOST_SAMPLES, byte_marks, phase_spans, sample_timeline
+from prac_fx.report.document import CATEGORIES
+from prac_fx.report.palette import DARK, LIGHT
+from prac_fx.report.reading import check_document, load_document
+from prac_fx.report.sizes import parse_nbytes
+from tests.report_document import document, timeline
+
+GIB = 1024**3
+
+
+def test_a_document_survives_a_file(tmp_path: Path) -> None:
+    path = tmp_path / "report.json"
+    path.write_text(json.dumps(document()))
+    assert load_document(path) == document()
+
+
+def _set(data: Any, path: tuple[str | int, ...], value: object) -> Any:
+    """A copy with one entry replaced; `...` deletes it."""
+    changed = copy.deepcopy(data)
+    place = changed
+    for key in path[:-1]:
+        place = place[key]
+    if value is ...:
+        del place[path[-1]]
+    else:
+        place[path[-1]] = value
+    return changed
+
+
+@pytest.mark.parametrize(
+    ("path", "value", "message"),
+    [
+        (("totals", "logits_nbytes"), ..., "totals.logits_nbytes is missing"),
+        (("totals", "logits_nbytes"), -1, "totals.logits_nbytes: expected a whole number, 0 or more"),
+        (("totals", "logits_nbytes"), True, "totals.logits_nbytes: expected a whole number"),
+        (("totals", "logits_nbytes"), 1.0, "totals.logits_nbytes: expected a whole number"),
+        (("totals", "optimizer"), None, "totals.optimizer: expected text, got None"),
+        (("model", "repeated"), {"module": "m"}, "model.repeated.analysed is missing"),
+        (("model",), [], "model: expected an object, got []"),
+        (("values",), {}, "values: expected a list, got {}"),
+        (("values", 1, "shape", 0), 1.5, "values[1].shape[0]: expected a whole number, 0 or more or text"),
+        (("values", 1, "decision"), "burn", "values[1].decision: expected one of encode, keep, recompute"),
+        (("values", 1, "codec"), 3, "values[1].codec: expected text, got 3"),
+        (("alternatives", 0, "added_flops"), "no", "alternatives[0].added_flops: expected a number"),
+        (("alternatives", 0, "added_flops"), 1e999, "alternatives[0].added_flops: expected a number"),
+        (("timeline", "after", "by_category", "heap"), [], "timeline.after.by_category: a name: expected"),
+        (("timeline", "after", "labels"), ["a"], "timeline.after.labels: 1 entries for 9 events"),
+        (("timeline", "before", "phases", 1, "start"), 2, "timeline.before.phases[1]: does not follow"),
+        (("timeline", "before", "phases"), [], "timeline.before.phases: end at event 0 of 9"),
+    ],
+)  # fmt: skip
+def test_a_wrong_field_is_named(path: tuple[str | int, ...], value: object, message: str) -> None:
+    with pytest.raises(ReportError) as caught:
+        check_document(_set(document(), path, value), "r.json")
+    assert str(caught.value).startswith(f"r.json: not a memory report: {message}")
+    assert len(str(caught.value)) < 200
+
+
+def test_an_empty_timeline_is_refused() -> None:
+    with pytest.raises(ReportError, match=r"timeline\.before: no events"):
+        check_document(_set(document(), ("timeline", "before"), timeline({"saved": []}, {})), "r")
+
+
+def test_unknown_fields_are_ignored() -> None:
+    data = {**document(), "future": 1}
+    assert check_document(data, "r.json") is data
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("{", "not a JSON report: "),
+        ('{"schema": NaN}', "not a JSON report: NaN is not a number"),
+        ("[" * 100_000, "not a JSON report: "),
+        ("[]", "not a memory report: it has no schema version"),
+        ('{"schema": "2"}', "not a memory report: it has no schema version"),
+        (
+            '{"schema": 1}',
+            "schema version 1, this is prac_fx for version 2: write the report again",
+        ),
+        ('{"schema": 2}', "not a memory report: prac_fx is missing"),
+    ],
+)
+def test_what_is_no_report_is_refused(tmp_path: Path, text: str, message: str) -> None:
+    path = tmp_path / "report.json"
+    path.write_text(text)
+    with pytest.raises(ReportError) as caught:
+        load_document(path)
+    assert str(caught.value).startswith(f"{path}: {message}")
+
+
+def test_unreadable_files(tmp_path: Path) -> None:
+    with pytest.raises(ReportError, match="cannot read: No such file"):
+        load_document(tmp_path / "nowhere.json")
+    path = tmp_path / "report.json"
+    path.write_bytes(b"\xff\xfe\xff")
+    with pytest.raises(ReportError, match="cannot read: not UTF-8 text"):
+        load_document(path)
+
+
+# -- sizes -----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("text", "nbytes"),
+    [
+        ("4096", 4096),
+        ("1 b", 1),
+        ("80GiB", 80 * GIB),
+        (" 80 gib ", 80 * GIB),
+        ("1.5GiB", 3 * GIB // 2),
+        (".5 KiB", 512),
+        ("12GB", 12 * 10**9),
+        ("2 TB", 2 * 10**12),
+    ],
+)
+def test_sizes(text: str, nbytes: int) -> None:
+    assert parse_nbytes(text, "--fits") == nbytes
+
+
+@pytest.mark.parametrize(
+    "text", ["", "80G", "GiB", "0", "-1GiB", "0.1", "1e9", "1,5GiB", "80 GiB RAM"]
+)
+def test_bad_sizes(text: str) -> None:
+    with pytest.raises(
+        ReportError, match=r"--fits '.*': expected a size above zero, such as 80GiB"
+    ):
+        parse_nbytes(text, "--fits")
+
+
+# -- axes ------------------------------------------------------------------------------------------
+
+
+def test_phases_have_the_same_place_in_both_steps() -> None:
+    short = timeline({"saved": [0] * 10}, {"forward": 4, "loss": 1, "backward": 5})
+    long = timeline({"saved": [0] * 101}, {"forward": 40, "backward": 60, "optimizer": 1})
+    spans = phase_spans({"before": short, "after": long})
+    assert [span.name for span in spans] == ["forward", "loss", "backward", "optimizer"]
+    assert spans[0].left == 0
+    assert spans[-1].right == pytest.approx(1)
+    assert all(a.right == b.left for a, b in itertools.pairwise(spans))
+    # one event out of a hundred is still wide enough to be seen, and to carry its name
+    assert all(span.right - span.left > 0.06 for span in spans)
+    assert 1.4 < (spans[2].right - spans[2].left) / (spans[0].right - spans[0].left) < 1.6
+
+
+def test_few_events_are_all_drawn() -> None:
+    one = timeline({"saved": [1, 5, 3, 2]}, {"forward": 2, "backward": 2})
+    samples = sample_timeline(one, phase_spans({"before": one, "after": one}))
+    assert [sample.event for sample in samples] == [0, 1, 2, 3]
+    assert [sample.left for sample in samples] == pytest.approx([0, 0.25, 0.5, 0.75])
+
+
+def test_of_many_events_the_highest_are_drawn() -> None:
+    saved = [event % 97 for event in range(20_000)]
+    saved[12_345] = 1000  # a single event that thinning must not lose
+    one = timeline({"saved": saved}, {"forward": 8_000, "backward": 12_000})
+    samples = sample_timeline(one, phase_spans({"before": one, "after": one}))
+    assert MOST_SAMPLES - 2 <= len(samples) <= MOST_SAMPLES + 2
+    assert 12_345 in [sample.event for sample in samples]
+    lefts = [sample.left for sample in samples]
+    assert lefts == sorted(lefts)
+    # a stretch is more than 20 events long, so nearly every one of them has a high event
+    assert min(saved[sample.event] for sample in samples) > 20
+
+
+def test_byte_marks_are_round_in_binary() -> None:
+    assert byte_marks(70 * GIB) == [16 * GIB, 32 * GIB, 48 * GIB, 64 * GIB]
+    assert byte_marks(5) == [1, 2, 3, 4, 5]
+    assert all(2 <= len(byte_marks(1.7**power)) <= 5 for power in range(60))
+
+
+def test_every_category_has_a_colour_of_its_own() -> None:
+    for colours in (LIGHT, DARK):
+        assert tuple(colours) == CATEGORIES
+        assert len(set(colours.values())) == len(CATEGORIES)
