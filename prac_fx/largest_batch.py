@@ -12,8 +12,8 @@ from prac_fx.analysed_step import AnalysedStep
 from prac_fx.meta_model import batch_size, resized
 from prac_fx.step_trace import Step
 
-# Analyses of other batch sizes for one row, at most. Peaks are nearly linear in the batch, so two or three do.
-_MOST_ANALYSES = 5
+# Analyses of other batch sizes for one row, at most. Peaks are nearly linear in the batch, so two or three do; more where the peak moves elsewhere.
+_MOST_ANALYSES = 8
 
 
 def largest_batches(
@@ -91,12 +91,17 @@ def largest_that_fits(
 
 
 def _secant(known: Mapping[int, int], low: int, high: float, limit_nbytes: int) -> int:
-    """A batch between `low` and `high`, where the line through the two nearest known ones meets the limit."""
-    near = sorted(known, key=lambda batch: abs(known[batch] - limit_nbytes))[:2]
-    slope = (known[near[0]] - known[near[1]]) / (near[0] - near[1])
+    """A batch between `low` and `high`, where a line through two known ones meets the limit.
+
+    Those are the two next to the limit on either side, or the two largest while none is too large.
+    """
+    ends = sorted(known)[-2:] if math.isinf(high) else [low or min(known), int(high)]
+    if not low:
+        ends = sorted(known)[:2]
+    slope = (known[ends[1]] - known[ends[0]]) / (ends[1] - ends[0])
     if slope <= 0:
-        return low + max(1, int(min(high - low, 2 * low + 2)) // 2)
-    guess = near[0] + math.floor((limit_nbytes - known[near[0]]) / slope)
+        return int(min(2 * low + 1, high - 1))
+    guess = ends[0] + math.floor((limit_nbytes - known[ends[0]]) / slope)
     if guess == low:  # it fits: does the next one?
         guess += 1
     return int(min(max(guess, low + 1), high - 1))
