@@ -15,6 +15,7 @@ from collections.abc import Sequence
 import torch
 import torch.distributed as dist
 from byte_transformer import ByteTransformer, training_data
+from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 import prac_fx
@@ -31,19 +32,12 @@ def start() -> torch.device:
     return device
 
 
-def main(argv: Sequence[str] | None = None) -> None:
-    """Train; rank 0 prints the mean loss of all ranks."""
-    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    parser.add_argument("--steps", type=int, default=60)
-    parser.add_argument("--width", type=int, default=128)
-    parser.add_argument("--layers", type=int, default=2)
-    parser.add_argument("--backend", default="prac")
-    args = parser.parse_args(argv)
-    device = start()
-    replicated = DistributedDataParallel(ByteTransformer(args.width, args.layers).to(device))
-    compiled = torch.compile(replicated, backend=args.backend)
+def train(model: nn.Module, steps: int, backend: str, device: torch.device) -> None:
+    """Rank 0 prints the mean loss of all ranks."""
+    replicated = DistributedDataParallel(model.to(device))
+    compiled = torch.compile(replicated, backend=backend)
     optimizer = torch.optim.AdamW(replicated.parameters(), lr=2e-3)
-    for step, tokens in enumerate(training_data(args.steps, dist.get_rank())):
+    for step, tokens in enumerate(training_data(steps, dist.get_rank())):
         loss = compiled(tokens.to(device))
         loss.backward()
         optimizer.step()
@@ -52,8 +46,20 @@ def main(argv: Sequence[str] | None = None) -> None:
             prac_fx.check_plans()  # an error if the ranks did not compile the same
         mean = loss.detach() / dist.get_world_size()
         dist.all_reduce(mean)
-        if dist.get_rank() == 0 and step in (0, args.steps - 1):
+        if dist.get_rank() == 0 and step in (0, steps - 1):
             print(f"step {step}: loss {float(mean):.3f}", flush=True)
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Train on all ranks."""
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("--steps", type=int, default=60)
+    parser.add_argument("--width", type=int, default=128)
+    parser.add_argument("--layers", type=int, default=2)
+    parser.add_argument("--backend", default="prac")
+    args = parser.parse_args(argv)
+    device = start()
+    train(ByteTransformer(args.width, args.layers), args.steps, args.backend, device)
     dist.destroy_process_group()
 
 

@@ -38,7 +38,8 @@ def small_llama() -> nn.Module:
         max_position_embeddings=SEQUENCE,
         use_cache=False,
     )
-    return LlamaForCausalLM(config)
+    model: nn.Module = LlamaForCausalLM(config)
+    return model
 
 
 class Run:

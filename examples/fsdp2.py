@@ -1,8 +1,6 @@
 """Sharded training with compressed activations: each block is compiled and sharded, then saved and loaded.
 
-    torchrun --nproc-per-node 2 examples/fsdp2.py [--steps 60]
-
-Runs on CPUs with gloo, and on GPUs with NCCL where there are any.
+    torchrun --nproc-per-node 2 examples/fsdp2.py [--steps 60]    # CPUs with gloo, GPUs with NCCL
 """
 
 from __future__ import annotations
@@ -49,15 +47,8 @@ def train(model: nn.Module, data: list[Tensor], device: torch.device) -> list[fl
     return losses
 
 
-def main(argv: Sequence[str] | None = None) -> None:
+def run(args: argparse.Namespace, device: torch.device) -> None:
     """Train, save, go on with a fresh model from what was saved."""
-    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    parser.add_argument("--steps", type=int, default=60)
-    parser.add_argument("--width", type=int, default=128)
-    parser.add_argument("--layers", type=int, default=2)
-    parser.add_argument("--backend", default="prac")
-    args = parser.parse_args(argv)
-    device = start()
     model, fresh = (sharded(args.width, args.layers, args.backend, device) for _ in range(2))
     data = training_data(args.steps + 1, dist.get_rank())
     losses = train(model, data[:-1], device)
@@ -72,6 +63,15 @@ def main(argv: Sequence[str] | None = None) -> None:
     if dist.get_rank() == 0:
         print(f"loss {losses[0]:.3f} -> {losses[-1]:.3f}")
         print(f"next step, going on: {following[0]!r}, from the checkpoint: {following[1]!r}")
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Run on all ranks."""
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    for name, default in (("--steps", 60), ("--width", 128), ("--layers", 2)):
+        parser.add_argument(name, type=int, default=default)
+    parser.add_argument("--backend", default="prac")
+    run(parser.parse_args(argv), start())
     dist.destroy_process_group()
 
 

@@ -57,8 +57,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     """Train, save, and go on in three ways."""
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--steps", type=int, default=30, help="before and after the checkpoint")
-    parser.add_argument("--width", type=int, default=128)
-    parser.add_argument("--layers", type=int, default=2)
+    for name, default in (("--width", 128), ("--layers", 2)):
+        parser.add_argument(name, type=int, default=default)
     args = parser.parse_args(argv)
     data = training_data(2 * args.steps)
     before, after = data[: args.steps], data[args.steps :]
@@ -73,8 +73,7 @@ def main(argv: Sequence[str] | None = None) -> None:
             fresh.load(path, with_ours)
             losses[name] = fresh.train(after)
     rows = [[name, *found[:3], found == losses["going on"]] for name, found in losses.items()]
-    headers = ["", "loss", "", "", "bit for bit the same"]
-    print(tabulate(rows, headers, floatfmt=".9f"))
+    print(tabulate(rows, ["", "loss", "", "", "bit for bit the same"], floatfmt=".9f"))
 
 
 if __name__ == "__main__":

@@ -6,7 +6,8 @@
 
 When x is stored by a codec, backward must compute such nodes from the decoded x. `rewrite` clones them;
 this pass says which. Statistics of a token (a mean, an rstd, a logsumexp) are never computed from a decoded
-value: they are saved exactly, for they are small and everything is divided by them.
+value: they are saved exactly, for they are small and everything is divided by them. Nor are comparisons, which
+`plan` packs, or whole numbers such as indices: near a threshold the mean of many decoded values does not help.
 
 A *region* is what backward computes again through a matmul, through attention, or because the user checkpointed
 it. Its input stays exact unless `prac.checkpoint_inputs` names a codec; then the whole region is cloned, its own
@@ -168,13 +169,22 @@ def region_from(
             is_tagged = has_tag_must_recompute(user)
             if is_reduction(user) and not is_tagged:
                 continue
-            if is_tagged or not (is_cheap(user) or is_alias):
+            is_index = _is_whole_numbers(user) and not is_tagged
+            if is_tagged or is_index or not (is_cheap(user) or is_alias):
                 start = start or user
-                if not is_repeatable(user):
+                if is_index or not is_repeatable(user):
                     return Region(start, user)
             seen.add(user)
             pending.append(user)
     return None if start is None else Region(start, None)
+
+
+def _is_whole_numbers(node: fx.Node) -> bool:
+    """An index, for one: computed from a decoded value it would point elsewhere."""
+    value = tensor_value(node)
+    if value is None or value.dtype == torch.bool:
+        return False
+    return not (value.dtype.is_floating_point or value.dtype.is_complex)
 
 
 def derivation(

@@ -6,7 +6,7 @@ import copy
 import functools
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import Any, cast
 
 import torch.fx as fx
 from torch import nn
@@ -113,7 +113,7 @@ def ways_to_train(config: PracConfig) -> list[Way]:
     """All of them; those of our backend take the options of `config` that no policy decides."""
     kept = ("group_size", "min_nbytes", "include", "exclude", "seed")
     common = {name: getattr(config, name) for name in kept}
-    policies = {policy: PracConfig(policy=policy, **common) for policy in POLICIES}
+    policies = {policy: PracConfig(**common, policy=policy) for policy in POLICIES}  # type: ignore[arg-type]
     ways = [
         Way("eager", eager=True),
         Way(PLAIN),
@@ -254,7 +254,7 @@ def checkpointed(step: Step) -> Step:
     tensors = [*model.parameters(), *model.buffers()]
     copied = copy.deepcopy(model, {id(tensor): tensor for tensor in tensors})
     for block in blocks_of(copied):
-        block.forward = functools.partial(checkpoint, block.forward, use_reentrant=False)  # type: ignore[method-assign]
+        block.forward = functools.partial(checkpoint, block.forward, use_reentrant=False)
     return replace(step, model=copied)
 
 
@@ -282,7 +282,7 @@ class Backend:
         with functorch_config.patch(activation_memory_budget=self.way.budget):
             if self.way.config is not None:
                 return PracBackend(self.way.config)(gm, example_inputs, options=self.patches)
-            compiled: Callable[..., Any] = compile_fx(
+            compiled: Any = compile_fx(
                 gm, list(example_inputs), config_patches=self.patches or None
             )
-            return compiled
+            return cast(Callable[..., Any], compiled)

@@ -168,6 +168,8 @@ def _compile(
 
     graph = DynamoGraph(gm, tuple(example_inputs))
     if not graph.trainable:
+        if torch.is_grad_enabled():
+            log.info("plain Inductor: no nn.Parameter that requires a gradient enters this graph")
         return plain()
     try:
         plan, rewritten = plan_and_compile(graph, config, patches)

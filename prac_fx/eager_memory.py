@@ -15,7 +15,7 @@ from prac_fx.memory import storage_nbytes
 from prac_fx.torch_compat import TorchDispatchMode, storage_key, tree_leaves
 
 
-class AllocationTracker(TorchDispatchMode):
+class AllocationTracker(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """Counts the bytes of the storages that operators make while it is active, until they go.
 
     Args:
@@ -27,7 +27,7 @@ class AllocationTracker(TorchDispatchMode):
     """
 
     def __init__(self, known: Iterable[Tensor] = ()) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self.nbytes = 0
         self.peak_nbytes = 0
         self._known = {storage_key(tensor) for tensor in known}

@@ -90,7 +90,7 @@ def _forward(step: Step, row: Alternative, patches: Mapping[str, Any]) -> Callab
 def _training_step(forward: Callable[[], Tensor], trained: Sequence[Tensor]) -> Callable[[], None]:
     def run() -> None:
         _clear(trained)
-        forward().backward()
+        forward().backward()  # type: ignore[no-untyped-call]
 
     return run
 

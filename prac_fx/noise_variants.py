@@ -10,6 +10,7 @@ import torch
 import torch.fx as fx
 from torch import Tensor
 
+from prac_fx.codecs import BitCodec
 from prac_fx.config import PracConfig
 from prac_fx.dynamo_backend import DynamoGraph, compile_rewritten, plan_and_compile
 from prac_fx.origin import any_layer
@@ -124,7 +125,10 @@ def _plan_of_group(plan: Plan, rows: Sequence[PlannedValue]) -> Plan:
     values = [
         replace(row, reason="min_cut") if row.reason == "derived" else row for row in plan.values
     ]
-    sites = tuple(site for site in plan.sites if site.value in names)
+    # a packed mask has no noise, and is there because backward may not compute it from a decoded value
+    sites = tuple(
+        site for site in plan.sites if site.value in names or isinstance(site.codec, BitCodec)
+    )
     return replace(plan, values=tuple(values), sites=sites)
 
 

@@ -61,7 +61,8 @@ def _entry(name: str, subspace: Subspace) -> dict[str, Any]:
 def _owners(model: torch.nn.Module) -> dict[str, Tensor]:
     """The tensors that own the state of a model's parameters, by name, whatever the model is wrapped in."""
     while isinstance(model, DistributedDataParallel) or hasattr(model, "_orig_mod"):
-        model = model.module if isinstance(model, DistributedDataParallel) else model._orig_mod
+        inner: Any = model
+        model = inner.module if isinstance(model, DistributedDataParallel) else inner._orig_mod
     sharded = sharded_parameters()
     found = {}
     for name, parameter in model.named_parameters():

@@ -49,7 +49,7 @@ def _on_cuda(forward: Callable[[], Tensor], device: torch.device) -> StepAllocat
     torch.cuda.reset_peak_memory_stats(device)
     loss = forward()
     saved = torch.cuda.memory_allocated(device) - before
-    loss.backward()
+    loss.backward()  # type: ignore[no-untyped-call]
     torch.cuda.synchronize(device)
     return StepAllocations(saved, torch.cuda.max_memory_allocated(device) - before)
 
@@ -60,7 +60,7 @@ def _on_cpu(forward: Callable[[], Tensor]) -> StepAllocations:
         loss = forward()
         with record_function(_AFTER_FORWARD):
             pass
-        loss.backward()
+        loss.backward()  # type: ignore[no-untyped-call]
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "trace.json"
         profiler.export_chrome_trace(str(path))

@@ -134,7 +134,7 @@ def autograd_references(value: torch.Tensor) -> int:
     """
     owners: int = value._use_count()  # type: ignore[attr-defined]
     # one of the storage's owners is the tensor, one the storage object that this line makes
-    return owners + torch._C._storage_Use_Count(value.untyped_storage()._cdata) - 2  # type: ignore[attr-defined,no-any-return]
+    return owners + torch._C._storage_Use_Count(value.untyped_storage()._cdata) - 2
 
 
 def has_saved_tensors_hooks() -> bool:
@@ -423,5 +423,5 @@ def fsdp_parameters() -> list[Any]:
 
 def active_data_parallel_group() -> Any:
     """The process group of the DistributedDataParallel whose forward is running; None outside of one."""
-    running = DistributedDataParallel._get_active_ddp_module()
+    running: Any = DistributedDataParallel._get_active_ddp_module()  # type: ignore[no-untyped-call]
     return None if running is None else running.process_group

@@ -168,7 +168,12 @@ def test_reentrant_checkpoints_are_traced_as_the_others() -> None:
 def test_noise_of_regions_is_small_and_unbiased_to_first_order() -> None:
     options = {**SMALL, **{f"prac.{name}": value for name, value in REGIONS.items()}}
     report = prac_fx.verify(
-        Checkpointed(dropout=0.1), rows(), loss_fn=loss_of, options=options, by_value=False, quiet=True
+        Checkpointed(dropout=0.1),
+        rows(),
+        loss_fn=loss_of,
+        options=options,
+        by_value=False,
+        quiet=True,
     )
     assert 0 < report.total.error < 0.01
     assert report.total.cosine > 0.9999

@@ -35,12 +35,24 @@ def test_every_reason_is_listed() -> None:
             assert f"| `{code}` | {meaning} |" in README
 
 
-def test_the_report_shown_is_the_report_printed(capsys) -> None:  # type: ignore[no-untyped-def]
-    assert main([str(ROOT / "examples" / "mlp.py")]) == 0
+def test_the_report_shown_is_the_end_of_the_report_printed(capsys) -> None:  # type: ignore[no-untyped-def]
+    assert main([str(ROOT / "examples" / "mlp.py"), "--no-alternatives"]) == 0
     printed = "\n".join(line.rstrip() for line in capsys.readouterr().out.strip().splitlines())
-    assert printed in README
+    assert printed[printed.index("what the step keeps for backward") :] in README
 
 
 def test_links_lead_to_files() -> None:
     for target in re.findall(r"\]\(([^)#:]+)\)", README):
         assert (ROOT / target).exists(), target
+
+
+def test_tests_in_the_table_of_what_composes_exist() -> None:
+    section = README.partition("## What composes")[2].partition("\n## ")[0]
+    sources = {path: path.read_text() for path in (ROOT / "tests").rglob("test_*.py")}
+    names = re.findall(r"`(?:(?:passes/)?test_\w+\.py::)?(test_\w+)(\*?)`", section)
+    assert len(names) > 20
+    for name, star in names:
+        pattern = rf"def {name}" + ("" if star else r"\(")
+        assert any(re.search(pattern, text) for text in sources.values()), name
+    for file in re.findall(r"`((?:passes/)?test_\w+\.py)(?:::|`)", section):
+        assert (ROOT / "tests" / file).exists(), file

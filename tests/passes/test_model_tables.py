@@ -73,8 +73,8 @@ model                                      8x65         A    keep      not_float
 model                                      512x1        A    keep      statistic
 model                                      512x1        A    keep      statistic
 model                                                   A    keep      statistic
-div.Tensor                                 8x64x1       A    keep      statistic
-div.Tensor                                 8x64x1       A    keep      statistic""",
+model.transformer.ln_f                     8x64x1       A    keep      statistic
+model.transformer.h.0.ln_2                 8x64x1       A    keep      statistic""",
     )
 
 
@@ -101,7 +101,7 @@ model.classifier.dropout                   16x64        W    keep      too_few_t
 model.classifier                           16x64        W+A  keep      also_read_elsewhere
 model.classifier.out_proj                  16x2         A    keep      loss_intermediate
 model                                                   A    keep      statistic
-div.Tensor                                 16x64x1      A    keep      statistic
-div.Tensor                                 16x64x1      A    keep      statistic
-div.Tensor                                 16x64x1      A    keep      statistic""",
+model.roberta.encoder.layer.0.output.LayerNorm 16x64x1      A    keep      statistic
+model.roberta.encoder.layer.0.attention.output.LayerNorm 16x64x1      A    keep      statistic
+model.roberta.embeddings.LayerNorm         16x64x1      A    keep      statistic""",
     )
