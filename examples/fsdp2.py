@@ -1,6 +1,6 @@
 """Sharded training with compressed activations: each block is compiled and sharded, then saved and loaded.
 
-    torchrun --nproc-per-node 2 examples/fsdp2.py [--steps 60]    # CPUs with gloo, GPUs with NCCL
+torchrun --nproc-per-node 2 examples/fsdp2.py [--steps 60]    # CPUs with gloo, GPUs with NCCL
 """
 
 from __future__ import annotations
@@ -11,25 +11,27 @@ from collections.abc import Sequence
 
 import torch
 import torch.distributed as dist
-import torch.distributed.checkpoint as dcp
 from byte_transformer import ByteTransformer, training_data
 from ddp import start
 from torch import Tensor, nn
 from torch.distributed.checkpoint.state_dict import get_model_state_dict, set_model_state_dict
+from torch.distributed.checkpoint.state_dict_loader import load
+from torch.distributed.checkpoint.state_dict_saver import save
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 
 import prac_fx
 
 
-def sharded(width: int, layers: int, backend: str, device: torch.device) -> nn.Module:
+def sharded(width: int, layers: int, backend: str, device: torch.device) -> ByteTransformer:
     """Each block compiled as one graph, then sharded; the rest is sharded as a whole."""
     model = ByteTransformer(width, layers).to(device)
     mesh = init_device_mesh(device.type, (dist.get_world_size(),))
     for block in model.blocks:
         block.compile(backend=backend, fullgraph=True)
         fully_shard(block, mesh=mesh)
-    return fully_shard(model, mesh=mesh)
+    fully_shard(model, mesh=mesh)
+    return model
 
 
 def train(model: nn.Module, data: list[Tensor], device: torch.device) -> list[float]:
@@ -54,15 +56,14 @@ def run(args: argparse.Namespace, device: torch.device) -> None:
     losses = train(model, data[:-1], device)
     folder = [tempfile.mkdtemp()]
     dist.broadcast_object_list(folder)
-    state = {"model": get_model_state_dict(model), "prac": prac_fx.CheckpointState(model)}
-    dcp.save(state, checkpoint_id=folder[0])
-    state = {"model": get_model_state_dict(fresh), "prac": prac_fx.CheckpointState(fresh)}
-    dcp.load(state, checkpoint_id=folder[0])
-    set_model_state_dict(fresh, state["model"])
+    weights = get_model_state_dict(model)
+    save({"model": weights, "prac": prac_fx.CheckpointState(model)}, checkpoint_id=folder[0])
+    weights = get_model_state_dict(fresh)
+    load({"model": weights, "prac": prac_fx.CheckpointState(fresh)}, checkpoint_id=folder[0])
+    set_model_state_dict(fresh, weights)
     following = [train(one, data[-1:], device)[0] for one in (model, fresh)]
     if dist.get_rank() == 0:
-        print(f"loss {losses[0]:.3f} -> {losses[-1]:.3f}")
-        print(f"next step, going on: {following[0]!r}, from the checkpoint: {following[1]!r}")
+        print(f"loss {losses[0]:.3f} -> {losses[-1]:.3f}, going on and resumed: {following}")
 
 
 def main(argv: Sequence[str] | None = None) -> None:

@@ -7,7 +7,7 @@
 When x is stored by a codec, backward must compute such nodes from the decoded x. `rewrite` clones them;
 this pass says which. Statistics of a token (a mean, an rstd, a logsumexp) are never computed from a decoded
 value: they are saved exactly, for they are small and everything is divided by them. Nor are comparisons, which
-`plan` packs, or whole numbers such as indices: near a threshold the mean of many decoded values does not help.
+`masks` are about, or whole numbers such as indices: near a threshold the mean of many decoded values does not help.
 
 A *region* is what backward computes again through a matmul, through attention, or because the user checkpointed
 it. Its input stays exact unless `prac.checkpoint_inputs` names a codec; then the whole region is cloned, its own

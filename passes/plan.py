@@ -37,6 +37,7 @@ from prac_fx.passes.chains import (
     region_from,
 )
 from prac_fx.passes.classify import Classification
+from prac_fx.passes.masks import masks_of, without_masks
 from prac_fx.passes.ranks import (
     Projected,
     bad_rank,
@@ -295,8 +296,27 @@ class _Planner:
         roles = sorted(
             self.joint.roles, key=lambda r: position.get(without_views(r.value.node), len(position))
         )
+        if self.config.input_gradient != "exact":
+            roles = list(map(without_masks, roles))
+        self._decide_all(roles)
+        saved_masks = self._save_masks()
+        clones = self._clones(saved_masks)
+        rows = [self.rows[role.value.node] for role in roles]
+        rows += self.mask_rows + _recomputed(self.joint)
+        owner = self.joint.owner
+        return Plan(
+            tuple(rows),
+            tuple(self.sites.values()),
+            tuple(node.name for node in clones.nodes),
+            tuple(node.name for node in (*clones.statistics, *saved_masks)),
+            owner,
+            self.joint.argument_names.get(owner, f"argument {owner}"),
+            fingerprint(self.joint.graph),
+        )
+
+    def _decide_all(self, roles: Sequence[ValueRole]) -> None:
         deferred = []
-        for role in map(self._without_masks, roles):
+        for role in roles:
             row = self.rows[role.value.node] = _describe(role, self.joint.argument_names)
             chosen = self._choose(role, row)
             if chosen in ("auto", "recompute"):
@@ -309,63 +329,25 @@ class _Planner:
         stored -= {node for node, site in self.sites.items() if site.readers}
         for role, chosen in deferred:
             self._derive_or_project(role, chosen, stored)
-        joint, graph = self.joint, self.joint.graph
-        saved_masks = self._save_masks()
-        clones = self._clones(saved_masks)
-        rows = [self.rows[role.value.node] for role in roles] + self.mask_rows
-        rows += _recomputed(joint)
-        return Plan(
-            tuple(rows),
-            tuple(self.sites.values()),
-            tuple(node.name for node in clones.nodes),
-            tuple(node.name for node in (*clones.statistics, *saved_masks)),
-            joint.owner,
-            joint.argument_names.get(joint.owner, f"argument {joint.owner}"),
-            fingerprint(graph),
-        )
 
     # -- masks ------------------------------------------------------------------------------------
 
-    def _without_masks(self, role: ValueRole) -> ValueRole:
-        """The role of a value without the comparisons that backward makes of it, which can be saved packed.
-
-        The result of a ReLU is one: a weight gradient reads it, and the input gradient reads where it is zero.
-        """
-        if role.role != "W+A" or self.config.input_gradient == "exact":
-            return role
-        weight = tuple(reader for reader in role.readers if reader.kind == "weight_gradient")
-        others = [reader.operand for reader in role.readers if reader not in weight]
-        if not all(_is_mask(node) and not has_tag_must_recompute(node) for node in others):
-            return role
-        return replace(role, role="W", readers=weight)
-
-    def _clones(self, encoded_too: Collection[fx.Node] = ()) -> Clones:
+    def _clones(self, also_encoded: Collection[fx.Node] = ()) -> Clones:
         joint = self.joint
         encoded = {node for node, site in self.sites.items() if not site.readers}
         return find_clones(
             joint.graph,
             joint.classification,
             joint.survey.recomputed,
-            {*encoded, *encoded_too},
+            {*encoded, *also_encoded},
             self.derived,
         )
 
     def _save_masks(self) -> list[fx.Node]:
-        """Pack the masks that backward would otherwise compute from decoded values.
-
-        A comparison is right or wrong: near its threshold the mean of many decoded values does not help.
-
-        Returns:
-            The masks that cannot be packed and are saved as they are.
-        """
+        """Pack the masks of encoded values. Returns those that cannot be packed, to be saved as they are."""
         clones = set(self._clones(self.sites).nodes)
-        found: dict[fx.Node, None] = {}
-        for node in self.joint.classification.crossing:
-            if node in clones and _is_mask(node) and not has_tag_must_recompute(node):
-                root = allocating_node(node)
-                if _reads_any(root, clones, self.sites):
-                    found[root] = None
-        return [node for node in found if not self._pack(node)]
+        masks = masks_of(tuple(self.sites), clones, self.joint.classification)
+        return [mask for mask in masks if not self._pack(mask)]
 
     def _pack(self, mask: fx.Node) -> bool:
         """Add a site for a mask that plain Inductor does not save."""
@@ -377,7 +359,7 @@ class _Planner:
         codec = BitCodec(layout.features)
         stored = codec.stored_nbytes(size_hint(value.numel()) // layout.features)
         row = row_without_readers(mask, "encode", "", stored)
-        detail = "backward reads it, and its operand is not stored exactly"
+        detail = "backward reads it, and what it is computed from is not stored exactly"
         self.mask_rows.append(replace(row, role="A", codec=codec, detail=detail))
         self.sites[mask] = Site(**self._common(mask), codec=codec, layout=layout)
         return True
@@ -683,24 +665,6 @@ class _Planner:
             codec=site.codec,
             coordinates=site.coordinates,
         )
-
-
-def _is_mask(node: fx.Node) -> bool:
-    value = tensor_value(node)
-    return value is not None and value.dtype == torch.bool
-
-
-def _reads_any(node: fx.Node, clones: Collection[fx.Node], encoded: Collection[fx.Node]) -> bool:
-    """Does a clone depend on an encoded value?"""
-    pending, seen = [node], {node}
-    while pending:
-        for arg in pending.pop().all_input_nodes:
-            if arg in encoded:
-                return True
-            if arg in clones and arg not in seen:
-                seen.add(arg)
-                pending.append(arg)
-    return False
 
 
 def _describe(role: ValueRole, argument_names: Mapping[int, str]) -> PlannedValue:

@@ -35,7 +35,7 @@ class Sharded:
 
 
 def is_distributed(value: object) -> bool:
-    """Is this a DTensor? (Importing that class takes long, and most programs never do.)"""
+    """Is this a DTensor? Importing that class takes a second, and most programs never do."""
     return hasattr(value, "device_mesh") and hasattr(value, "placements")
 
 

@@ -125,11 +125,15 @@ def _plan_of_group(plan: Plan, rows: Sequence[PlannedValue]) -> Plan:
     values = [
         replace(row, reason="min_cut") if row.reason == "derived" else row for row in plan.values
     ]
-    # a packed mask has no noise, and is there because backward may not compute it from a decoded value
-    sites = tuple(
-        site for site in plan.sites if site.value in names or isinstance(site.codec, BitCodec)
-    )
+    # masks that are packed lest backward computes them from decoded values stay so: they have no noise
+    masks = {row.allocated_by: row.nbytes_after for row in plan.values if _is_extra_mask(row)}
+    values = [replace(row, nbytes_before=masks.get(row.name, row.nbytes_before)) for row in values]
+    sites = tuple(site for site in plan.sites if site.value in {*names, *masks})
     return replace(plan, values=tuple(values), sites=sites)
+
+
+def _is_extra_mask(row: PlannedValue) -> bool:
+    return isinstance(row.codec, BitCodec) and not row.nbytes_before
 
 
 def _run_eagerly(gm: fx.GraphModule, *args: Any, **kwargs: Any) -> Callable[..., Any]:
@@ -169,7 +173,8 @@ _SEEDED: Mapping[object, Callable[..., Tensor]] = {
 def encoded_groups(plans: Sequence[Plan]) -> dict[Variant, list[PlannedValue]]:
     """Encoded values by module path, with `*` for layer numbers, and codec."""
     groups: dict[Variant, list[PlannedValue]] = {}
-    for row in (row for plan in plans for row in plan.values if row.codec is not None):
+    rows = (row for plan in plans for row in plan.values if row.codec is not None)
+    for row in (row for row in rows if not _is_extra_mask(row)):
         path = any_layer(row.origin.module or row.name)
         groups.setdefault((path, row.stored_as), []).append(row)
     return groups

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from prac_fx.codecs import PracCodec
 from prac_fx.config import PracConfig
 from prac_fx.data_parallel import home_of, replica_of, sharded_parameters
-from prac_fx.passes.plan import Plan, Site
+from prac_fx.passes.plan import Plan
 from prac_fx.random_streams import Draws, identity_of
 from prac_fx.rounding_state import RoundingSeed
 from prac_fx.state import Subspace, SubspaceKey, rounding_seed_for, subspace_for

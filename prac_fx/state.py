@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import MutableMapping
 from dataclasses import dataclass, field
+
 import torch
 from torch import Tensor
 from torch.utils.weak import WeakTensorKeyDictionary

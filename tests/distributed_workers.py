@@ -138,7 +138,7 @@ def describe(model: nn.Module) -> Result:
 
 
 def without_kernels() -> Any:
-    """Context in which the partitioned graphs run as they are, as what is tested here is not Inductor's kernels."""
+    """Context in which the partitioned graphs run as they are: Inductor's kernels are tested elsewhere, and take long."""
 
     def run_graph(gm: Any, example_inputs: Any, **_: Any) -> Any:
         return make_boxed_func(gm.forward)
@@ -151,8 +151,8 @@ def without_kernels() -> Any:
 
 
 def ddp(folder: Path) -> Result:
-    """The graph in one piece: loss against plain Inductor, draws of the ranks, comparison of plans."""
-    plain = DistributedDataParallel(torch.compile(Net()))
+    """The graph in one piece: loss against exact gradients, draws of the ranks, comparison of plans."""
+    plain = DistributedDataParallel(Net())
     found: Result = {"plain": train(plain, plain.parameters())}
     net = Net()
     wrapped = DistributedDataParallel(compiled(net))
@@ -160,8 +160,7 @@ def ddp(folder: Path) -> Result:
     found |= describe(net)
     found["compared"] = prac_fx.check_plans()
     # the last batch of an epoch is smaller on one rank, so that it alone compiles once more
-    with without_kernels():
-        wrapped(batch(STEPS, 0, TOKENS - dist.get_rank() * 64)).sum().backward()
+    wrapped(batch(STEPS, 0, TOKENS - dist.get_rank() * 64)).sum().backward()
     found["uneven"] = prac_fx.check_plans()
     found["weights"] = digest(*net.parameters())
     return found
@@ -257,7 +256,9 @@ def _fully_sharded(seed: int, reshard: bool, backend: str) -> nn.Module:
     net = Net(seed)
     mesh = init_device_mesh("cpu", (dist.get_world_size(),))
     for block in net.blocks:
-        block.compile(backend=backend, fullgraph=True, options=options() if backend == "prac" else None)
+        block.compile(
+            backend=backend, fullgraph=True, options=options() if backend == "prac" else None
+        )
     for block in net.blocks:
         fully_shard(block, mesh=mesh, reshard_after_forward=reshard)
     fully_shard(net, mesh=mesh, reshard_after_forward=reshard)
@@ -363,7 +364,9 @@ def pipeline_parallel(folder: Path) -> Result:
     target = torch.randn(FEATURES, FEATURES, generator=torch.Generator().manual_seed(5))
     for name, schedule_of in (("1f1b", Schedule1F1B), ("gpipe", ScheduleGPipe)):
         block = Net().blocks[rank]
-        block.compile(backend="prac", options=options(policy="linear", refresh_every=1), fullgraph=True)
+        block.compile(
+            backend="prac", options=options(policy="linear", refresh_every=1), fullgraph=True
+        )
         stage = PipelineStage(block, rank, dist.get_world_size(), torch.device("cpu"))
         schedule = schedule_of(
             stage, n_microbatches=4, loss_fn=lambda y, want: (y - want).square().mean()
@@ -491,10 +494,9 @@ def main(rank: int, world: int, folder: Path, names: list[str]) -> None:
     )
     for name in names:
         torch._dynamo.reset()
-        # `ddp` comes with all of Inductor; whole models, or Dynamo splits them (`ddp_split`)
         whole = torch._dynamo.config.patch(optimize_ddp=name == "ddp_split")
         try:
-            with whole, nullcontext() if name == "ddp" else without_kernels():
+            with whole, without_kernels():
                 result = SCENARIOS[name](folder)
         except Exception:
             result = {"error": traceback.format_exc()}

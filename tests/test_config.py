@@ -317,6 +317,7 @@ CHANGES: dict[str, Any] = {
     "input_gradient": "fp8_e4m3",
     "attention": "exact",
     "coordinates": "exact",
+    "checkpoint_inputs": "int8",
     "rules": (("*.mlp.*", "int4"),),
     "group_size": 64,
     "rounding": "nearest",

@@ -99,7 +99,7 @@ def test_state_is_static_in_forward(compiled: Any) -> None:
 
 def test_bases_are_static_in_backward(compiled: Any) -> None:
     """They are saved as they are, so that backward reads them at the address that they always have."""
-    forward, backward, model = compiled
+    forward, backward, _ = compiled
     saved = {node.name: index for index, node in enumerate(backward.placeholders)}
     for index in range(len(forward.placeholders) - 5, len(forward.placeholders), 2):
         node = forward.placeholders[index]
@@ -111,7 +111,7 @@ def test_bases_are_static_in_backward(compiled: Any) -> None:
 
 def test_forward_writes_to_static_inputs_only(compiled: Any) -> None:
     """Else torch would skip CUDA graphs, "due to mutated inputs"."""
-    forward, _, model = compiled
+    forward, _, _ = compiled
     number = len(forward.placeholders)
     assert forward.mutated == {number - 4, number - 2}  # the sampled rows
     check = partial(

@@ -90,7 +90,7 @@ def _assert_independent(both: Both) -> None:
 # -- data parallel ---------------------------------------------------------------------------------
 
 
-def test_ddp_has_the_loss_of_plain_inductor_and_independent_draws(results: Any) -> None:
+def test_ddp_has_the_loss_of_exact_gradients_and_independent_draws(results: Any) -> None:
     both = results("ddp")
     _assert_independent(both)
     for found in both:
@@ -233,7 +233,9 @@ def test_tensor_parallel_keeps_replicated_parameters_equal(results: Any) -> None
     assert first["replicas"] == second["replicas"] == [0] * len(first["replicas"])
     assert first["seeds"] == second["seeds"] != []
     assert first["streams"] == second["streams"]
-    assert len(set(first["streams"])) == len(first["streams"]) == 6  # two bases and a seed for each block
+    assert (
+        len(set(first["streams"])) == len(first["streams"]) == 6
+    )  # two bases and a seed for each block
     assert first["bases"][0] == second["bases"][0]  # of what all ranks have
     assert first["bases"][1] != second["bases"][1]  # of their own columns
     stored = {(where, role): how for where, role, how in first["stored"]}

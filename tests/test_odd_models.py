@@ -26,7 +26,7 @@ from transformers import (
 from prac_fx.codecs import PracCodec
 from prac_fx.passes.plan import Plan
 from prac_fx.state import subspaces_of
-from tests.compiling import SMALL, compile_prac, gradients, loss_of, step, subspace_of
+from tests.compiling import compile_prac, gradients, step, subspace_of
 from tests.models import VOCABULARY, Sequential, rows
 from tests.uncompiled import compile_plain, no_code_generation
 
@@ -345,7 +345,7 @@ class Shifted(Sequential):
 class AroundLstm(nn.Module):
     def __init__(self) -> None:
         super().__init__()
-        self.before, self.after = Shifted(), Shifted()
+        self.before, self.after = Shifted(depth=1), Shifted(depth=1)
         self.lstm = nn.LSTM(64, 64, batch_first=True)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -357,7 +357,7 @@ def test_lstm(allowed: bool, graphs: int) -> None:
     """Dynamo leaves an LSTM to eager code, with all that calls it, unless it is told to unroll it."""
 
     def case() -> Case:
-        return AroundLstm(), (rows().view(128, 4, 64),), {}
+        return AroundLstm(), (rows().view(256, 2, 64),), {}
 
     _, exact = _run(case, lambda model: model)
     with no_code_generation() as plans, torch._dynamo.config.patch(allow_rnn=allowed):

@@ -119,7 +119,10 @@ def test_a_checkpoint_fits_the_bare_and_the_compiled_model() -> None:
     run = Run(0, "balanced")
     run.train(range(2))
     bare, wrapped = prac_fx.state_dict(run.model), prac_fx.state_dict(run.compiled)
-    names = [[e["parameter"] for e in state["subspaces"] + state["rounding"]] for state in (bare, wrapped)]
+    names = [
+        [e["parameter"] for e in state["subspaces"] + state["rounding"]]
+        for state in (bare, wrapped)
+    ]
     assert names[0] == names[1] != []
     fresh = Run(1, "balanced")
     prac_fx.load_state_dict(fresh.compiled, bare)

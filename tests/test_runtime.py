@@ -78,7 +78,11 @@ def test_state_is_appended_in_the_order_of_the_placeholders() -> None:
         *("prac_basis_2", "prac_rows_2", "prac_seed"),
     ]
     for one, tensor in zip(state_inputs(plan), appended, strict=True):
-        assert (tuple(tensor.shape), tensor.dtype, tensor.device) == (one.shape, one.dtype, one.device)
+        assert (tuple(tensor.shape), tensor.dtype, tensor.device) == (
+            one.shape,
+            one.dtype,
+            one.device,
+        )
     owned = [state for weight in weights for state in subspaces_of(weight).values()]
     expected = [tensor for state in owned for tensor in (state.basis, state.rows)]
     assert all(a is b for a, b in zip(appended, expected, strict=False))

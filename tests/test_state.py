@@ -278,7 +278,9 @@ def test_identity_is_that_of_the_largest_parameter() -> None:
 def test_replicas_draw_independently_from_one_stream(codec: PracCodec) -> None:
     """One stream and one schedule for all, other directions for each, and the same ones again in the next run."""
     owners = [_parameter() for _ in range(4)]
-    states = [_subspace(o, _key(codec), replica=r) for o, r in zip(owners, (0, 1, 2, 1), strict=True)]
+    states = [
+        _subspace(o, _key(codec), replica=r) for o, r in zip(owners, (0, 1, 2, 1), strict=True)
+    ]
     assert len({state.stream for state in states}) == 1
     for step in range(5):
         bases = [state.basis.clone() for state in states]
@@ -690,7 +692,9 @@ def test_state_of_another_replica_is_drawn_anew(bound: bool) -> None:
         _train(_bind(loading, replica=3), range(2))
     load_state_dict(loading, saved)
     for state, entry in zip(_bind(loading, replica=3), saved["subspaces"], strict=True):
-        assert torch.equal(state.basis, entry["basis"])  # not before the step: a backward may need it
+        assert torch.equal(
+            state.basis, entry["basis"]
+        )  # not before the step: a backward may need it
         principal, draws, due = _parts(state)[0], state.draws, state.next_refresh
         state.begin_step()
         assert (state.draws, state.steps, state.replica) == (draws + 1, 6, 3)

@@ -10,7 +10,8 @@ import torch.nn.functional as F
 from expecttest import assert_expected_inline
 from torch import Tensor
 
-from tests.compiling import compile_prac, gradients, step
+import prac_fx
+from tests.compiling import SMALL, compile_prac, gradients, step
 from tests.graphs import Traced, trace
 from tests.passes.modules import Mlp, inputs
 from tests.uncompiled import compile_plain, no_code_generation
@@ -112,6 +113,15 @@ def test_gradients_past_a_kink(name: str) -> None:
     along = (ours * exact).sum() / exact.square().sum()
     assert abs(float(along) - 1) < 0.005
     assert float((ours - exact).norm() / exact.norm()) < 0.1
+
+
+def test_groups_of_values_are_measured_alone_with_the_masks_they_need() -> None:
+    options = {**SMALL, "prac.policy": "balanced", "prac.weight_gradient": "int8"}
+    report = prac_fx.verify(Mlp(torch.relu), inputs(), steps=2, options=options, quiet=True)
+    assert not any("not measured alone" in note for note in report.notes)
+    (cause,) = report.causes
+    assert cause.stored_as == "int8/128"
+    assert cause.error > 0
 
 
 def test_a_mask_that_cannot_be_packed_is_saved() -> None:
