@@ -54,8 +54,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     text = batches(library_bytes(10**6), BATCH, SEQUENCE, seed=1)
     tokens = torch.cat([next(text) for _ in range(args.steps)])
     data = [{"input_ids": window, "labels": window} for window in tokens]
-    batch = {"input_ids": tokens[:BATCH], "labels": tokens[:BATCH]}
-    report = prac_fx.explain(small_llama(args.layers), **batch)
+    first = tokens[:BATCH]
+    report = prac_fx.explain(small_llama(args.layers), input_ids=first, labels=first)
     rows: list[list[Any]] = []
     for backend in args.backends:
         model = small_llama(args.layers)
