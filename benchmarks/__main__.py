@@ -20,7 +20,16 @@ import torch
 from benchmarks.record import RESULTS, page, write_record
 from benchmarks.settings import Settings
 
-NAMES = ("memory_time", "frontier", "convergence", "noise", "refresh", "scaling", "micro")
+NAMES = (
+    "memory_time",
+    "frontier",
+    "convergence",
+    "noise",
+    "refresh",
+    "scaling",
+    "micro",
+    "runtime_overhead",
+)
 
 
 def _parser() -> argparse.ArgumentParser:

@@ -7,7 +7,8 @@ import gc
 from collections.abc import Callable, MutableMapping
 from dataclasses import dataclass
 from typing import Any
-from weakref import WeakKeyDictionary
+
+from torch.utils.weak import WeakIdKeyDictionary
 
 from prac_fx.config import PracConfig
 from prac_fx.passes.plan import Plan, PlannedValue
@@ -37,7 +38,7 @@ class CompiledGraph:
 
 
 # compiled function -> its record; it leaves with the function, that is with Dynamo's cache entry
-_ALIVE: MutableMapping[Callable[..., Any], CompiledGraph] = WeakKeyDictionary()
+_ALIVE: MutableMapping[Callable[..., Any], CompiledGraph] = WeakIdKeyDictionary()
 
 
 def record_graph(

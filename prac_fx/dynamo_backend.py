@@ -261,7 +261,8 @@ class DynamoGraph:
     @property
     def trainable_names(self) -> tuple[str, ...]:
         """Names of the parameters that require a gradient, in order."""
-        return tuple(self.argument_names[index] for index in sorted(self.trainable))
+        names = self.argument_names
+        return tuple(names[index] for index in sorted(self.trainable))
 
     @property
     def trainable(self) -> frozenset[int]:

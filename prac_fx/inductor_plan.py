@@ -135,34 +135,47 @@ class _Schedule:
     def kernels(self) -> Iterator[Kernel]:
         """The kernels in order."""
         nodes = self.scheduler.nodes
+        ends = []
         for node, following in zip(nodes, [*nodes[1:], None], strict=True):
-            self.scheduler.current_node = node
-            self.scheduler.buffer_names_to_free.update(node.last_usage)
-            seen = len(self.wrapper.lines)
-            with inplace_decisions():
-                for part in node.get_nodes():
-                    part.decide_inplace_update()
-                    part.mark_run()
-            self.scheduler.available_buffer_names.update(node.get_buffer_names())
-            self.scheduler.completed_operations.update(node.get_operation_names())
-            local = self._local_buffers(node)
-            self.graph.removed_buffers |= local
+            self._run(node)
             if not _shares_call(node, following):
                 self.scheduler.free_buffers()
-            yield self._kernel(node, self.wrapper.lines[seen:], local)
+            ends.append(len(self.wrapper.lines))
+        # what is freed may wait to be used again instead, and is held until then
+        self.wrapper.run_wrapper_ir_passes(is_inference=False)
+        for node, begin, end in zip(nodes, [0, *ends], ends, strict=False):
+            yield self._kernel(node, self.wrapper.lines[begin:end])
+
+    def _run(self, node: Any) -> None:
+        """Allocate what a node writes, and note what nothing reads after it."""
+        self.scheduler.current_node = node
+        self.scheduler.buffer_names_to_free.update(node.last_usage)
+        with inplace_decisions():
+            for part in node.get_nodes():
+                part.decide_inplace_update()
+                part.mark_run()
+        self.scheduler.available_buffer_names.update(node.get_buffer_names())
+        self.scheduler.completed_operations.update(node.get_operation_names())
+        self.graph.removed_buffers |= self._local_buffers(node)
 
     def _local_buffers(self, node: Any) -> set[str]:
         """Buffers that only the kernel reads which writes them: they live in registers."""
-        if node.is_extern() or not node.get_nodes():
+        if node.is_extern():
             return set()
         operations = node.get_operation_names()
-        return {
+        local = {
             name
             for name in node.get_buffer_names()
             if self.scheduler.can_buffer_be_removed_through_fusion(name, operations)
         }
+        # the memory of a local buffer that another result takes over is that result's
+        for result in reversed(node.get_outputs()):
+            taken_over = self.wrapper.reuses.get(result.get_name())
+            if result.get_name() not in local:
+                local.discard(taken_over)
+        return local
 
-    def _kernel(self, node: Any, lines: Sequence[Any], local: set[str]) -> Kernel:
+    def _kernel(self, node: Any, lines: Sequence[Any]) -> Kernel:
         allocated: dict[str, Value] = {}
         replaced: list[str] = []
         freed: list[str] = []
@@ -175,10 +188,10 @@ class _Schedule:
                 if allocated.pop(old, None) is None:
                     replaced.append(old)
                 allocated[line.reused_as.get_name()] = self._buffer(line.reused_as)
-            elif isinstance(line, FreeLine | FreeIfNotReusedLine):
+            elif isinstance(line, FreeLine) or (
+                isinstance(line, FreeIfNotReusedLine) and not line.is_reused
+            ):
                 freed.append(line.node.get_name())
-        for name in local & allocated.keys():
-            del allocated[name]
         allocated |= {buffer.get_name(): self._buffer(buffer) for buffer in _own_results(node)}
         origins = _fx_nodes(node)
         origin = origin_of(origins[-1]) if origins else Origin("", node.get_name(), "", 0)

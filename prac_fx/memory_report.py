@@ -36,12 +36,14 @@ class MemoryReport:
         config: the options it was made with.
         alternatives: other ways to train the same model; empty when they were not asked for.
         measured_on: device that real steps ran on; empty when none did.
+        fits: bytes that the largest batches fit; None when they were not asked for.
     """
 
     step: AnalysedStep
     config: PracConfig
     alternatives: tuple[Alternative, ...] = ()
     measured_on: str = ""
+    fits: int | None = None
 
     @property
     def values(self) -> tuple[PlannedValue, ...]:
@@ -163,7 +165,7 @@ def report_step(
     if measure:
         rows, measured_on = measure_alternatives(step, analysed, rows, patches, show)
     show("done", 1, 1)
-    return MemoryReport(analysed, config, tuple(rows), measured_on)
+    return MemoryReport(analysed, config, tuple(rows), measured_on, fits)
 
 
 def _show_nothing(what: str, done: int, total: int) -> None:

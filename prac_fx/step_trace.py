@@ -133,7 +133,7 @@ def trace(
     config: PracConfig | None = None,
     patches: Mapping[str, Any] | None = None,
     *,
-    budget: float = 1.0,
+    budget: float | None = None,
 ) -> list[Call]:
     """Trace the step.
 
@@ -141,7 +141,7 @@ def trace(
         step: what to trace.
         config: options of our backend; None for plain Inductor alone.
         patches: Inductor's.
-        budget: torch's `activation_memory_budget`.
+        budget: torch's `activation_memory_budget`; None for the one that is set.
 
     Returns:
         The runs of graphs that have a backward, in order.
@@ -154,12 +154,13 @@ def trace(
 
     # a code object of its own, so that no earlier call counts against Dynamo's recompile limit
     fresh = types.FunctionType(run.__code__.replace(), run.__globals__, closure=run.__closure__)
-    settings = {
+    settings: dict[str, Any] = {
         # a warm cache would not ask the partitioner, and a lazy backward would never be lowered
         "enable_autograd_cache": False,
         "force_non_lazy_backward_lowering": True,
-        "activation_memory_budget": budget,
     }
+    if budget is not None:
+        settings["activation_memory_budget"] = budget
     with torch.enable_grad(), functorch_config.patch(settings), step.fake_mode or nullcontext():
         torch.compile(fresh, backend=backend)(step.model, *step.args, **step.kwargs)
     return backend.calls

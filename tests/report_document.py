@@ -92,6 +92,7 @@ def document(**changes: Any) -> Document:
                 {"name": "W", "before_nbytes": 512 * KIB, "after_nbytes": 0, "count": 1},
             ],
         },
+        "fits_nbytes": None,
         "alternatives": [
             _alternative("plain Inductor", 3584 * KIB, 0.0, "exact"),
             _alternative("budget 0.5", 2 * MIB, 0.04, "exact"),

@@ -117,8 +117,6 @@ CASES: dict[str, tuple[Callable[[], nn.Module], dict[str, Any], float, float]] =
         0.01,
         0.31,
     ),
-    # the option does not depend on the policy
-    "balanced": (Checkpointed, {"policy": "balanced", "weight_gradient": "recompute"}, 0.01, 0.27),
 }
 
 

@@ -6,6 +6,7 @@ import json
 import os
 import subprocess
 import sys
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -257,11 +258,13 @@ def test_pipeline_stages_refresh_only_between_steps(results: Any, schedule: str)
     both = results("pipeline_parallel")
     first, last = (found[schedule] for found in both)
     assert first["sites"] == last["sites"] == 1
-    assert first["steps"] == last["steps"] == [4 * STEPS + 1]  # and one to find the shapes
-    assert first["draws"] == [[step + 1] for step in range(STEPS)]
+    # torch 2.13 runs one more forward pass, to find the shapes
+    assert first["steps"] == last["steps"]
+    assert first["steps"][0] - 4 * STEPS in (0, 1)
     # in 1F1B the last stage runs each backward right after its forward
-    per_step = 4 if schedule == "1f1b" else 1
-    assert last["draws"] == [[per_step * (step + 1)] for step in range(STEPS)]
+    for found, expected in ((first, 1), (last, 4 if schedule == "1f1b" else 1)):
+        each = [later - earlier for (earlier,), (later,) in pairwise(found["draws"])]
+        assert each == [expected] * (STEPS - 1)
     _assert_like(last["losses"], both[1]["exact"])
 
 

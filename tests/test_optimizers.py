@@ -106,7 +106,7 @@ def _train(compiled: Any, optimizer: Any) -> list[float]:
 
 
 # balanced rounds to int8, linear projects: its gradients are much noisier, and of lower rank
-@pytest.mark.parametrize(("policy", "tolerance"), [("balanced", 0.01), ("linear", 0.15)])
+@pytest.mark.parametrize(("policy", "tolerance"), [("balanced", 0.03), ("linear", 0.2)])
 @pytest.mark.parametrize("name", OPTIMIZERS)
 def test_ends_where_plain_gradients_end(name: str, policy: str, tolerance: float) -> None:
     plain_model, our_model = Sequential(), Sequential()

@@ -18,9 +18,10 @@ from torch import Tensor, nn
 
 from prac_fx import PracConfig, analysed_step
 from prac_fx.config import split_options
+from prac_fx.errors import ReportError
 from prac_fx.passes.plan import REASONS
 from prac_fx.passes.ranks import sample_rows
-from prac_fx.report import check_document, main
+from prac_fx.report import analysis, check_document, main
 from prac_fx.report.arguments import parse_arguments
 from prac_fx.report.model_file import call_build, import_build
 
@@ -124,17 +125,46 @@ def test_table(capsys: pytest.CaptureFixture[str], encodable: str) -> None:
 
 
 def test_the_whole_report(capsys: pytest.CaptureFixture[str], encodable: str) -> None:
-    assert main([encodable, *EXACT, "--fits", "1GiB", "--optimizer", "sgd"]) == 0
+    assert main([encodable, *EXACT, "--optimizer", "sgd"]) == 0
     out = capsys.readouterr().out
     table = out.partition("what would help")[2].partition("\n\n")[0].splitlines()
-    assert "largest batch" in table[1]
-    # both values, as in the totals: the row is computed from Inductor's buffers, the totals from the plan
-    plain = next(line for line in table if line.startswith("inductor "))
-    assert re.split(r"  +", plain)[1] == "1.0 MiB"
-    assert re.search(r"saved for backward +1\.0 MiB", out)
-    assert any(line.startswith("prac linear") for line in table)
-    assert "optimizer (sgd)" in out
-    assert "peak with plain Inductor\n" in out
+    assert table[1].split() == ["saved", "peak", "FLOPs", "gradient"]
+    rows = {re.split(r"  +", line)[0]: re.split(r"  +", line)[1:] for line in table[3:]}
+    saved = re.search(r"^saved for backward +(\S+ \S+) +(\S+ \S+) ", out, flags=re.MULTILINE)
+    assert saved is not None
+    assert (rows["inductor"][0], rows["prac linear"][0]) == saved.groups()
+    assert rows["inductor"][3] == "exact"
+    assert rows["prac linear"][3] == "unbiased"
+    assert "optimizer (sgd) " in out
+    assert "\nadvice\n- " in out
+
+
+def test_flags_reach_the_analysis(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, encodable: str
+) -> None:
+    seen = {}
+
+    def stop(*args: object, **given: object) -> None:
+        seen.update(given)
+        raise ReportError("enough")
+
+    monkeypatch.setattr(analysis, "report_step", stop)
+    flags = (
+        "--fits=1GiB",
+        "--measure",
+        "--batch=4",
+        "--seq=8",
+        "--dtype=bfloat16",
+        "--optimizer=sgd",
+    )
+    assert main([encodable, "prac.seed=3", *flags]) == 2
+    assert capsys.readouterr().err == "prac_fx.report: enough\n"
+    expected = {
+        "options": {"prac.seed": 3}, "loss_fn": None, "fits": 2**30, "measure": True, "batch": 4, "seq": 8,
+        "dtype": "bfloat16", "optimizer": "sgd", "alternatives": True,
+    }  # fmt: skip
+    assert callable(seen.pop("progress"))
+    assert seen == expected
 
 
 def test_table_explains_the_reasons_it_shows(
@@ -463,7 +493,7 @@ def test_the_model_raises(
 def test_a_failure_that_is_not_the_models(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, encodable: str
 ) -> None:
-    def fail(*args: object) -> None:
+    def fail(*args: object, **options: object) -> None:
         raise RuntimeError("no plan\nat all")
 
     monkeypatch.setattr(analysed_step, "trace", fail)

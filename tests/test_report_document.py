@@ -15,8 +15,9 @@ from prac_fx.report.axes import MOST_SAMPLES, byte_marks, phase_spans, sample_ti
 from prac_fx.report.document import CATEGORIES
 from prac_fx.report.palette import DARK, LIGHT
 from prac_fx.report.reading import check_document, load_document
+from prac_fx.report.repeats import merge_live, merge_repeats
 from prac_fx.report.sizes import parse_nbytes
-from tests.report_document import document, timeline
+from tests.report_document import document, timeline, value
 
 GIB = 1024**3
 
@@ -157,6 +158,20 @@ def test_phases_have_the_same_place_in_both_steps() -> None:
     assert 1.4 < (spans[2].right - spans[2].left) / (spans[0].right - spans[0].left) < 1.6
 
 
+def test_a_phase_that_comes_twice_has_two_places() -> None:
+    one = timeline({"saved": [0] * 12}, {"forward": 3, "loss": 3, "backward": 6})
+    for number, name in enumerate(("forward", "loss", "forward")):
+        one["phases"][number]["name"] = name
+    other = timeline({"saved": [0] * 8}, {"forward": 4, "backward": 4})
+    spans = phase_spans({"before": other, "after": one})
+    names = [(span.name, span.occurrence) for span in spans]
+    # "loss" and what follows it stand behind what precedes them, though the first step does not have them
+    assert names == [("forward", 0), ("loss", 0), ("forward", 1), ("backward", 0)]
+    lefts = [sample.left for sample in sample_timeline(one, spans)]
+    assert lefts == sorted(lefts)
+    assert len(set(lefts)) == 12
+
+
 def test_few_events_are_all_drawn() -> None:
     one = timeline({"saved": [1, 5, 3, 2]}, {"forward": 2, "backward": 2})
     samples = sample_timeline(one, phase_spans({"before": one, "after": one}))
@@ -187,3 +202,43 @@ def test_every_category_has_a_colour_of_its_own() -> None:
     for colours in (LIGHT, DARK):
         assert tuple(colours) == CATEGORIES
         assert len(set(colours.values())) == len(CATEGORIES)
+
+
+# -- repeats ---------------------------------------------------------------------------------------
+
+
+def _names(*modules: str) -> list[tuple[str, int]]:
+    values = [
+        value(f"v{n}", module, "mm", "A", "keep", "rule", 8, 8) for n, module in enumerate(modules)
+    ]
+    return [(one.module, len(one.values)) for one in merge_repeats(values)]
+
+
+def test_equal_values_of_layers_are_told_once() -> None:
+    assert _names("a.0.up", "a.1.up", "a.0.down") == [("a.*.up", 2), ("a.0.down", 1)]
+    # where the number is all there is, a star would say nothing
+    assert _names("0", "2") == [("0, 2", 2)]
+    # nothing says that two values without a module are alike
+    assert _names("", "") == [("v0", 1), ("v1", 1)]
+
+
+def _live_names(*things: tuple[str, str]) -> list[tuple[str, int]]:
+    live = [
+        {
+            "what": what,
+            "category": "saved",
+            "module": module,
+            "nbytes": 8,
+            "shape": [2],
+            "dtype": "f",
+        }
+        for module, what in things
+    ]
+    return [(one.what, one.count) for one in merge_live(live)]  # type: ignore[arg-type]
+
+
+def test_equal_live_things_of_layers_are_told_once() -> None:
+    assert _live_names(("a.0.up", "mm_3"), ("a.1.up", "mm_9")) == [("a.*.up", 2)]
+    assert _live_names(("a.0.up", "bias"), ("a.1.up", "bias")) == [("a.*.up bias", 2)]
+    assert _live_names(("a.0", "a.0.weight"), ("a.1", "a.1.weight")) == [("a.*.weight", 2)]
+    assert _live_names(("", "x"), ("", "y"), ("head", "mm")) == [("x", 1), ("y", 1), ("head mm", 1)]

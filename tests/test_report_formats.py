@@ -179,6 +179,8 @@ def _verbose() -> Document:
         for number in range(30)
     ]  # fmt: skip
     made = document(values=values, advice=["word " * 60, "x" * 150])
+    made["measured"] = {"device": "cpu"}
+    made["fits_nbytes"] = 80 * 1024**3
     made["options"] = {"rules": [["*.mlp.*", "int4"]] * 20}
     made["model"]["repeated"] = {"module": path, "analysed": 1, "total": 80}
     for side in made["peak"].values():
@@ -200,7 +202,7 @@ def test_nothing_is_wider_than_a_page() -> None:
 
 def test_what_was_measured_stands_beside_the_estimate() -> None:
     out = as_table(_verbose())
-    section = out.partition("estimated and measured\n")[2].partition("\n\n")[0]
+    section = out.partition("estimated and measured, on cpu\n")[2].partition("\n\n")[0]
     row = re.split(r"  +", section.splitlines()[2])
     assert row[1:] == ["3.5 MiB", "1.0 MiB", "5.5 MiB", "4.0 MiB", "-27.3%", "1.25"]
 

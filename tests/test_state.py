@@ -20,7 +20,13 @@ from prac_fx.errors import StateError
 from prac_fx.random_streams import Draws, identity_of
 from prac_fx.rounding_state import RoundingSeed, step_number
 from prac_fx.saved_state import load_state_dict, state_dict
-from prac_fx.state import Subspace, SubspaceKey, subspace_for, subspaces_of
+from prac_fx.state import (
+    Subspace,
+    SubspaceKey,
+    rounding_seed_for,
+    subspace_for,
+    subspaces_of,
+)
 from prac_fx.torch_compat import autograd_references
 
 CPU = torch.device("cpu")
@@ -197,6 +203,23 @@ def test_created_within_inference_mode() -> None:
         _forward(subspace, step)
 
 
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_state_follows_its_values_to_another_device() -> None:
+    """The same tensor objects on the other device: compiled graphs are bound to them."""
+    owner, draws = _parameter(), Draws("weight", ())
+    state = subspace_for(owner, _key(), CPU, draws, PracConfig())
+    seed = rounding_seed_for(owner, CPU, draws, PracConfig())
+    before = [state.basis, state.rows, seed.seed]
+    gpu = torch.device("cuda", 0)
+    assert subspace_for(owner, _key(), gpu, draws, PracConfig()) is state
+    assert rounding_seed_for(owner, gpu, draws, PracConfig()) is seed
+    after = [state.basis, state.rows, seed.seed]
+    assert all(a is b for a, b in zip(after, before, strict=True))
+    assert [t.device for t in after if t is not None] == [gpu] * 3
+    for step in range(3):
+        _forward(state, step)
+
+
 # -- random streams -------------------------------------------------------------------------------
 
 
@@ -266,12 +289,21 @@ def test_user_random_state_is_untouched(codec: PracCodec) -> None:
     assert _subspace(other, _key(codec)).stream == subspace.stream
 
 
-def test_identity_is_that_of_the_largest_parameter() -> None:
+def test_identity_is_that_of_the_largest_parameters() -> None:
     """The norms of all blocks are ones at first; what tells the blocks apart is a weight."""
     norm, first, second = nn.Parameter(torch.ones(16)), _parameter(0), _parameter(1)
-    assert identity_of([norm, first]) == identity_of([first]) != identity_of([norm, second])
-    assert len(identity_of([first])) == 64
-    assert len({identity_of([norm, weight]) for weight in (first, second)}) == 2
+    assert identity_of([norm, first]) == identity_of([norm, first]) != identity_of([norm, second])
+    # neither does a zero matrix beside it, as LoRA has one
+    zeros = nn.Parameter(torch.zeros(64, 16))
+    assert identity_of([zeros, first]) != identity_of([zeros, second])
+
+
+def test_parameters_without_readable_numbers_are_told_apart_by_their_order() -> None:
+    """Quantised parameters, which need not know how to slice."""
+    codes = nn.Parameter(torch.zeros(64, 16, dtype=torch.int8), requires_grad=False)
+    first, second = identity_of([codes]), identity_of([codes])
+    assert first != second
+    assert identity_of([codes, _parameter()]) == identity_of([_parameter()])
 
 
 @pytest.mark.parametrize("codec", CODECS, ids=PracCodec.describe)

@@ -7,9 +7,11 @@ in both.
 from __future__ import annotations
 
 import math
+from collections import Counter
+from collections.abc import Iterator
 from dataclasses import dataclass
 
-from prac_fx.report.document import Timeline, TimelinePair
+from prac_fx.report.document import Phase, Timeline, TimelinePair
 
 # More than a screen has pixels to show, few enough for a file that opens at once.
 MOST_SAMPLES = 700
@@ -19,12 +21,18 @@ _MIN_SHARE = 0.075
 _MARKS = 5
 _HEADROOM = 1.18
 
+_Key = tuple[str, int]
+
 
 @dataclass(frozen=True)
 class Span:
-    """Place of a phase on the axis, both ends in 0 .. 1."""
+    """Place of a phase on the axis, both ends in 0 .. 1.
+
+    A model of several graphs may come to a phase more than once: `occurrence` counts them from 0.
+    """
 
     name: str
+    occurrence: int
     left: float
     right: float
 
@@ -39,19 +47,32 @@ class Sample:
 
 def phase_spans(timelines: TimelinePair) -> list[Span]:
     """Share the axis among the phases by their number of events, the larger one of both steps."""
-    events: dict[str, int] = {}
+    events: dict[_Key, int] = {}
+    order: list[_Key] = []
     for timeline in (timelines["before"], timelines["after"]):
-        for phase in timeline["phases"]:
-            count = phase["end"] - phase["start"]
-            events[phase["name"]] = max(count, events.get(phase["name"], 0))
+        place = 0
+        for key, phase in _phases(timeline):
+            if key not in events:
+                order.insert(place, key)
+            place = order.index(key) + 1
+            events[key] = max(phase["end"] - phase["start"], events.get(key, 0))
     total = sum(events.values())
-    shares = {name: max(_MIN_SHARE, count / total) for name, count in events.items() if count}
+    shares = {key: max(_MIN_SHARE, events[key] / total) for key in order}
     spans, left = [], 0.0
-    for name, share in shares.items():
+    for key, share in shares.items():
         right = left + share / sum(shares.values())
-        spans.append(Span(name, left, right))
+        spans.append(Span(*key, left, right))
         left = right
     return spans
+
+
+def _phases(timeline: Timeline) -> Iterator[tuple[_Key, Phase]]:
+    """Phases that have events."""
+    seen: Counter[str] = Counter()
+    for phase in timeline["phases"]:
+        if phase["end"] > phase["start"]:
+            yield (phase["name"], seen[phase["name"]]), phase
+            seen[phase["name"]] += 1
 
 
 def largest_nbytes(timelines: TimelinePair) -> float:
@@ -69,13 +90,11 @@ def sample_timeline(
     timeline: Timeline, spans: list[Span], limit: int = MOST_SAMPLES
 ) -> list[Sample]:
     """At most about `limit` events: of each stretch of a phase the one with the most bytes."""
-    places = {span.name: span for span in spans}
+    places = {(span.name, span.occurrence): span for span in spans}
     samples = []
-    for phase in timeline["phases"]:
+    for key, phase in _phases(timeline):
         count = phase["end"] - phase["start"]
-        if not count:
-            continue
-        place = places[phase["name"]]
+        place = places[key]
         width = place.right - place.left
         stretches = min(count, max(1, round(limit * width)))
         for index in range(stretches):

@@ -198,7 +198,7 @@ class Alternative(TypedDict):
     """One way to train the same model on the same inputs. Null: not known.
 
     `added_flops`: recomputed or added FLOPs over those of the step; negative when it saves some.
-    `gradient`: "exact", "unbiased", "biased" or another word. `largest_batch`: that fits what `--fits` asks for.
+    `gradient`: "exact", "unbiased", "biased" or another word. `largest_batch`: that fits `fits_nbytes`.
     """
 
     name: str
@@ -211,8 +211,18 @@ class Alternative(TypedDict):
     note: str
 
 
+class Measured(TypedDict):
+    """Real steps ran, on this device; their figures are in the alternatives."""
+
+    device: str
+
+
 class Document(TypedDict):
-    """A whole memory report."""
+    """A whole memory report.
+
+    `graphs`: how many graphs of the model have a backward. `fits_nbytes`: what the largest batches fit; null when
+    they were not asked for.
+    """
 
     schema: int
     prac_fx: str
@@ -227,6 +237,7 @@ class Document(TypedDict):
     timeline: TimelinePair
     values: list[Value]
     rollup: Rollup
+    fits_nbytes: int | None
     alternatives: list[Alternative]
     advice: list[str]
-    measured: dict[str, Any] | None
+    measured: Measured | None

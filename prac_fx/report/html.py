@@ -249,8 +249,8 @@ def _alternatives(document: Document) -> dict[str, Any]:
         "alternatives": [
             {"way": one, "width": 100 * (one["peak_nbytes"] or 0) / largest} for one in ways
         ],
-        "has_batch": any(one["largest_batch"] is not None for one in ways),
-        "has_measured": any(one["measured"] is not None for one in ways),
+        "has_batch": document["fits_nbytes"] is not None,
+        "has_measured": document["measured"] is not None,
     }
 
 

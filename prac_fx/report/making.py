@@ -56,6 +56,7 @@ def document_of(report: MemoryReport) -> Document:
         "timeline": {"before": _timeline(report.before), "after": _timeline(report.after)},
         "values": values,
         "rollup": _rollup(values),
+        "fits_nbytes": report.fits,
         "alternatives": [_alternative(one) for one in report.alternatives],
         "advice": [],
         "measured": {"device": report.measured_on} if report.measured_on else None,

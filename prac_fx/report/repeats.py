@@ -56,10 +56,8 @@ def merge_repeats(values: Iterable[Value]) -> list[Repeat]:
         )
         groups.setdefault(key, []).append(value)
     repeats = [
-        Repeat(group[0]["module"] or group[0]["name"], tuple(group))
-        if len(group) == 1
-        else Repeat(str(key[0]), tuple(group))
-        for key, group in groups.items()
+        Repeat(_pattern([value["module"] or value["name"] for value in group]), tuple(group))
+        for group in groups.values()
     ]
     return sorted(repeats, key=lambda one: (-one.before_nbytes, -one.after_nbytes))
 
@@ -90,11 +88,18 @@ def merge_live(live: Iterable[Live]) -> list[LiveRepeat]:
 
 
 def _name(group: list[Live]) -> str:
-    first = group[0]
-    if len(group) == 1:
-        module, same = first["module"], True
-    else:
-        module, same = any_layer(first["module"]), len({one["what"] for one in group}) == 1
-    if not same or module == first["what"]:
-        return module
-    return f"{module} {first['what']}".strip()
+    module = _pattern([one["module"] for one in group])
+    if len({any_layer(one["what"]) for one in group}) > 1:
+        return module  # nodes of equal layers, each with a name of its own
+    what = _pattern([one["what"] for one in group])
+    # the name of a parameter begins with the path of its module
+    return what if what.startswith(module) else f"{module} {what}"
+
+
+def _pattern(paths: list[str]) -> str:
+    """One name for all of them: with `*` for the number of the layer, or a list where that is all there is."""
+    distinct = list(dict.fromkeys(paths))
+    pattern = any_layer(distinct[0])
+    if len(distinct) > 1 and pattern != "*":
+        return pattern
+    return ", ".join(distinct)

@@ -153,7 +153,7 @@ def _alternatives(document: Document, style: Style) -> str:
     alternatives = document["alternatives"]
     if not alternatives:
         return ""
-    has_batch = any(one["largest_batch"] is not None for one in alternatives)
+    has_batch = document["fits_nbytes"] is not None
     notes = list(dict.fromkeys(one["note"] for one in alternatives if one["note"]))
     rows = []
     for one in alternatives:
@@ -169,7 +169,8 @@ def _alternatives(document: Document, style: Style) -> str:
         row += [f"[{notes.index(one['note']) + 1}]" if one["note"] else ""] if notes else []
         rows.append(row)
     headers = ["", "saved", "peak", "FLOPs", "gradient"]
-    headers += ["largest batch"] if has_batch else []
+    fits = document["fits_nbytes"]
+    headers += [f"batch in {nbytes_text(fits)}"] if has_batch else []
     headers += [""] if notes else []
     table = grid(rows, headers, "lrrrl" + "r" * has_batch + "l" * bool(notes))
     lines = [wrapped(f"[{number}] {note}", 4) for number, note in enumerate(notes, start=1)]
@@ -182,8 +183,11 @@ def _measured(document: Document, style: Style) -> str:
         for one in document["alternatives"]
         if one["measured"] is not None
     ]
+    if document["measured"] is None or not rows:
+        return ""
     headers = ("", "saved", "measured", "peak", "measured", "", "step time")
-    return titled("estimated and measured", grid(rows, headers, "lrrrrrr"), style) if rows else ""
+    title = f"estimated and measured, on {document['measured']['device']}"
+    return titled(title, grid(rows, headers, "lrrrrrr"), style)
 
 
 def _measured_row(one: Alternative, measured: MeasuredAlternative) -> tuple[str, ...]:

@@ -288,7 +288,7 @@ def test_what_a_checkpointed_region_starts_from_stays_exact() -> None:
 
 
 def test_activation_memory_budget_is_honoured() -> None:
-    model, batch = models.llama(2)
+    model, batch = models.llama()
 
     def run(budget: float, **options: Any) -> Traced:
         with torch._functorch.config.patch(activation_memory_budget=budget):
