@@ -31,9 +31,9 @@ from prac_fx.memory import format_nbytes
 TITLE = "Memory and time over many steps"
 
 WINDOWS, WARM_UP = 10, 2
-FEATURES, LAYERS = 128, 2
+FEATURES, LAYERS = 64, 2
 # tokens; each window goes through them twice
-BATCHES = (512, 384, 640)
+BATCHES = (256, 192, 320)
 # more than this is growth: allocators and clocks are not exact
 MOST_NBYTES = 8 * 2**20
 MOST_TIME = 1.3

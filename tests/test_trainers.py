@@ -15,6 +15,7 @@ from torch.nn.functional import mse_loss
 from torch.utils.data import DataLoader
 
 import prac_fx
+from prac_fx.torch_compat import without_autograd_cache
 from tests.compiling import BALANCED, PLAIN
 from tests.models import Sequential, llama, rows
 
@@ -199,10 +200,8 @@ def float16_on_a_gpu(how: dict[str, Any], folder: Path) -> Run:
 
 def _mixed_precision(how: dict[str, Any], dtype: torch.dtype, device: str) -> Run:
     """Accumulation, clipping and a scaler whose first scale overflows in float16, so that it skips steps."""
-    # code without vectors, of torch 2.11, computes in float32 what should overflow in float16
-    options = {key: value for key, value in how["options"].items() if key != "cpp.simdlen"}
     model = Regression().to(device)
-    compiled = torch.compile(model, backend=how["backend"], options=options)
+    compiled = torch.compile(model, **how)
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
     scaler = torch.amp.GradScaler(device, init_scale=2.0**26)
     losses = []
@@ -259,7 +258,10 @@ LOOPS: list[Any] = [
 
 @pytest.mark.parametrize("loop", LOOPS)
 def test_trains_like_plain_inductor(loop: Loop, tmp_path: Path) -> None:
-    plain, ours = loop(PLAIN, tmp_path), loop(BALANCED, tmp_path)
+    # plain Inductor of torch 2.11 takes autocast to float16 from this cache for autocast to bfloat16 on a CPU
+    with without_autograd_cache():
+        plain = loop(PLAIN, tmp_path)
+    ours = loop(BALANCED, tmp_path)
     on_cpu = next(ours.model.parameters()).device.type == "cpu"
     assert ours.losses[0] == pytest.approx(plain.losses[0], rel=0 if on_cpu else 1e-3, abs=0)
     assert ours.losses != plain.losses

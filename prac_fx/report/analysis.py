@@ -96,7 +96,9 @@ def _explained(built: Built, path: Path) -> Iterator[None]:
         _raise_own_error(built, path)
         # Dynamo wraps what a backend raises
         inner = getattr(error, "inner_exception", error)
-        raise ReportError(f"the model could not be traced: {one_line(inner)}") from error
+        raise ReportError(
+            f"the model could not be traced: {one_line(inner)}; prac_fx.explain(...) in Python shows where"
+        ) from error
 
 
 def _raise_own_error(built: Built, path: Path) -> None:

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Iterator
+import threading
+import time
+from collections.abc import Iterator
 from contextlib import contextmanager
 
 from tqdm import tqdm
 
-Progress = Callable[[str, int, int], None]
+from prac_fx.memory_report import Progress
 
 _SECONDS = 2.0
 
@@ -21,13 +23,35 @@ def progress_bar() -> Iterator[Progress]:
         disable=None,  # off where standard error is no terminal
         file=sys.stderr,
         leave=False,
-        mininterval=0,
         bar_format="{desc} {bar:30} {n_fmt}/{total_fmt} {elapsed}",
     ) as bar:
 
         def show(what: str, done: int, total: int) -> None:
-            bar.total = total
+            bar.total, bar.n = total, done
             bar.set_description_str(what, refresh=False)
-            bar.update(done - bar.n)
+            if not bar.disable and time.time() - bar.start_t >= _SECONDS:
+                bar.refresh()
 
-        yield show
+        with _ticking(bar):
+            yield show
+
+
+@contextmanager
+def _ticking(bar: tqdm) -> Iterator[None]:
+    """Draw the bar also during a step, which may take a minute."""
+    if bar.disable:
+        yield
+        return
+    stop = threading.Event()
+
+    def tick() -> None:
+        while not stop.wait(_SECONDS):
+            bar.refresh()
+
+    thread = threading.Thread(target=tick, daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        stop.set()
+        thread.join()
