@@ -18,7 +18,7 @@ from prac_fx.dynamo_backend import PracBackend
 from prac_fx.eager_memory import eager_step
 from prac_fx.meta_model import as_fake
 from prac_fx.optimizer_memory import optimizer_memory
-from prac_fx.step_trace import PlannedGraph, Step
+from prac_fx.step_trace import Step
 from prac_fx.torch_compat import FakeTensorMode, compile_fx, functorch_config
 
 BUDGETS = (0.99, 0.7, 0.5, 0.3, 0.1)
@@ -184,7 +184,7 @@ def analyse_way(
     added = None if not flops else (found.flops_after - flops) / flops
     if added is not None and step_tokens(step) != step_tokens_of(analysed):
         added = None
-    saved = sum(saved_nbytes(call.after) for call in found.calls)
+    saved = found.allocated_for_backward_nbytes
     return Alternative(way, saved, found.after.peak.total, added)
 
 
@@ -196,19 +196,6 @@ def step_tokens(step: Step) -> int:
 def step_tokens_of(analysed: AnalysedStep) -> int:
     """The same of an analysed step."""
     return sum(tensor.numel() for _, tensor in analysed.tensors.inputs)
-
-
-def saved_nbytes(graph: PlannedGraph) -> int:
-    """Bytes of the buffers that a forward graph allocates and hands to its backward."""
-    plan = graph.forward
-    saved = {pair[1] for pair in plan.outputs[graph.facts.num_results :] if pair is not None}
-    sizes = {
-        name: value.nbytes
-        for kernel in plan.kernels
-        for name, value in kernel.allocated.items()
-        if name in saved
-    }
-    return sum(sizes.values())
 
 
 def _eager(way: Way, step: Step, optimizer: str) -> Alternative:

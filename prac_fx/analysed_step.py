@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import logging
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
 
@@ -15,9 +17,21 @@ from prac_fx.memory import storage_nbytes
 from prac_fx.optimizer_memory import OptimizerMemory, optimizer_memory
 from prac_fx.passes.plan import PlannedValue
 from prac_fx.planned_values import values_after, values_refused
-from prac_fx.step_memory import Category, Live, StepMemory, simulate
+from prac_fx.repeated_blocks import (
+    Repeated,
+    all_blocks,
+    all_values,
+    identical_blocks,
+    with_few_blocks,
+)
+from prac_fx.step_memory import Category, Live, StepMemory, StepPlan
 from prac_fx.step_trace import Call, PlannedGraph, Step, trace
 from prac_fx.torch_compat import storage_key, tree_leaves
+
+log = logging.getLogger(__name__)
+
+# From so many identical blocks on, a few of them are traced instead of all.
+_MANY_BLOCKS = 8
 
 NO_BACKWARD = (
     "the model has no backward: no parameter requires a gradient, the result does not depend "
@@ -102,6 +116,7 @@ class AnalysedStep:
         before: memory over the step with plain Inductor.
         after: with our backend.
         model: what was analysed.
+        repeated: its blocks, if only a few of them were traced.
     """
 
     tensors: Tensors
@@ -111,6 +126,7 @@ class AnalysedStep:
     before: StepMemory
     after: StepMemory
     model: Callable[..., Any]
+    repeated: Repeated | None = None
 
     @property
     def num_graphs(self) -> int:
@@ -135,12 +151,23 @@ class AnalysedStep:
     @property
     def flops_before(self) -> int:
         """FLOPs of matmuls, convolutions and attention with plain Inductor."""
-        return sum(call.before.flops for call in self.calls)
+        return sum(self._of_all_blocks(call.before.flops) for call in self.calls)
 
     @property
     def flops_after(self) -> int:
         """Likewise with our backend."""
-        return sum(call.after.flops for call in self.calls)
+        return sum(self._of_all_blocks(call.after.flops) for call in self.calls)
+
+    @property
+    def allocated_for_backward_nbytes(self) -> int:
+        """Bytes of the buffers that forward graphs of our backend, or plain Inductor's, hand to their backward."""
+        return sum(self._of_all_blocks(_handed_over(call.after)) for call in self.calls)
+
+    def _of_all_blocks(self, of_modules: Mapping[str, int]) -> int:
+        """Sum over the modules of the whole model, from those that were traced."""
+        if self.repeated is None:
+            return sum(of_modules.values())
+        return sum(number * self.repeated.weight(path) for path, number in of_modules.items())
 
     @property
     def logits_nbytes(self) -> int:
@@ -161,43 +188,80 @@ def analyse_step(
     patches: Mapping[str, Any],
     optimizer: str = "adamw",
     *,
-    budget: float | None = None,
+    budget: float = 1.0,
 ) -> AnalysedStep:
-    """Trace a step and run through its memory.
+    """Trace a step and run through its memory. Of many identical blocks a few are traced, and multiplied.
 
     Args:
         step: what to analyse.
         config: options of our backend; None for plain Inductor alone.
         patches: Inductor's.
         optimizer: a key of `prac_fx.optimizer_memory.OPTIMIZERS`.
-        budget: torch's `activation_memory_budget`; None for the one that is set.
+        budget: torch's `activation_memory_budget`.
 
     Raises:
         ReportError: an unknown optimizer, or nothing has a backward.
     """
     tensors = tensors_of(step)
     of_optimizer = optimizer_memory(optimizer, tensors.trained)
+    repeated = identical_blocks(step.model, _MANY_BLOCKS)
+    if repeated is not None:
+        try:
+            few = replace(step, model=with_few_blocks(step.model, repeated))
+            calls = trace(few, config, patches, budget=budget)
+            return _analysed(step, tensors, of_optimizer, calls, repeated)
+        except Exception as error:  # a model may count its blocks, and not work with fewer
+            log.debug("all blocks are analysed: %s", error)
     calls = trace(step, config, patches, budget=budget)
+    return _analysed(step, tensors, of_optimizer, calls, None)
+
+
+def _analysed(
+    step: Step,
+    tensors: Tensors,
+    optimizer: OptimizerMemory,
+    calls: Sequence[Call],
+    repeated: Repeated | None,
+) -> AnalysedStep:
     if not calls:
         raise ReportError(NO_BACKWARD)
     values = [value for call in calls for value in _values(call.after)]
+    if repeated is not None:
+        values = all_values(values, repeated)
     constants = tensors.live()
-    constants.append(Live(optimizer, "optimizer", "", of_optimizer.state_nbytes))
+    constants.append(Live(optimizer.name, "optimizer", "", optimizer.state_nbytes))
     state = Live("bases and sampled rows", "state", "", sum(value.state_nbytes for value in values))
-    static = [storage_key(tensor) for tensor in tensors.all]
+    static = frozenset(storage_key(tensor) for tensor in tensors.all)
 
     def memory(graphs: Sequence[PlannedGraph], more: Sequence[Live]) -> StepMemory:
         pairs = zip(calls, graphs, strict=True)
-        step_graphs = [call.step_graph(graph) for call, graph in pairs]
-        return simulate([*constants, *more], step_graphs, static, of_optimizer.temporary_nbytes)
+        plan = StepPlan(
+            (*constants, *more),
+            tuple(call.step_graph(graph) for call, graph in pairs),
+            static,
+            optimizer.temporary_nbytes,
+        )
+        return plan.memory() if repeated is None else all_blocks(plan, repeated)
 
     before = memory([call.before for call in calls], [])
     # the same object means that nothing is rewritten
     changed = any(call.after is not call.before for call in calls)
     after = memory([call.after for call in calls], [state]) if changed else before
     return AnalysedStep(
-        tensors, of_optimizer, tuple(calls), tuple(values), before, after, step.model
+        tensors, optimizer, tuple(calls), tuple(values), before, after, step.model, repeated
     )
+
+
+def _handed_over(graph: PlannedGraph) -> Mapping[str, int]:
+    """Bytes of the buffers that a forward graph allocates and hands to its backward, by module."""
+    plan = graph.forward
+    saved = {pair[1] for pair in plan.outputs[graph.facts.num_results :] if pair is not None}
+    found: Counter[str] = Counter()
+    for kernel in plan.kernels:
+        for name, value in kernel.allocated.items():
+            if name in saved:
+                found[value.origin.module] += value.nbytes
+    return found
 
 
 def _values(graph: PlannedGraph) -> list[PlannedValue]:

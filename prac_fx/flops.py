@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from typing import Any
 
 import torch
@@ -14,6 +15,7 @@ from torch.utils.flop_counter import (
 )
 
 from prac_fx.memory import size_hint
+from prac_fx.origin import origin_of
 
 _aten = torch.ops.aten
 # torch registers formulas for the attention operators of other devices only: formula and number of operands it takes
@@ -23,9 +25,14 @@ _CPU_ATTENTION: dict[Any, tuple[Any, int]] = {
 }
 
 
-def graph_flops(graph: fx.Graph) -> int:
-    """FLOPs of what torch.utils.flop_counter counts; a multiplication with an addition is two."""
-    return sum(_node_flops(node) for node in graph.nodes if node.op == "call_function")
+def graph_flops(graph: fx.Graph) -> Counter[str]:
+    """FLOPs of what torch.utils.flop_counter counts, by module path; a multiplication with an addition is two."""
+    found: Counter[str] = Counter()
+    for node in graph.nodes:
+        flops = _node_flops(node) if node.op == "call_function" else 0
+        if flops:
+            found[origin_of(node).module] += flops
+    return found
 
 
 def _node_flops(node: fx.Node) -> int:

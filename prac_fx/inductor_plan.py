@@ -159,7 +159,11 @@ class _Schedule:
         self.graph.removed_buffers |= self._local_buffers(node)
 
     def _local_buffers(self, node: Any) -> set[str]:
-        """Buffers that only the kernel reads which writes them: they live in registers."""
+        """Buffers that only the kernel reads which writes them: they live in registers.
+
+        Results that take over one another's memory stay together, as in `Kernel.remove_kernel_local_buffers`: all of
+        them are local, or none is.
+        """
         if node.is_extern():
             return set()
         operations = node.get_operation_names()
@@ -168,11 +172,14 @@ class _Schedule:
             for name in node.get_buffer_names()
             if self.scheduler.can_buffer_be_removed_through_fusion(name, operations)
         }
-        # the memory of a local buffer that another result takes over is that result's
-        for result in reversed(node.get_outputs()):
-            taken_over = self.wrapper.reuses.get(result.get_name())
-            if result.get_name() not in local:
-                local.discard(taken_over)
+        results = [result.get_name() for result in node.get_outputs()]
+        reuses = self.wrapper.reuses
+        for name in reversed(results):
+            if name in reuses and name not in local:
+                local.discard(reuses[name])
+        for name in results:
+            if name in reuses and reuses[name] not in local:
+                local.discard(name)
         return local
 
     def _kernel(self, node: Any, lines: Sequence[Any]) -> Kernel:

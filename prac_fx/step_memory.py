@@ -7,7 +7,7 @@ subspaces, the tangents that autograd makes, and what backward keeps.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -134,31 +134,41 @@ class StepGraph:
     gradients: tuple[int | None, ...]
 
 
-def simulate(
-    constants: Iterable[Live],
-    graphs: Sequence[StepGraph],
-    static: Iterable[int],
-    optimizer_temporary_nbytes: int = 0,
-) -> StepMemory:
-    """Run through a step and add up what is held.
+@dataclass(frozen=True)
+class StepPlan:
+    """A step to run through: `loss = model(inputs)`, `loss.backward()`, `optimizer.step()`.
 
-    The step is `loss = model(inputs)`, `loss.backward()`, `optimizer.step()`. The caller keeps the loss only, or all
-    results when none of them is a loss. Gradients are None at its start.
+    The caller keeps the loss only, or all results when none of them is a loss. Gradients are None at its start.
 
-    Args:
+    Attributes:
         constants: what is held all the time.
         graphs: in the order in which the forward pass runs them.
         static: storages of parameters, buffers and inputs, which are among the constants.
         optimizer_temporary_nbytes: what the optimizer allocates for the time of its step.
     """
-    first = _Simulation(constants, graphs, static)
-    first.run(optimizer_temporary_nbytes)
-    at = highest(first.events)
-    # once more, to see what is held there
-    again = _Simulation(constants, graphs, static, stop_at=at)
-    again.run(optimizer_temporary_nbytes)
-    live = sorted(again.stopped, key=lambda one: (-one.nbytes, one.what))
-    return StepMemory(tuple(first.events), tuple(live))
+
+    constants: tuple[Live, ...]
+    graphs: tuple[StepGraph, ...]
+    static: frozenset[int]
+    optimizer_temporary_nbytes: int = 0
+
+    def events(self) -> tuple[Event, ...]:
+        """Its moments, in order."""
+        simulation = _Simulation(self)
+        simulation.run()
+        return tuple(simulation.events)
+
+    def held_at(self, index: int) -> list[Live]:
+        """What is held at an event."""
+        simulation = _Simulation(self, stop_at=index)
+        simulation.run()
+        return simulation.stopped
+
+    def memory(self) -> StepMemory:
+        """Its events, and what is held at the highest of them."""
+        events = self.events()
+        live = self.held_at(highest(events))
+        return StepMemory(events, tuple(sorted(live, key=lambda one: (-one.nbytes, one.what))))
 
 
 _Key = tuple[object, ...]
@@ -171,15 +181,10 @@ class _Held:
 
 
 class _Simulation:
-    def __init__(
-        self,
-        constants: Iterable[Live],
-        graphs: Sequence[StepGraph],
-        static: Iterable[int],
-        stop_at: int = -1,
-    ) -> None:
-        self.graphs = graphs
-        self.static = frozenset(static)
+    def __init__(self, step: StepPlan, stop_at: int = -1) -> None:
+        self.step = step
+        self.graphs = step.graphs
+        self.static = step.static
         self.stop_at = stop_at
         self.stopped: list[Live] = []
         self.events: list[Event] = []
@@ -188,10 +193,10 @@ class _Simulation:
         self.of_storage: dict[int, _Key] = {}
         self.saved: dict[_Key, _Key] = {}  # who saved it -> what
         self.with_gradient: set[int] = set()
-        for number, constant in enumerate(constants):
+        for number, constant in enumerate(step.constants):
             self._hold(("constant", number), constant, ("always",))
 
-    def run(self, optimizer_temporary_nbytes: int) -> None:
+    def run(self) -> None:
         for number in range(len(self.graphs)):
             self._forward(number)
             if number:
@@ -199,7 +204,8 @@ class _Simulation:
         self._drop_results()
         for number in reversed(range(len(self.graphs))):
             self._backward(number)
-        temporary = Live("optimizer", "temporary", "", optimizer_temporary_nbytes)
+        nbytes = self.step.optimizer_temporary_nbytes
+        temporary = Live("optimizer", "temporary", "", nbytes)
         self._hold(("optimizer",), temporary, ("optimizer",))
         self._event("optimizer", "optimizer", Origin("", "optimizer", "", 0))
 

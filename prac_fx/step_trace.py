@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import types
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
@@ -70,7 +71,7 @@ class PlannedGraph:
         facts: of the joint graph.
         forward: what Inductor would allocate.
         backward: likewise.
-        flops: of matmuls, convolutions and attention in both.
+        flops: of matmuls, convolutions and attention in both, by module path.
         plan: what our passes decide; None when they were not asked.
         rewritten: what they made; None for plain Inductor.
         refused: why the graph cannot be rewritten; None when it can.
@@ -79,7 +80,7 @@ class PlannedGraph:
     facts: JointFacts
     forward: GraphPlan
     backward: GraphPlan
-    flops: int
+    flops: Mapping[str, int]
     plan: Plan | None = None
     rewritten: PartitionedGraph | None = None
     refused: str | None = None
@@ -216,7 +217,7 @@ class _Observer:
         self.facts: JointFacts | None = None
         self.forward: GraphPlan | None = None
         self.backward: GraphPlan | None = None
-        self.flops = 0
+        self.flops: Counter[str] = Counter()
 
     def look(
         self, gm: fx.GraphModule, options: Mapping[str, Any], parameters: frozenset[int]

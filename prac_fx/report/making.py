@@ -14,6 +14,7 @@ from prac_fx.alternatives import Alternative as AnalysedAlternative
 from prac_fx.codecs import PracCodec
 from prac_fx.memory_report import MemoryReport
 from prac_fx.passes.plan import PlannedValue
+from prac_fx.repeated_blocks import ANALYSED
 from prac_fx.report.advice import advice_for
 from prac_fx.report.document import (
     CATEGORIES,
@@ -26,6 +27,7 @@ from prac_fx.report.document import (
     Model,
     Peak,
     Phase,
+    Repeated,
     Rollup,
     RollupRow,
     Size,
@@ -77,8 +79,15 @@ def _model(report: MemoryReport) -> Model:
         "name": name,
         "parameters": sum(parameter.numel() for _, parameter in parameters),
         "trainable": sum(parameter.numel() for parameter in report.step.tensors.trained),
-        "repeated": None,
+        "repeated": _repeated(report),
     }
+
+
+def _repeated(report: MemoryReport) -> Repeated | None:
+    blocks = report.step.repeated
+    if blocks is None:
+        return None
+    return {"module": blocks.module, "analysed": ANALYSED, "total": blocks.total}
 
 
 def _function_name(model: Callable[..., Any]) -> str:

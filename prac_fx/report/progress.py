@@ -7,6 +7,7 @@ import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 from tqdm import tqdm
 
@@ -30,14 +31,19 @@ def progress_bar() -> Iterator[Progress]:
             bar.total, bar.n = total, done
             bar.set_description_str(what, refresh=False)
             if not bar.disable and time.time() - bar.start_t >= _SECONDS:
-                bar.refresh()
+                _draw(bar)
 
         with _ticking(bar):
             yield show
 
 
+def _draw(bar: tqdm[Any]) -> None:
+    bar.last_print_t = time.time()  # or closing it would not clear what it does not know of
+    bar.refresh()
+
+
 @contextmanager
-def _ticking(bar: tqdm) -> Iterator[None]:
+def _ticking(bar: tqdm[Any]) -> Iterator[None]:
     """Draw the bar also during a step, which may take a minute."""
     if bar.disable:
         yield
@@ -46,7 +52,7 @@ def _ticking(bar: tqdm) -> Iterator[None]:
 
     def tick() -> None:
         while not stop.wait(_SECONDS):
-            bar.refresh()
+            _draw(bar)
 
     thread = threading.Thread(target=tick, daemon=True)
     thread.start()

@@ -1,0 +1,268 @@
+"""Deep models from a few of their blocks: identical blocks are analysed once, and what one of them adds is multiplied.
+
+Of n identical blocks the first, one in the middle and the last are traced. The step of the whole model is that of the
+three with the middle block's part of the timeline repeated n - 2 times, each time higher by what one block leaves behind.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+from torch import Tensor, nn
+
+from prac_fx.passes.plan import PlannedValue
+from prac_fx.step_memory import CATEGORIES, Category, Event, Live, StepMemory, StepPlan, highest
+
+ANALYSED = 3
+
+
+@dataclass(frozen=True)
+class Repeated:
+    """A list of identical blocks of which some were analysed.
+
+    Attributes:
+        module: path of the list.
+        total: how many blocks the model has.
+    """
+
+    module: str
+    total: int
+
+    @property
+    def more(self) -> int:
+        """Blocks that were left out."""
+        return self.total - ANALYSED
+
+    def block_of(self, path: str) -> int | None:
+        """Number of the block that the module at a path belongs to, among those that were analysed."""
+        rest = path.removeprefix(f"{self.module}.")
+        number = rest.partition(".")[0]
+        return int(number) if rest != path and number.isdigit() else None
+
+    def weight(self, path: str) -> int:
+        """How often the whole model has what a module of the analysed one has."""
+        return 1 + self.more if self.block_of(path) == 1 else 1
+
+    def moved(self, path: str, middle: int) -> str:
+        """A path of the analysed model in the whole one, where the middle block stands for block `middle`."""
+        block = self.block_of(path)
+        if block is None or block == 0:
+            return path
+        first = f"{self.module}.{block}"
+        number = middle if block == 1 else self.total - 1
+        return f"{self.module}.{number}{path[len(first) :]}"
+
+
+def identical_blocks(model: Callable[..., Any], at_least: int) -> Repeated | None:
+    """The longest list of at least so many modules that differ in the values of their parameters alone."""
+    if not isinstance(model, nn.Module):
+        return None
+    found = [
+        Repeated(name, len(module))
+        for name, module in model.named_modules()
+        if isinstance(module, nn.ModuleList | nn.Sequential)
+        and len(module) >= max(at_least, ANALYSED + 1)
+        and all(_identical(module[0], block, i) for i, block in enumerate(module))
+    ]
+    return max(found, key=lambda one: one.total, default=None)
+
+
+def with_few_blocks(model: nn.Module, repeated: Repeated) -> nn.Module:
+    """A copy of the model with the first blocks only; its tensors are the model's own."""
+    tensors = [*model.parameters(), *model.buffers()]
+    copied = copy.deepcopy(model, {id(tensor): tensor for tensor in tensors})
+    blocks = copied.get_submodule(repeated.module)
+    for name in list(blocks._modules)[ANALYSED:]:
+        del blocks._modules[name]
+    return copied
+
+
+def _identical(first: nn.Module, other: nn.Module, distance: int) -> bool:
+    """Same modules, same sizes, same settings; a number that counts the blocks may differ by their distance."""
+    modules, others = dict(first.named_modules()), dict(other.named_modules())
+    if list(modules) != list(others):
+        return False
+    return all(
+        type(one) is type(others[name]) and _same_module(one, others[name], distance)
+        for name, one in modules.items()
+    )
+
+
+def _same_module(one: nn.Module, other: nn.Module, distance: int) -> bool:
+    settings, others = _settings(one), _settings(other)
+    if list(settings) != list(others) or _sizes(one) != _sizes(other):
+        return False
+    return all(
+        value == others[name] or _counts(value, others[name], distance)
+        for name, value in settings.items()
+    )
+
+
+def _counts(one: object, other: object, distance: int) -> bool:
+    return type(one) is int and type(other) is int and other - one == distance
+
+
+def _settings(module: nn.Module) -> dict[str, Any]:
+    kinds = bool | int | float | str | tuple | type(None)
+    return {name: value for name, value in vars(module).items() if isinstance(value, kinds)}
+
+
+def _sizes(module: nn.Module) -> list[object]:
+    tensors: dict[str, Tensor] = {
+        **dict(module.named_parameters(recurse=False)),
+        **dict(module.named_buffers(recurse=False)),
+    }
+    return [
+        (name, tensor.shape, tensor.dtype, tensor.requires_grad) for name, tensor in tensors.items()
+    ]
+
+
+# -- from a few blocks to all -----------------------------------------------------------------------
+
+
+def all_values(values: Sequence[PlannedValue], repeated: Repeated) -> list[PlannedValue]:
+    """Rows of the whole model: those of the middle block once for each block that it stands for."""
+    middle = [value for value in values if repeated.block_of(value.origin.module) == 1]
+    found: list[PlannedValue] = []
+    for value in values:
+        found.append(_moved(value, repeated, 1))
+        if middle and value is middle[-1]:
+            for number in range(2, repeated.total - 1):
+                found += [_moved(one, repeated, number) for one in middle]
+    return found
+
+
+def _moved(value: PlannedValue, repeated: Repeated, middle: int) -> PlannedValue:
+    module = repeated.moved(value.origin.module, middle)
+    return replace(value, origin=replace(value.origin, module=module))
+
+
+def all_blocks(step: StepPlan, repeated: Repeated) -> StepMemory:
+    """The step of the whole model from that of the analysed one.
+
+    Args:
+        step: of the analysed model, with the parameters, buffers and optimizer state of the whole one.
+        repeated: its blocks.
+
+    Raises:
+        ValueError: the events of the blocks are not in the order of the blocks.
+    """
+    events = step.events()
+    cuts = _cuts(events, repeated)
+    copies = _copies(len(events), cuts, repeated)
+    found = [_event(events, one, cuts, repeated) for one in copies]
+    at = highest(found)
+    live = _live(step, events, copies[at], found[at], repeated)
+    return StepMemory(tuple(found), tuple(sorted(live, key=lambda one: (-one.nbytes, one.what))))
+
+
+@dataclass(frozen=True)
+class _Copy:
+    """An event of the whole model.
+
+    Attributes:
+        index: of the event in the analysed model.
+        middle: number of the block that the middle block stands for here.
+        forward: blocks beyond the analysed ones that the forward pass has been through, here.
+        backward: likewise of the backward pass.
+    """
+
+    index: int
+    middle: int
+    forward: int
+    backward: int
+
+
+@dataclass(frozen=True)
+class _Cuts:
+    """Where the part of the middle block begins and ends, in both passes."""
+
+    forward: tuple[int, int]
+    backward: tuple[int, int]
+
+
+def _cuts(events: Sequence[Event], repeated: Repeated) -> _Cuts:
+    _, begin, end = _starts(events, repeated, "forward", range(ANALYSED))
+    _, back_begin, back_end = _starts(events, repeated, "backward", range(ANALYSED)[::-1])
+    return _Cuts((begin, end), (back_begin, back_end))
+
+
+def _starts(
+    events: Sequence[Event], repeated: Repeated, phase: str, order: Sequence[int]
+) -> list[int]:
+    """The first event of each block in a pass."""
+    blocks = [
+        repeated.block_of(event.origin.module) if event.phase == phase else None for event in events
+    ]
+    if not all(number in blocks for number in order):
+        raise ValueError(f"the {phase} pass does not name its blocks")
+    starts = [blocks.index(number) for number in order]
+    if starts != sorted(starts):
+        raise ValueError(f"the {phase} pass does not run its blocks in order")
+    return starts
+
+
+def _copies(count: int, cuts: _Cuts, repeated: Repeated) -> list[_Copy]:
+    """The events of the whole model, by those of the analysed one."""
+    begin, end = cuts.forward
+    back_begin, back_end = cuts.backward
+    more = repeated.more
+
+    def part(begin: int, end: int, middle: int, forward: int, backward: int) -> list[_Copy]:
+        return [_Copy(index, middle, forward, backward) for index in range(begin, end)]
+
+    found = part(0, end, 1, 0, 0)
+    for done in range(1, more + 1):
+        found += part(begin, end, 1 + done, done, 0)
+    found += part(end, back_end, 1 + more, more, 0)
+    for done in range(1, more + 1):
+        found += part(back_begin, back_end, 1 + more - done, more, done)
+    return found + part(back_end, count, 1, more, more)
+
+
+def _event(events: Sequence[Event], copied: _Copy, cuts: _Cuts, repeated: Repeated) -> Event:
+    event = events[copied.index]
+    nbytes = {
+        category: event.nbytes[category]
+        + copied.forward * _growth(events, cuts.forward, category)
+        + copied.backward * _growth(events, cuts.backward, category)
+        for category in CATEGORIES
+    }
+    module = repeated.moved(event.origin.module, copied.middle)
+    return replace(event, nbytes=nbytes, origin=replace(event.origin, module=module))
+
+
+def _growth(events: Sequence[Event], part: tuple[int, int], category: Category) -> int:
+    return events[part[1]].nbytes[category] - events[part[0]].nbytes[category]
+
+
+def _live(
+    step: StepPlan, events: Sequence[Event], copied: _Copy, event: Event, repeated: Repeated
+) -> list[Live]:
+    """What the whole model holds at an event: what the analysed one does, and what the other blocks do."""
+    found = [
+        replace(one, module=repeated.moved(one.module, copied.middle))
+        for one in step.held_at(copied.index)
+    ]
+    end_of_forward = next(i for i, one in enumerate(events) if one.phase == "backward") - 1
+    saved = _of_middle(step.held_at(end_of_forward), repeated, "saved")
+    gradients = _of_middle(step.held_at(len(events) - 1), repeated, "gradients")
+    # of the middle blocks, the first ones hold what they saved, and the last ones have their gradients
+    numbers = [number for number in range(1, repeated.total - 1) if number != copied.middle]
+    holding = copied.forward - copied.backward
+    for position, number in enumerate(numbers):
+        kept = saved if position < holding else gradients if copied.backward else []
+        found += [replace(one, module=repeated.moved(one.module, number)) for one in kept]
+    listed = {c: sum(one.nbytes for one in found if one.category == c) for c in CATEGORIES}
+    return found + [
+        Live("other", category, repeated.module, nbytes - listed[category])
+        for category, nbytes in event.nbytes.items()
+        if nbytes != listed[category]
+    ]
+
+
+def _of_middle(live: Sequence[Live], repeated: Repeated, category: Category) -> list[Live]:
+    return [one for one in live if one.category == category and repeated.block_of(one.module) == 1]
