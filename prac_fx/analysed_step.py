@@ -188,7 +188,7 @@ def analyse_step(
     patches: Mapping[str, Any],
     optimizer: str = "adamw",
     *,
-    budget: float = 1.0,
+    budget: float | None = None,
 ) -> AnalysedStep:
     """Trace a step and run through its memory. Of many identical blocks a few are traced, and multiplied.
 
@@ -197,7 +197,7 @@ def analyse_step(
         config: options of our backend; None for plain Inductor alone.
         patches: Inductor's.
         optimizer: a key of `prac_fx.optimizer_memory.OPTIMIZERS`.
-        budget: torch's `activation_memory_budget`.
+        budget: torch's `activation_memory_budget`; None for the one that is set.
 
     Raises:
         ReportError: an unknown optimizer, or nothing has a backward.

@@ -193,9 +193,6 @@ def test_transformers_gradient_checkpointing() -> None:
     assert encoded == {"model.embed_tokens", "model.layers.0"}
 
 
-@pytest.mark.xfail(
-    strict=False, reason="not finished: explain does not follow the budget that is set"
-)
 def test_memory_budget() -> None:
     """What the budget has backward compute again starts from encoded values, too."""
 
