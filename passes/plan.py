@@ -44,6 +44,7 @@ from prac_fx.passes.ranks import (
     choose_codec,
     coordinates_codec,
     coordinates_nbytes,
+    not_worthwhile,
     relative_flops,
     too_few,
 )
@@ -91,9 +92,6 @@ REASONS = {
 }
 
 _ENCODABLE_DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
-# weight_gradient="auto": PRAC has noise of its own and stores coordinates where computing again stores nothing;
-# it is taken where it leaves at most this share of the FLOPs of the exact weight gradients.
-_WORTHWHILE_FLOPS = 0.85
 _MIN_QUANTIZED_FEATURES = 8
 
 
@@ -454,33 +452,31 @@ class _Planner:
         )
 
     def _derive_or_project(self, role: ValueRole, chosen: str, stored: set[fx.Node]) -> None:
-        """A value that may follow from stored ones: PRAC where that saves FLOPs, else compute it again."""
-        node = role.value.node
+        """Compute a value again from stored ones; with "auto" only where PRAC is not worth its noise.
+
+        With "auto", a value that does not follow from others is stored as those are that the input gradient reads.
+        """
+        node, codec = role.value.node, self.config.input_gradient
+        refused: Reason | None = ("not_derivable", "")
+        if chosen == "auto":
+            refused = self._factor(role, only_if_worthwhile=True)
+            if refused is None:
+                return
         chain = derivation(node, stored, self.joint.classification)
         small = self._too_small(node)
-        if chosen == "recompute":
-            if chain is None or small:
-                self._keep(role, small or ("not_derivable", ""))
-            else:
-                self._recompute(role, chain)
+        if chain is not None and small is None:
+            self._recompute(role, chain, refused[1])
             return
-        refused = self._factor(role, _WORTHWHILE_FLOPS if chain is not None else None)
-        if refused is None:
-            return
-        if chain is not None and not small:
-            self._recompute(role, chain)
-            return
-        # PRAC does not pay and nothing gives the value: as for other values, if that is allowed
-        fallback = self.config.input_gradient
-        if fallback in (None, "exact", "prac") or self._quantize(role, str(fallback)) is not None:
-            self._keep(role, refused)
-            stored.add(allocating_node(node))
+        is_quantized = chosen == "auto" and codec not in (None, "exact", "prac")
+        if not is_quantized or self._quantize(role, str(codec), refused[1]) is not None:
+            self._keep(role, small or refused)
+        stored.add(allocating_node(node))
 
-    def _recompute(self, role: ValueRole, chain: Sequence[fx.Node]) -> None:
+    def _recompute(self, role: ValueRole, chain: Sequence[fx.Node], detail: str) -> None:
         node = role.value.node
         self.derived.update(dict.fromkeys(chain))
         self.rows[node] = replace(
-            self.rows[node], decision="recompute", reason="derived", nbytes_after=0
+            self.rows[node], decision="recompute", reason="derived", detail=detail, nbytes_after=0
         )
 
     # -- codecs -----------------------------------------------------------------------------------
@@ -493,7 +489,7 @@ class _Planner:
         shape = "x".join(map(str, value.shape))
         return ("symbolic_size" if is_symbolic(value) else "too_small"), shape
 
-    def _quantize(self, role: ValueRole, name: str) -> Reason | None:
+    def _quantize(self, role: ValueRole, name: str, detail: str = "") -> Reason | None:
         """Add a site that stores the whole allocation in an integer or 8-bit floating-point format."""
         prepared = self._whole_allocation(role)
         if isinstance(prepared, tuple):
@@ -520,7 +516,8 @@ class _Planner:
         stored = codec.stored_nbytes(rows, value.itemsize)
         if stored >= role.value.nbytes:
             return "codec_saves_nothing", codec.describe()
-        self._add_site(role, Site(**self._common(root), codec=codec, layout=layout), stored)
+        site = Site(**self._common(root), codec=codec, layout=layout)
+        self._add_site(role, site, stored, detail=detail)
         return None
 
     def _is_elsewhere(self, root: fx.Node) -> bool:
@@ -577,13 +574,8 @@ class _Planner:
         self._add_prac_site(role, matrix, replace(site, layout=layout))
         return None
 
-    def _factor(self, role: ValueRole, most_flops: float | None = None) -> Reason | None:
-        """Add a PRAC site whose readers, all of them weight gradients, take the coordinates.
-
-        Args:
-            role: of the value.
-            most_flops: refuse when more than this share of the exact FLOPs would be left.
-        """
+    def _factor(self, role: ValueRole, *, only_if_worthwhile: bool = False) -> Reason | None:
+        """Add a PRAC site whose readers, all of them weight gradients, take the coordinates."""
         common = _common_matrix(role.readers)
         if common is None:
             return "layouts_differ", ""
@@ -601,11 +593,12 @@ class _Planner:
         if isinstance(site, tuple):
             return site
         assert isinstance(site.codec, PracCodec)
-        left = relative_flops(matrix, site.codec)
-        if most_flops is not None and left > most_flops:
-            return "not_derivable", f"PRAC would take {left:.2f} of the exact FLOPs"
+        refused = not_worthwhile(matrix, site.codec) if only_if_worthwhile else ""
+        if refused:
+            return "not_derivable", refused
         readers = tuple((reader.node.name, reader.side) for reader in role.readers)
         site = replace(site, matrix=common.node.name, transposed=common.transposed, readers=readers)
+        left = relative_flops(matrix, site.codec)
         self._add_prac_site(role, matrix, site, f"{left:.2f} of the exact FLOPs")
         return None
 

@@ -19,6 +19,10 @@ _MAX_BLOCKS = 16
 # blocks add noise (benchmarks/results/basis_quality.md) and other sites cost far less than 1.
 _MAX_STATE_SHARE = 0.5
 _MAX_RELATIVE_FLOPS = 1.1
+# With weight_gradient="auto" the noise has to buy something: PRAC is taken where it leaves at most this share of
+# the FLOPs of the exact weight gradients, and where there are features enough for a basis to be good. Adapters
+# fail both: a gradient of 8 columns costs less than encoding its input, and one of 8 rows costs nothing anyway.
+_WORTHWHILE_FLOPS = 0.85
 
 
 @dataclass(frozen=True)
@@ -50,6 +54,14 @@ class Projected:
 def relative_flops(matrix: Projected, codec: PracCodec) -> float:
     """FLOPs of encoding and of the factored weight gradients, over those of the exact ones."""
     return codec.flops(size_hint(matrix.tokens), matrix.outputs) / max(1, matrix.exact_flops)
+
+
+def not_worthwhile(matrix: Projected, codec: PracCodec) -> str:
+    """Why "auto" takes something else than PRAC for a matrix; empty when PRAC it is."""
+    if matrix.features < _MIN_BLOCK_FEATURES:
+        return f"{matrix.features} features are few for PRAC"
+    left = relative_flops(matrix, codec)
+    return f"PRAC would take {left:.2f} of the exact FLOPs" if left > _WORTHWHILE_FLOPS else ""
 
 
 def bad_rank(matrix: Projected, config: PracConfig) -> tuple[str, str] | None:

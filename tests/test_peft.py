@@ -17,8 +17,6 @@ from tests.models import Sequential, llama, rows
 from tests.uncompiled import compile_plain, no_code_generation
 
 peft = pytest.importorskip("peft")
-# work in progress: "auto" still takes PRAC where LoRA leaves matmuls of few features or outputs
-pytestmark = pytest.mark.xfail(strict=False, reason="plans for adapters are not finished")
 
 OPTIONS = BALANCED["options"]
 PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")

@@ -189,20 +189,49 @@ def test_weight_gradient_values_can_be_quantised_too(codec: str) -> None:
         assert sine.codec.format == codec
 
 
+class Straight(nn.Module):
+    """Two matmuls, and nothing stored that the input of the second follows from."""
+
+    def __init__(self, features: int, outputs: int) -> None:
+        super().__init__()
+        self.first = nn.Linear(FEATURES, features, bias=False)
+        self.second = nn.Linear(features, outputs, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.second(self.first(x)).sum()
+
+
 def test_recompute_needs_something_to_compute_from() -> None:
-    class Straight(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.first = nn.Linear(FEATURES, 128, bias=False)
-            self.second = nn.Linear(128, FEATURES, bias=False)
+    options = {**BALANCED, "weight_gradient": "recompute"}
+    values = trace(Straight(128, FEATURES), inputs(), **options).plan.values
+    assert [value.reason for value in values] == ["input", "input", "not_derivable"]
 
-        def forward(self, x: Tensor) -> Tensor:
-            return self.second(self.first(x)).sum()
 
-    values = trace(Straight(), inputs(), **{**BALANCED, "weight_gradient": "recompute"}).plan.values
-    assert "not_derivable" in {value.reason for value in values}
-    values = trace(Straight(), inputs(), **{**BALANCED, "weight_gradient": "auto"}).plan.values
-    assert any(isinstance(value.codec, PracCodec) for value in values)
+@pytest.mark.parametrize(
+    ("features", "outputs", "stored_as", "detail"),
+    [
+        (128, 512, "prac 38+38/128 x2", "0.74 of the exact FLOPs"),
+        (128, 128, "int8/128", "PRAC would take 0.96 of the exact FLOPs"),
+        (128, 8, "int8/128", "PRAC would take 5.42 of the exact FLOPs"),
+        (8, 512, "int8/128", "8 features are few for PRAC"),
+    ],
+    ids=["prac_saves_flops", "prac_costs_flops", "few_outputs", "few_features"],
+)
+def test_auto_takes_prac_where_it_saves_flops(
+    features: int, outputs: int, stored_as: str, detail: str
+) -> None:
+    """An adapter's two matmuls among them: x times few columns, and few columns times its second matrix."""
+    values = trace(Straight(features, outputs), inputs(), **BALANCED).plan.values
+    (value,) = [value for value in values if value.role == "W" and value.reason != "input"]
+    assert (value.stored_as, value.detail) == (stored_as, detail)
+
+
+def test_auto_keeps_what_prac_and_the_input_gradients_codec_cannot_help() -> None:
+    options = {**BALANCED, "input_gradient": "exact"}
+    values = trace(Straight(128, 8), inputs(), **options).plan.values
+    (value,) = [value for value in values if value.role == "W" and value.reason != "input"]
+    assert (value.decision, value.reason) == ("keep", "not_derivable")
+    assert value.detail == "PRAC would take 5.42 of the exact FLOPs"
 
 
 def test_a_codec_that_saves_nothing_is_not_used() -> None:

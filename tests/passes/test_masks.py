@@ -142,5 +142,5 @@ def test_a_value_that_an_index_is_computed_from_stays_exact() -> None:
         _values(traced),
         """\
 mm.default     float32  A keep feeds_recomputed
-mul.Tensor     float32  W prac 38+38/128 x2 int8/128""",
+mul.Tensor     float32  W int8/128""",
     )
