@@ -22,7 +22,12 @@ from prac_fx.passes.plan import Plan
 from prac_fx.passes.rewrite import EncodedSite
 from prac_fx.passes.sample import sample
 from prac_fx.passes.survey import SavedValue, saved_values
-from prac_fx.torch_compat import functorch_config, min_cut_rematerialization_partition
+from prac_fx.torch_compat import (
+    CheckpointPolicy,
+    functorch_config,
+    has_memory_budget,
+    min_cut_rematerialization_partition,
+)
 
 
 @dataclass(frozen=True)
@@ -63,9 +68,10 @@ def partition(
     """
     num_fwd_outputs = partition_options["num_fwd_outputs"]
     outputs = _output_names(gm, num_fwd_outputs)
-    fw, bw = _partition_with_outputs(
-        gm, joint_inputs, partition_options, [part for one in encoded for part in one.stored]
-    )
+    stored = [part for one in encoded for part in one.stored]
+    if has_memory_budget(gm):
+        stored += _keep_what_budget_keeps(gm.graph, plan)
+    fw, bw = _partition_with_outputs(gm, joint_inputs, partition_options, stored)
     saved = saved_values(gm.graph, fw, num_fwd_outputs)
     by_storage = {storage_of(value.node): value.node.name for value in saved}
     _check_encodings(saved, encoded)
@@ -73,11 +79,28 @@ def partition(
         raise CannotRewriteError("the partitioner changed the forward outputs")
     _check_totals(saved, encoded, plan)
     sample(fw, encoded)
-    stored = {
+    stored_by = {
         one.value.name: tuple(by_storage[storage_of(part)] for part in one.stored)
         for one in encoded
     }
-    return PartitionedGraph(fw, bw, saved, stored)
+    return PartitionedGraph(fw, bw, saved, stored_by)
+
+
+def _keep_what_budget_keeps(graph: fx.Graph, plan: Plan) -> list[fx.Node]:
+    """Tag what the survey saved and the plan keeps, so that an activation memory budget is not spent twice.
+
+    The budget is a share of what would be saved. It has been met by what the survey computes again. Of the rewritten
+    graph, whose encodings are fixed, the same share would be taken from the little that is left: all matmuls of an
+    attention block computed again for its logsumexp.
+
+    Returns:
+        The tagged nodes, of which those that backward does not read any more are not saved.
+    """
+    kept = {value.name for value in plan.values if value.decision == "keep"}
+    nodes = [node for node in graph.nodes if node.name in kept and node.op == "call_function"]
+    for node in nodes:
+        node.meta["recompute"] = CheckpointPolicy.MUST_SAVE
+    return nodes
 
 
 def _partition_with_outputs(

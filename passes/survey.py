@@ -17,6 +17,7 @@ import torch.fx as fx
 from prac_fx.graph_edit import storage_of, tensor_value
 from prac_fx.memory import storage_nbytes
 from prac_fx.torch_compat import (
+    has_memory_budget,
     has_tag_must_recompute,
     is_random_state,
     min_cut_rematerialization_partition,
@@ -72,10 +73,10 @@ def survey(
 ) -> Survey:
     """Partition and report what is saved; `gm` must already be free of common subexpressions."""
     unbudgeted: frozenset[str] = frozenset()
-    with without_memory_budget(gm) as had_budget:
-        if had_budget:
+    if has_memory_budget(gm):
+        with without_memory_budget(gm):
             saved, _ = _partition(gm, joint_inputs, partition_options)
-            unbudgeted = frozenset(value.node.name for value in saved)
+        unbudgeted = frozenset(value.node.name for value in saved)
     saved, recomputed = _partition(gm, joint_inputs, partition_options)
     names = {value.node.name for value in saved}
     return Survey(saved, recomputed, unbudgeted - names)

@@ -36,6 +36,7 @@ from torch._inductor.compile_fx import compile_fx, compile_fx_inner
 from torch._inductor.custom_graph_pass import CustomPartitionerFn
 from torch._inductor.decomposition import select_decomp_table
 from torch._inductor.graph import GraphLowering
+from torch._inductor.utils import fresh_inductor_cache
 from torch._inductor.virtualized import V
 from torch._logging._internal import trace_structured
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
@@ -65,12 +66,14 @@ __all__ = [
     "autograd_references",
     "compile_fx",
     "copy_dynamo_graph",
+    "fresh_inductor_cache",
     "fsdp_parameters",
     "functorch_config",
     "fx_graph_cse",
     "gradient_argument_index",
     "guard_loop_split",
     "guard_or_false",
+    "has_memory_budget",
     "has_saved_tensors_hooks",
     "has_tag_must_recompute",
     "inductor_config",
@@ -170,25 +173,33 @@ def offloaded_node(saved: fx.Node) -> fx.Node | None:
     return next(sources, None) if saved.name.startswith("cpu_offload_") else None
 
 
-@contextmanager
-def without_memory_budget(gm: fx.GraphModule) -> Iterator[bool]:
-    """Context in which the partitioner knows no activation memory budget; gives whether there was one.
+def has_memory_budget(gm: fx.GraphModule) -> bool:
+    """Does torch's partitioner meet an activation memory budget in this graph?
 
     Source: `min_cut_rematerialization_partition`. The budget is `functorch_config.activation_memory_budget`, or, in
     torch 2.13, an annotation of every node (`torch.autograd.graph.region_activation_memory_budget`).
     """
-    nodes = [node for module in gm.modules() for node in getattr(module, "graph", fx.Graph()).nodes]
-    annotated = {node: node.meta["custom"] for node in nodes if _region_budget(node) is not None}
-    had_budget = bool(annotated) or functorch_config.activation_memory_budget != 1
+    return bool(_annotated_with_budget(gm)) or functorch_config.activation_memory_budget != 1
+
+
+@contextmanager
+def without_memory_budget(gm: fx.GraphModule) -> Iterator[None]:
+    """Context in which the partitioner knows no activation memory budget."""
+    annotated = _annotated_with_budget(gm)
     for node, custom in annotated.items():
         node.meta["custom"] = {key: v for key, v in custom.items() if key != _REGION_BUDGET}
     try:
         # without cse the partitioner leaves these very nodes in place
         with functorch_config.patch(activation_memory_budget=1.0, cse=False):
-            yield had_budget
+            yield
     finally:
         for node, custom in annotated.items():
             node.meta["custom"] = custom
+
+
+def _annotated_with_budget(gm: fx.GraphModule) -> dict[fx.Node, Any]:
+    nodes = [node for module in gm.modules() for node in getattr(module, "graph", fx.Graph()).nodes]
+    return {node: node.meta["custom"] for node in nodes if _region_budget(node) is not None}
 
 
 _REGION_BUDGET = (
