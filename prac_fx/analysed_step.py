@@ -21,6 +21,7 @@ from prac_fx.repeated_blocks import (
     Repeated,
     all_blocks,
     all_values,
+    check_blocks_alike,
     identical_blocks,
     with_few_blocks,
 )
@@ -159,8 +160,13 @@ class AnalysedStep:
         return sum(self._of_all_blocks(call.after.flops) for call in self.calls)
 
     @property
-    def allocated_for_backward_nbytes(self) -> int:
-        """Bytes of the buffers that forward graphs of our backend, or plain Inductor's, hand to their backward."""
+    def handed_over_before_nbytes(self) -> int:
+        """Bytes of the buffers that plain Inductor's forward graphs hand to their backward."""
+        return sum(self._of_all_blocks(_handed_over(call.before)) for call in self.calls)
+
+    @property
+    def handed_over_after_nbytes(self) -> int:
+        """Likewise with our backend."""
         return sum(self._of_all_blocks(_handed_over(call.after)) for call in self.calls)
 
     def _of_all_blocks(self, of_modules: Mapping[str, int]) -> int:
@@ -189,6 +195,7 @@ def analyse_step(
     optimizer: str = "adamw",
     *,
     budget: float | None = None,
+    plain: AnalysedStep | None = None,
 ) -> AnalysedStep:
     """Trace a step and run through its memory. Of many identical blocks a few are traced, and multiplied.
 
@@ -198,22 +205,35 @@ def analyse_step(
         patches: Inductor's.
         optimizer: a key of `prac_fx.optimizer_memory.OPTIMIZERS`.
         budget: torch's `activation_memory_budget`; None for the one that is set.
+        plain: an analysis of the same step with other options of our backend, whose part of plain Inductor is used.
 
     Raises:
         ReportError: an unknown optimizer, or nothing has a backward.
     """
     tensors = tensors_of(step)
     of_optimizer = optimizer_memory(optimizer, tensors.trained)
+
+    def analysed(model: Callable[..., Any], repeated: Repeated | None) -> AnalysedStep:
+        known = () if plain is None or plain.repeated != repeated else plain.calls
+        traced = replace(step, model=model)
+        calls = trace(traced, config, patches, budget=budget, plain=known)
+        return _analysed(step, tensors, of_optimizer, calls, repeated)
+
     repeated = identical_blocks(step.model, _MANY_BLOCKS)
-    if repeated is not None:
+    # what did not work for the step before does not work now
+    if repeated is not None and (plain is None or plain.repeated is not None):
         try:
-            few = replace(step, model=with_few_blocks(step.model, repeated))
-            calls = trace(few, config, patches, budget=budget)
-            return _analysed(step, tensors, of_optimizer, calls, repeated)
-        except Exception as error:  # a model may count its blocks, and not work with fewer
-            log.debug("all blocks are analysed: %s", error)
-    calls = trace(step, config, patches, budget=budget)
-    return _analysed(step, tensors, of_optimizer, calls, None)
+            return analysed(with_few_blocks(step.model, repeated), repeated)
+        except Exception as error:  # the model's own code may count its blocks, and raise anything
+            inner = getattr(error, "inner_exception", error)
+            why = f"{type(inner).__name__}: {inner}".partition("\n")[0]
+            log.warning(
+                "all %d blocks of %s are analysed, with a few of them it fails: %s",
+                repeated.total,
+                repeated.module,
+                why,
+            )
+    return analysed(step.model, None)
 
 
 def _analysed(
@@ -225,6 +245,8 @@ def _analysed(
 ) -> AnalysedStep:
     if not calls:
         raise ReportError(NO_BACKWARD)
+    if repeated is not None:
+        check_blocks_alike([call.before.flops for call in calls], repeated)
     values = [value for call in calls for value in _values(call.after)]
     if repeated is not None:
         values = all_values(values, repeated)

@@ -31,8 +31,22 @@ def graph_flops(graph: fx.Graph) -> Counter[str]:
     for node in graph.nodes:
         flops = _node_flops(node) if node.op == "call_function" else 0
         if flops:
-            found[origin_of(node).module] += flops
+            found[_module_of(node)] += flops
     return found
+
+
+def _module_of(node: fx.Node) -> str:
+    """Of a node that a pass has inserted, the module of what it is computed from."""
+    pending, seen = [node], {node}
+    while pending:
+        one = pending.pop(0)
+        module = origin_of(one).module
+        if module:
+            return module
+        new = [each for each in one.all_input_nodes if each not in seen]
+        pending += new
+        seen.update(new)
+    return ""
 
 
 def _node_flops(node: fx.Node) -> int:

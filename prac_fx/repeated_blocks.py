@@ -1,13 +1,20 @@
 """Deep models from a few of their blocks: identical blocks are analysed once, and what one of them adds is multiplied.
 
-Of n identical blocks the first, one in the middle and the last are traced. The step of the whole model is that of the
-three with the middle block's part of the timeline repeated n - 2 times, each time higher by what one block leaves behind.
+Of n identical blocks the first two, one from the middle and the last are traced. Two at the beginning, because where
+several cuts cost the same the partitioner may cut the first blocks differently from all others. The step of the whole
+model is that of the four with the middle block's part of the timeline repeated n - 3 times, each time higher by what one
+block leaves behind: saved values in forward, gradients less saved values in backward.
+
+Exact for parameters, saved bytes, FLOPs and the state of the subspaces. The peak may be off by temporary memory of a block:
+Inductor keeps freed buffers to use them again, and how many are waiting goes up and down from block to block.
 """
 
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Sequence
+import functools
+import types
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -16,7 +23,12 @@ from torch import Tensor, nn
 from prac_fx.passes.plan import PlannedValue
 from prac_fx.step_memory import CATEGORIES, Category, Event, Live, StepMemory, StepPlan, highest
 
-ANALYSED = 3
+ANALYSED = 4
+MIDDLE = 2
+
+
+class CannotMultiplyError(Exception):
+    """The step of the whole model does not follow from that of a few blocks."""
 
 
 @dataclass(frozen=True)
@@ -44,15 +56,15 @@ class Repeated:
 
     def weight(self, path: str) -> int:
         """How often the whole model has what a module of the analysed one has."""
-        return 1 + self.more if self.block_of(path) == 1 else 1
+        return 1 + self.more if self.block_of(path) == MIDDLE else 1
 
     def moved(self, path: str, middle: int) -> str:
         """A path of the analysed model in the whole one, where the middle block stands for block `middle`."""
         block = self.block_of(path)
-        if block is None or block == 0:
+        if block is None or block < MIDDLE:
             return path
         first = f"{self.module}.{block}"
-        number = middle if block == 1 else self.total - 1
+        number = middle if block == MIDDLE else self.total - 1
         return f"{self.module}.{number}{path[len(first) :]}"
 
 
@@ -86,28 +98,11 @@ def _identical(first: nn.Module, other: nn.Module, distance: int) -> bool:
     if list(modules) != list(others):
         return False
     return all(
-        type(one) is type(others[name]) and _same_module(one, others[name], distance)
+        type(one) is type(others[name])
+        and _sizes(one) == _sizes(others[name])
+        and _same_settings(one, others[name], distance)
         for name, one in modules.items()
     )
-
-
-def _same_module(one: nn.Module, other: nn.Module, distance: int) -> bool:
-    settings, others = _settings(one), _settings(other)
-    if list(settings) != list(others) or _sizes(one) != _sizes(other):
-        return False
-    return all(
-        value == others[name] or _counts(value, others[name], distance)
-        for name, value in settings.items()
-    )
-
-
-def _counts(one: object, other: object, distance: int) -> bool:
-    return type(one) is int and type(other) is int and other - one == distance
-
-
-def _settings(module: nn.Module) -> dict[str, Any]:
-    kinds = bool | int | float | str | tuple | type(None)
-    return {name: value for name, value in vars(module).items() if isinstance(value, kinds)}
 
 
 def _sizes(module: nn.Module) -> list[object]:
@@ -120,17 +115,67 @@ def _sizes(module: nn.Module) -> list[object]:
     ]
 
 
+def _same_settings(one: nn.Module, other: nn.Module, distance: int) -> bool:
+    settings, others = (
+        {name: value for name, value in vars(module).items() if name not in _CHILDREN}
+        for module in (one, other)
+    )
+    return list(settings) == list(others) and all(
+        _same(value, others[name], (one, other), distance) for name, value in settings.items()
+    )
+
+
+_CHILDREN = ("_parameters", "_buffers", "_modules")
+
+
+def _same(
+    value: object, other: object, modules: tuple[nn.Module, nn.Module], distance: int
+) -> bool:
+    """Is a setting of one module that of another? What cannot be compared is not."""
+    if value is other or (value is modules[0] and other is modules[1]):
+        return True
+    if type(value) is not type(other):
+        return False
+    if isinstance(value, int) and isinstance(other, int) and not isinstance(value, bool):
+        return other - value in (0, distance)
+    insides = _inside(value), _inside(other)
+    if insides[0] is None or insides[1] is None:
+        return not isinstance(value, Tensor) and bool(value == other)
+    return len(insides[0]) == len(insides[1]) and all(
+        _same(a, b, modules, distance) for a, b in zip(*insides, strict=True)
+    )
+
+
+def _inside(value: object) -> list[object] | None:
+    """What a container or a function consists of; None for what is compared as a whole."""
+    if isinstance(value, dict):
+        return [*value, *value.values()]
+    if isinstance(value, list | tuple):
+        return list(value)
+    if isinstance(value, functools.partial):
+        return [value.func, value.args, value.keywords]
+    if isinstance(value, types.MethodType):
+        return [value.__func__, value.__self__]
+    if isinstance(value, types.FunctionType):
+        return [
+            value.__code__,
+            value.__defaults__,
+            *(c.cell_contents for c in value.__closure__ or ()),
+        ]
+    return None
+
+
 # -- from a few blocks to all -----------------------------------------------------------------------
 
 
 def all_values(values: Sequence[PlannedValue], repeated: Repeated) -> list[PlannedValue]:
     """Rows of the whole model: those of the middle block once for each block that it stands for."""
-    middle = [value for value in values if repeated.block_of(value.origin.module) == 1]
+    middle = [value for value in values if repeated.block_of(value.origin.module) == MIDDLE]
     found: list[PlannedValue] = []
     for value in values:
-        found.append(_moved(value, repeated, 1))
+        found.append(_moved(value, repeated, MIDDLE))
         if middle and value is middle[-1]:
-            for number in range(2, repeated.total - 1):
+            for number in range(MIDDLE + 1, repeated.total - 1):
                 found += [_moved(one, repeated, number) for one in middle]
     return found
 
@@ -138,6 +183,27 @@ def all_values(values: Sequence[PlannedValue], repeated: Repeated) -> list[Plann
 def _moved(value: PlannedValue, repeated: Repeated, middle: int) -> PlannedValue:
     module = repeated.moved(value.origin.module, middle)
     return replace(value, origin=replace(value.origin, module=module))
+
+
+def check_blocks_alike(flops: Sequence[Mapping[str, int]], repeated: Repeated) -> None:
+    """The middle block must compute what the last one does.
+
+    Args:
+        flops: of plain Inductor's graphs, by module path.
+        repeated: the blocks.
+
+    Raises:
+        CannotMultiplyError: they differ, so a block depends on its number.
+    """
+    last = ANALYSED - 1
+    for graph in flops:
+        found: dict[int, dict[str, int]] = {MIDDLE: {}, last: {}}
+        for path, number in graph.items():
+            block = repeated.block_of(path)
+            if block in found:
+                found[block][path.removeprefix(f"{repeated.module}.{block}")] = number
+        if found[MIDDLE] != found[last]:
+            raise CannotMultiplyError("what a block computes depends on its number")
 
 
 def all_blocks(step: StepPlan, repeated: Repeated) -> StepMemory:
@@ -148,7 +214,7 @@ def all_blocks(step: StepPlan, repeated: Repeated) -> StepMemory:
         repeated: its blocks.
 
     Raises:
-        ValueError: the events of the blocks are not in the order of the blocks.
+        CannotMultiplyError: the events of the blocks are not in the order of the blocks.
     """
     events = step.events()
     cuts = _cuts(events, repeated)
@@ -185,9 +251,10 @@ class _Cuts:
 
 
 def _cuts(events: Sequence[Event], repeated: Repeated) -> _Cuts:
-    _, begin, end = _starts(events, repeated, "forward", range(ANALYSED))
-    _, back_begin, back_end = _starts(events, repeated, "backward", range(ANALYSED)[::-1])
-    return _Cuts((begin, end), (back_begin, back_end))
+    begin, end = _starts(events, repeated, "forward", range(ANALYSED))[MIDDLE:]
+    back = _starts(events, repeated, "backward", range(ANALYSED)[::-1])
+    # the last block comes first
+    return _Cuts((begin, end), (back[1], back[2]))
 
 
 def _starts(
@@ -198,10 +265,10 @@ def _starts(
         repeated.block_of(event.origin.module) if event.phase == phase else None for event in events
     ]
     if not all(number in blocks for number in order):
-        raise ValueError(f"the {phase} pass does not name its blocks")
+        raise CannotMultiplyError(f"the {phase} pass does not name its blocks")
     starts = [blocks.index(number) for number in order]
     if starts != sorted(starts):
-        raise ValueError(f"the {phase} pass does not run its blocks in order")
+        raise CannotMultiplyError(f"the {phase} pass does not run its blocks in order")
     return starts
 
 
@@ -214,13 +281,13 @@ def _copies(count: int, cuts: _Cuts, repeated: Repeated) -> list[_Copy]:
     def part(begin: int, end: int, middle: int, forward: int, backward: int) -> list[_Copy]:
         return [_Copy(index, middle, forward, backward) for index in range(begin, end)]
 
-    found = part(0, end, 1, 0, 0)
+    found = part(0, end, MIDDLE, 0, 0)
     for done in range(1, more + 1):
-        found += part(begin, end, 1 + done, done, 0)
-    found += part(end, back_end, 1 + more, more, 0)
+        found += part(begin, end, MIDDLE + done, done, 0)
+    found += part(end, back_end, MIDDLE + more, more, 0)
     for done in range(1, more + 1):
-        found += part(back_begin, back_end, 1 + more - done, more, done)
-    return found + part(back_end, count, 1, more, more)
+        found += part(back_begin, back_end, MIDDLE + more - done, more, done)
+    return found + part(back_end, count, MIDDLE, more, more)
 
 
 def _event(events: Sequence[Event], copied: _Copy, cuts: _Cuts, repeated: Repeated) -> Event:
@@ -236,6 +303,9 @@ def _event(events: Sequence[Event], copied: _Copy, cuts: _Cuts, repeated: Repeat
 
 
 def _growth(events: Sequence[Event], part: tuple[int, int], category: Category) -> int:
+    """What one block leaves behind. Memory that it uses for a while goes up and down, and does not add up."""
+    if category not in ("saved", "gradients"):
+        return 0
     return events[part[1]].nbytes[category] - events[part[0]].nbytes[category]
 
 
@@ -251,7 +321,7 @@ def _live(
     saved = _of_middle(step.held_at(end_of_forward), repeated, "saved")
     gradients = _of_middle(step.held_at(len(events) - 1), repeated, "gradients")
     # of the middle blocks, the first ones hold what they saved, and the last ones have their gradients
-    numbers = [number for number in range(1, repeated.total - 1) if number != copied.middle]
+    numbers = [number for number in range(MIDDLE, repeated.total - 1) if number != copied.middle]
     holding = copied.forward - copied.backward
     for position, number in enumerate(numbers):
         kept = saved if position < holding else gradients if copied.backward else []
@@ -265,4 +335,6 @@ def _live(
 
 
 def _of_middle(live: Sequence[Live], repeated: Repeated, category: Category) -> list[Live]:
-    return [one for one in live if one.category == category and repeated.block_of(one.module) == 1]
+    return [
+        one for one in live if one.category == category and repeated.block_of(one.module) == MIDDLE
+    ]

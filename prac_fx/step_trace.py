@@ -135,6 +135,7 @@ def trace(
     patches: Mapping[str, Any] | None = None,
     *,
     budget: float | None = None,
+    plain: Sequence[Call] = (),
 ) -> list[Call]:
     """Trace the step.
 
@@ -143,11 +144,13 @@ def trace(
         config: options of our backend; None for plain Inductor alone.
         patches: Inductor's.
         budget: torch's `activation_memory_budget`; None for the one that is set.
+        plain: an earlier trace of the same step with other options of our backend: what plain Inductor makes of its
+            graphs is not found out again.
 
     Returns:
         The runs of graphs that have a backward, in order.
     """
-    backend = _Planner(config, patches or {})
+    backend = _Planner(config, patches or {}, [call.before for call in plain])
 
     def run(self: Any, *inputs: Any, **named: Any) -> Any:
         result = self(*inputs, **named)
@@ -170,9 +173,15 @@ def trace(
 class _Planner:
     """A Dynamo backend that plans each graph, and runs it eagerly."""
 
-    def __init__(self, config: PracConfig | None, patches: Mapping[str, Any]) -> None:
+    def __init__(
+        self,
+        config: PracConfig | None,
+        patches: Mapping[str, Any],
+        planned: Sequence[PlannedGraph],
+    ) -> None:
         self.config = config
         self.patches = patches
+        self.planned = planned
         self.calls: list[Call] = []
         # storages are known by their address, which must not be used again
         self._results: list[Any] = []
@@ -180,7 +189,7 @@ class _Planner:
     def __call__(self, gm: fx.GraphModule, example_inputs: Sequence[Any]) -> Callable[..., Any]:
         graph = DynamoGraph(gm, tuple(example_inputs))
         forward: Callable[..., Any] = gm.forward
-        before = plan_plain(graph, self.config, self.patches) if graph.trainable else None
+        before = self._plain(graph) if graph.trainable else None
         if before is None:
             return forward
         after = before
@@ -196,6 +205,15 @@ class _Planner:
             return results
 
         return run
+
+    def _plain(self, graph: DynamoGraph) -> PlannedGraph | None:
+        """The graph by plain Inductor, with our plan for it; known already if its joint graph is one that was planned."""
+        if self.config is not None and self.planned:
+            plan = analyse_graph(graph, self.config, self.patches)
+            for one in self.planned:
+                if plan and one.plan and one.plan.fingerprint == plan.fingerprint:
+                    return dataclasses.replace(one, plan=plan, refused=None)
+        return plan_plain(graph, self.config, self.patches)
 
 
 def _storages(values: Sequence[Any]) -> tuple[int | None, ...]:

@@ -1,0 +1,256 @@
+"""Deep models from a few of their blocks, against the same models analysed whole."""
+
+from __future__ import annotations
+
+import functools
+import logging
+from collections import Counter
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from prac_fx import analysed_step
+from prac_fx.memory_report import MemoryReport, report_step
+from prac_fx.passes.plan import PlannedValue
+from prac_fx.repeated_blocks import Repeated, identical_blocks, with_few_blocks
+from prac_fx.report.html import as_html
+from prac_fx.report.table import as_table
+
+BLOCKS = 10
+OPTIONS = {"prac.min_nbytes": 0, "prac.policy": "balanced", "prac.group_size": 64}
+
+
+class Block(nn.Module):
+    """A residual block that knows its number, as those of transformers do."""
+
+    def __init__(self, number: int, width: int = 64) -> None:
+        super().__init__()
+        self.layer_idx = number
+        self.activation: Callable[[Tensor], Tensor] = nn.functional.gelu
+        self.norm, self.up = nn.LayerNorm(width), nn.Linear(width, 2 * width)
+        self.down = nn.Linear(2 * width, width)
+
+    def forward(self, x: Tensor) -> Tensor:
+        hidden: Tensor = self.down(self.activation(self.up(self.norm(x))))
+        return x + hidden
+
+
+class Deep(nn.Module):
+    """Blocks, a head and a loss."""
+
+    def __init__(self, blocks: int = BLOCKS) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.embedding = nn.Embedding(96, 64)
+        self.blocks = nn.ModuleList(Block(number) for number in range(blocks))
+        self.norm, self.head = nn.LayerNorm(64), nn.Linear(64, 96)
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        x = self.embedding(tokens)
+        for block in self.blocks:
+            x = block(x)
+        return nn.functional.cross_entropy(self.head(self.norm(x)), tokens)
+
+
+def _report(model: nn.Module) -> MemoryReport:
+    torch._dynamo.reset()
+    return report_step(model, (torch.arange(1024) % 96,), options=OPTIONS)
+
+
+@pytest.fixture(scope="module")
+def few() -> MemoryReport:
+    return _report(Deep())
+
+
+@pytest.fixture(scope="module")
+def whole() -> MemoryReport:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(analysed_step, "_MANY_BLOCKS", BLOCKS + 1)
+        return _report(Deep())
+
+
+def test_a_few_blocks_are_analysed(few: MemoryReport, whole: MemoryReport) -> None:
+    assert few.step.repeated == Repeated("blocks", BLOCKS)
+    assert whole.step.repeated is None
+
+
+def test_bytes_and_flops_are_those_of_the_whole_model(
+    few: MemoryReport, whole: MemoryReport
+) -> None:
+    for name in ("saved_before_nbytes", "saved_after_nbytes", "state_nbytes"):
+        assert getattr(few, name) == getattr(whole, name), name
+    for name in (
+        "flops_before",
+        "flops_after",
+        "handed_over_before_nbytes",
+        "handed_over_after_nbytes",
+        "logits_nbytes",
+    ):
+        assert getattr(few.step, name) == getattr(whole.step, name), name
+
+
+def test_values_are_those_of_the_whole_model(few: MemoryReport, whole: MemoryReport) -> None:
+    def rows(values: tuple[PlannedValue, ...]) -> Counter[object]:
+        # parameters have no module to be multiplied by, and cost nothing
+        return Counter(
+            (one.origin, one.shape, one.dtype, one.nbytes_before, one.nbytes_after, one.stored_as)
+            for one in values
+            if one.reason != "input"
+        )
+
+    assert rows(few.values) == rows(whole.values)
+
+
+@pytest.mark.parametrize("side", ["before", "after"])
+def test_the_peak_is_off_by_temporary_memory_of_a_block_at_most(
+    few: MemoryReport, whole: MemoryReport, side: str
+) -> None:
+    estimate, exact = getattr(few, side), getattr(whole, side)
+    hidden = 1024 * 128 * 4  # the largest value of a block
+    assert abs(estimate.peak.total - exact.peak.total) <= hidden
+    assert estimate.peak.total == pytest.approx(exact.peak.total, rel=0.02)
+    assert sum(live.nbytes for live in estimate.live) == estimate.peak.total
+    # a block more or less at the boundaries, where the last block meets what follows
+    assert len(estimate.events) == pytest.approx(len(exact.events), rel=0.05)
+    # parameters, buffers, inputs and the optimizer: all the time, of all blocks
+    for category in ("parameters", "inputs", "optimizer"):
+        assert estimate.peak.nbytes[category] == exact.peak.nbytes[category]
+    assert estimate.events[-1].nbytes == exact.events[-1].nbytes
+
+
+def test_every_format_says_so(few: MemoryReport, whole: MemoryReport) -> None:
+    document = few.as_document()
+    assert document["model"]["repeated"] == {"module": "blocks", "analysed": 4, "total": BLOCKS}
+    sentence = f"4 of the {BLOCKS} identical blocks of blocks analysed"
+    assert sentence in as_table(document)
+    assert sentence in as_html(document)
+    assert whole.as_document()["model"]["repeated"] is None
+
+
+# -- which blocks are identical -----------------------------------------------------------------------
+
+
+def _changed(change: Callable[[Block], Any]) -> nn.Module:
+    model = Deep()
+    change(model.blocks[4])  # type: ignore[arg-type]
+    return model
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda block: setattr(block, "up", nn.Linear(64, 128, bias=False)),
+        lambda block: setattr(block, "activation", nn.functional.silu),
+        lambda block: setattr(block, "activation", lambda x: x.tanh()),
+        lambda block: setattr(block, "layer_idx", 7),
+        lambda block: setattr(block, "extra", {"window": 128}),
+        lambda block: setattr(block.norm, "eps", 1e-3),
+        lambda block: setattr(block.down, "in_features", 127),
+        lambda block: block.up.requires_grad_(False),
+        lambda block: block.up.double(),
+        lambda block: block.up.register_forward_hook(lambda *_: None),
+    ],
+)
+def test_blocks_that_differ_are_not_identical(change: Callable[[Block], Any]) -> None:
+    assert identical_blocks(_changed(change), 8) is None
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda block: setattr(block, "options", {"window": 128, "names": ["a"]}),
+        lambda block: setattr(block, "forward", functools.partial(Block.forward, block)),
+        lambda block: setattr(block, "activation", lambda x: x * block.layer_idx),
+    ],
+)
+def test_equal_settings_are_identical(change: Callable[[Block], Any]) -> None:
+    model = Deep()
+    for block in model.blocks:
+        change(block)  # type: ignore[arg-type]
+    assert identical_blocks(model, 8) == Repeated("blocks", BLOCKS)
+
+
+def test_few_blocks_are_the_models_own() -> None:
+    model = Deep()
+    copied: Any = with_few_blocks(model, Repeated("blocks", BLOCKS))
+    assert (len(model.blocks), len(copied.blocks)) == (BLOCKS, 4)
+    for number in range(4):
+        assert copied.blocks[number].up.weight is model.blocks[number].up.weight  # type: ignore[union-attr]
+    assert identical_blocks(Deep(7), 8) is None
+    assert identical_blocks(lambda x: x, 8) is None
+
+
+# -- models that do not work with fewer blocks ----------------------------------------------------------
+
+
+class Counting(Deep):
+    """Asks for its blocks by number."""
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        x = self.embedding(tokens)
+        for number in range(8):
+            x = self.blocks[number](x)
+        return nn.functional.cross_entropy(self.head(x), tokens)
+
+
+class Alternating(Block):
+    """Every other block has no MLP."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.norm(x) if self.layer_idx % 2 else super().forward(x)
+
+
+class Backwards(Deep):
+    """Runs its blocks from the last to the first."""
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        x = self.embedding(tokens)
+        for block in reversed(self.blocks):
+            x = block(x)
+        return nn.functional.cross_entropy(self.head(x), tokens)
+
+
+def _alternating() -> nn.Module:
+    model = Deep(8)
+    model.blocks = nn.ModuleList(Alternating(number, 64) for number in range(8))
+    return model
+
+
+@pytest.mark.parametrize(
+    ("build", "why"),
+    [
+        (lambda: Counting(8), "IndexError"),
+        (_alternating, "what a block computes depends on its number"),
+        (lambda: Backwards(8), "the forward pass does not run its blocks in order"),
+    ],
+)
+def test_a_model_that_counts_its_blocks_is_analysed_whole_and_says_so(
+    build: Callable[[], nn.Module], why: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    torch._dynamo.reset()
+    step = analysed_step.Step(build(), (torch.arange(256) % 96,), {})
+    with caplog.at_level(logging.WARNING, "prac_fx.analysed_step"):
+        found = analysed_step.analyse_step(step, None, {})
+    assert found.repeated is None
+    (message,) = (one.getMessage() for one in caplog.records)
+    assert message.startswith("all 8 blocks of blocks are analysed")
+    assert why in message
+    assert sum("up" in path for path in found.calls[0].before.flops) >= 4
+
+
+def test_other_ways_share_the_few_blocks_and_the_plain_graphs(few: MemoryReport) -> None:
+    from prac_fx.alternatives import Way, analyse_way
+    from prac_fx.config import PracConfig
+
+    torch._dynamo.reset()
+    step = analysed_step.Step(Deep(), (torch.arange(1024) % 96,), {})
+    way = Way("other", config=PracConfig(min_nbytes=0, policy="linear"))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("prac_fx.step_trace.plan_plain", None)  # not called
+        row = analyse_way(way, step, {}, few.step)
+    assert row.note == ""
+    assert row.saved_nbytes is not None
+    assert few.saved_after_nbytes < row.saved_nbytes < few.saved_before_nbytes
