@@ -18,6 +18,7 @@ from prac_fx.dynamo_backend import PracBackend
 from prac_fx.eager_memory import eager_step
 from prac_fx.meta_model import as_fake
 from prac_fx.optimizer_memory import optimizer_memory
+from prac_fx.repeated_blocks import ANALYSED
 from prac_fx.step_trace import Step
 from prac_fx.torch_compat import FakeTensorMode, compile_fx, functorch_config
 
@@ -122,7 +123,7 @@ def ways_to_train(config: PracConfig) -> list[Way]:
         Way("fp8 activations", "rounded", patches=_FP8),
         *(Way(f"prac {policy}", _gradient(one), config=one) for policy, one in policies.items()),
     ]
-    if replace(config, strict=False) not in policies.values():
+    if replace(config, strict=False, report=None) not in policies.values():
         ways.append(Way("prac with these options", _gradient(config), config=config))
     return ways
 
@@ -157,7 +158,7 @@ def compare_alternatives(
     rows = []
     for number, way in enumerate(ways):
         progress(way.name, number + 1, len(ways) + 1)
-        rows.append(analyse_way(way, faked, patches, analysed))
+        rows.append(_known(way, analysed, config) or analyse_way(way, faked, patches, analysed))
     return rows
 
 
@@ -166,6 +167,7 @@ def analyse_way(
 ) -> Alternative:
     """What a way takes for a step; what goes wrong becomes its note."""
     optimizer = analysed.optimizer.name
+    is_same = step_tokens(step) == step_tokens_of(analysed)
     try:
         if way.eager:
             return _eager(way, step, optimizer)
@@ -175,17 +177,38 @@ def analyse_way(
             {**patches, **way.patches},
             optimizer,
             budget=way.budget,
+            plain=analysed if is_same and way.config is not None else None,
         )
     except Exception as error:  # torch's own, for one: the other rows are still worth having
         inner = getattr(error, "inner_exception", error)
         text = f"{type(inner).__name__}: {inner}".partition("\n")[0]
         return Alternative(way, note=text)
-    flops = analysed.flops_before
-    added = None if not flops else (found.flops_after - flops) / flops
-    if added is not None and step_tokens(step) != step_tokens_of(analysed):
-        added = None
-    saved = found.allocated_for_backward_nbytes
-    return Alternative(way, saved, found.after.peak.total, added)
+    return _alternative(way, found, analysed if is_same else None)
+
+
+def _alternative(way: Way, found: AnalysedStep, plain: AnalysedStep | None) -> Alternative:
+    """The row of an analysis; its FLOPs are compared with those of `plain`, if that is the same step."""
+    added = None
+    if plain is not None and plain.flops_before:
+        added = (found.flops_after - plain.flops_before) / plain.flops_before
+    note = ""
+    if found.repeated is not None and not found.repeated.alike:
+        note = f"averaged over {ANALYSED} of {found.repeated.total} blocks: torch chooses among the blocks"
+    peak = found.after.peak.total
+    return Alternative(way, found.handed_over_after_nbytes, peak, added, note=note)
+
+
+def _known(way: Way, analysed: AnalysedStep, config: PracConfig) -> Alternative | None:
+    """The row of a way that the analysis of the step is about already."""
+    if way.name == PLAIN:
+        peak = analysed.before.peak.total
+        return Alternative(way, analysed.handed_over_before_nbytes, peak, 0.0)
+    if (
+        way.config is not None
+        and way.config.cache_key() == replace(config, strict=way.config.strict).cache_key()
+    ):
+        return _alternative(way, analysed, analysed)
+    return None
 
 
 def step_tokens(step: Step) -> int:

@@ -27,7 +27,7 @@ from prac_fx.repeated_blocks import (
 )
 from prac_fx.step_memory import Category, Live, StepMemory, StepPlan
 from prac_fx.step_trace import Call, PlannedGraph, Step, trace
-from prac_fx.torch_compat import storage_key, tree_leaves
+from prac_fx.torch_compat import functorch_config, storage_key, tree_leaves
 
 log = logging.getLogger(__name__)
 
@@ -173,7 +173,8 @@ class AnalysedStep:
         """Sum over the modules of the whole model, from those that were traced."""
         if self.repeated is None:
             return sum(of_modules.values())
-        return sum(number * self.repeated.weight(path) for path, number in of_modules.items())
+        weight = self.repeated.weight
+        return round(sum(number * weight(path) for path, number in of_modules.items()))
 
     @property
     def logits_nbytes(self) -> int:
@@ -220,8 +221,16 @@ def analyse_step(
         return _analysed(step, tensors, of_optimizer, calls, repeated)
 
     repeated = identical_blocks(step.model, _MANY_BLOCKS)
+    if repeated is not None and budget is not None and budget < 1:
+        repeated = replace(repeated, alike=False)
+    elif budget is None and functorch_config.activation_memory_budget < 1:
+        repeated = None  # the values of each block count
     # what did not work for the step before does not work now
-    if repeated is not None and (plain is None or plain.repeated is not None):
+    if (
+        repeated is not None
+        and isinstance(step.model, nn.Module)
+        and (plain is None or plain.repeated is not None)
+    ):
         try:
             return analysed(with_few_blocks(step.model, repeated), repeated)
         except Exception as error:  # the model's own code may count its blocks, and raise anything

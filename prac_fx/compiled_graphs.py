@@ -59,7 +59,9 @@ def record_graph(
     """
     values = () if plan is None else plan.values
     decisions = tuple(_decision(value) for value in values if value.reason != "input")
-    options = tuple(f"{name}={value!r}" for name, value in dataclasses.asdict(config).items())
+    # where each rank writes its report is its own affair
+    given = dataclasses.asdict(dataclasses.replace(config, report=None))
+    options = tuple(f"{name}={value!r}" for name, value in given.items())
     _ALIVE[compiled] = CompiledGraph(parameters, options, decisions, fallback)
 
 

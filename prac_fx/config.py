@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -115,6 +116,9 @@ class PracConfig:
             (tensor parallelism) alike. "identical": all of them alike. "independent": none of them; for data
             parallelism that neither of the two wrappers runs.
         strict: raise where the backend would otherwise fall back to plain Inductor with a warning.
+        report: path of a JSON file, into which the job writes what its compiled graphs save for backward, and why;
+            `python -m prac_fx.report report.json` shows it. In a distributed job each rank writes its own,
+            `report.rank0.json`. It changes nothing that is compiled, and `explain` does not read it.
 
     Raises:
         PracOptionError: on construction, naming the option, the value and what is allowed.
@@ -141,6 +145,7 @@ class PracConfig:
     seed: int = 0
     across_ranks: Literal["auto", "identical", "independent"] = "auto"
     strict: bool = False
+    report: str | None = None
 
     def __post_init__(self) -> None:
         _check_choice("policy", self.policy, tuple(POLICIES))
@@ -161,6 +166,7 @@ class PracConfig:
         for name in ("principal", "random", "tail_every"):
             object.__setattr__(self, name, _per_role(name, getattr(self, name)))
         self._check_projection()
+        object.__setattr__(self, "report", _json_path("report", self.report))
         _check_int("min_nbytes", self.min_nbytes, minimum=0)
         _check_int("seed", self.seed, minimum=0, maximum=2**63 - 1)
         for name in ("include", "exclude"):
@@ -204,17 +210,17 @@ class PracConfig:
         return any(self.for_role("random", role) == 0 for role in PROJECTED_ROLES)
 
     def cache_key(self) -> str:
-        """Text that is equal exactly for equal configurations."""
-        return repr(self)
+        """Text that is equal exactly for configurations that compile alike."""
+        return repr(dataclasses.replace(self, report=None))
 
     # not the generated ones: principal=1 is one direction and principal=1.0 all of them, yet 1 == 1.0
     def __eq__(self, other: object) -> bool:
         if not isinstance(other, PracConfig):
             return NotImplemented
-        return self.cache_key() == other.cache_key()
+        return repr(self) == repr(other)
 
     def __hash__(self) -> int:
-        return hash(self.cache_key())
+        return hash(repr(self))
 
 
 def split_options(options: Mapping[str, Any] | None) -> tuple[PracConfig, dict[str, Any]]:
@@ -368,6 +374,17 @@ def _check_rank_sum(principal: float, random: float) -> None:
         raise PracOptionError(f"{both}: at least one of them must be above 0")
     if isinstance(principal, float) and isinstance(random, float) and principal + random > 1.0:
         raise PracOptionError(f"{both}: together they are more than all directions (1.0)")
+
+
+def _json_path(name: str, value: object) -> str | None:
+    if value is None:
+        return None
+    path = os.fspath(value) if isinstance(value, str | os.PathLike) else None
+    if not isinstance(path, str) or not path.endswith(".json"):
+        raise PracOptionError(
+            f"{PREFIX}{name}={value!r}: expected the path of a JSON file, such as 'report.json'"
+        )
+    return path
 
 
 def _globs(name: str, value: object) -> tuple[str, ...]:

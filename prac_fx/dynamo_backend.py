@@ -22,6 +22,7 @@ from prac_fx.compiled_graphs import record_graph
 from prac_fx.config import PracConfig, config_patches, split_options
 from prac_fx.data_parallel import is_distributed
 from prac_fx.errors import CannotRewriteError, PracOptionError, PracWarning
+from prac_fx.job_report import check_report_path, report_graph
 from prac_fx.memory import format_nbytes
 from prac_fx.origin import clean_path
 from prac_fx.passes.plan import Plan
@@ -129,6 +130,8 @@ def _checked_compile(
             "ranks alone draw independently"
         )
     patches = config_patches(mode, inductor_options)
+    if config.report is not None:
+        check_report_path(config.report)
     if config.is_biased:
         _warn_biased()
     if config.input_gradient == "prac":
@@ -186,12 +189,14 @@ def _compile(
         )
         log.debug("fallback", exc_info=error)
         record_graph(compiled, graph.trainable_names, config, None, reason)
+        report_graph(gm, config, None, reason)
         return compiled
     _log_plan(plan)
     if plan is None:
         return plain()
     compiled = plain() if rewritten is None else training_step(rewritten, plan, config)
     record_graph(compiled, graph.trainable_names, config, plan)
+    report_graph(gm, config, plan)
     return compiled
 
 

@@ -5,7 +5,8 @@ several cuts cost the same the partitioner may cut the first blocks differently 
 model is that of the four with the middle block's part of the timeline repeated n - 3 times, each time higher by what one
 block leaves behind: saved values in forward, gradients less saved values in backward.
 
-Exact for parameters, saved bytes, FLOPs and the state of the subspaces. The peak may be off by temporary memory of a block:
+Exact for parameters, saved bytes, FLOPs and the state of the subspaces, unless the partitioner chooses among the blocks to
+meet a memory budget. The peak may be off by temporary memory of a block:
 Inductor keeps freed buffers to use them again, and how many are waiting goes up and down from block to block.
 """
 
@@ -16,6 +17,7 @@ import functools
 import types
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from fractions import Fraction
 from typing import Any
 
 from torch import Tensor, nn
@@ -38,10 +40,13 @@ class Repeated:
     Attributes:
         module: path of the list.
         total: how many blocks the model has.
+        alike: the partitioner treats the blocks alike. Where it chooses among them, to meet a memory budget, the
+            analysed ones are averaged.
     """
 
     module: str
     total: int
+    alike: bool = True
 
     @property
     def more(self) -> int:
@@ -54,9 +59,13 @@ class Repeated:
         number = rest.partition(".")[0]
         return int(number) if rest != path and number.isdigit() else None
 
-    def weight(self, path: str) -> int:
+    def weight(self, path: str) -> Fraction:
         """How often the whole model has what a module of the analysed one has."""
-        return 1 + self.more if self.block_of(path) == MIDDLE else 1
+        if not self.alike:
+            return (
+                Fraction(self.total, ANALYSED) if self.block_of(path) is not None else Fraction(1)
+            )
+        return Fraction(1 + self.more if self.block_of(path) == MIDDLE else 1)
 
     def moved(self, path: str, middle: int) -> str:
         """A path of the analysed model in the whole one, where the middle block stands for block `middle`."""
@@ -138,11 +147,11 @@ def _same(
         return False
     if isinstance(value, int) and isinstance(other, int) and not isinstance(value, bool):
         return other - value in (0, distance)
-    insides = _inside(value), _inside(other)
-    if insides[0] is None or insides[1] is None:
+    inside, other_inside = _inside(value), _inside(other)
+    if inside is None or other_inside is None:
         return not isinstance(value, Tensor) and bool(value == other)
-    return len(insides[0]) == len(insides[1]) and all(
-        _same(a, b, modules, distance) for a, b in zip(*insides, strict=True)
+    return len(inside) == len(other_inside) and all(
+        _same(a, b, modules, distance) for a, b in zip(inside, other_inside, strict=True)
     )
 
 
@@ -244,17 +253,28 @@ class _Copy:
 
 @dataclass(frozen=True)
 class _Cuts:
-    """Where the part of the middle block begins and ends, in both passes."""
+    """Events at which blocks begin, in both passes.
+
+    Attributes:
+        forward, backward: the middle block begins, and the one after it.
+        growth_forward, growth_backward: what is held grows from one to the other by that of so many blocks.
+        blocks: how many.
+    """
 
     forward: tuple[int, int]
     backward: tuple[int, int]
+    growth_forward: tuple[int, int]
+    growth_backward: tuple[int, int]
+    blocks: int
 
 
 def _cuts(events: Sequence[Event], repeated: Repeated) -> _Cuts:
-    begin, end = _starts(events, repeated, "forward", range(ANALYSED))[MIDDLE:]
+    there = _starts(events, repeated, "forward", range(ANALYSED))
     back = _starts(events, repeated, "backward", range(ANALYSED)[::-1])
-    # the last block comes first
-    return _Cuts((begin, end), (back[1], back[2]))
+    forward, backward = (there[MIDDLE], there[-1]), (back[1], back[2])  # the last block comes first
+    if repeated.alike:
+        return _Cuts(forward, backward, forward, backward, 1)
+    return _Cuts(forward, backward, (there[0], there[-1]), (back[0], back[-1]), ANALYSED - 1)
 
 
 def _starts(
@@ -264,6 +284,15 @@ def _starts(
     blocks = [
         repeated.block_of(event.origin.module) if event.phase == phase else None for event in events
     ]
+    if phase == "backward":
+        # what is computed again may come earlier than the gradients of its block
+        held = [event.nbytes["gradients"] for event in events]
+        with_gradient = [
+            number if before < after else None
+            for number, before, after in zip(blocks, [0, *held], held, strict=False)
+        ]
+        if all(number in with_gradient for number in order):
+            blocks = with_gradient
     if not all(number in blocks for number in order):
         raise CannotMultiplyError(f"the {phase} pass does not name its blocks")
     starts = [blocks.index(number) for number in order]
@@ -294,8 +323,8 @@ def _event(events: Sequence[Event], copied: _Copy, cuts: _Cuts, repeated: Repeat
     event = events[copied.index]
     nbytes = {
         category: event.nbytes[category]
-        + copied.forward * _growth(events, cuts.forward, category)
-        + copied.backward * _growth(events, cuts.backward, category)
+        + copied.forward * _growth(events, cuts.growth_forward, category) // cuts.blocks
+        + copied.backward * _growth(events, cuts.growth_backward, category) // cuts.blocks
         for category in CATEGORIES
     }
     module = repeated.moved(event.origin.module, copied.middle)

@@ -34,7 +34,7 @@ def document(**changes: Any) -> Document:
     before = _timeline((("up", 1024), ("up", 2048), ("norm", 2560)))
     after = _timeline((("up", 260), ("up", 520), ("norm", 520)))
     made: Document = {
-        "schema": 2,
+        "schema": 3,
         "prac_fx": "0.1.0",
         "torch": "2.13.0",
         "device": "cpu",

@@ -68,6 +68,8 @@ POSITIVE = "an int of at least 1"
         *(("across_ranks", choice) for choice in ("auto", "identical", "independent")),
         ("strict", True),
         ("strict", False),
+        ("report", None),
+        ("report", "runs/report.json"),
     ],
 )
 def test_accepted_values(field: str, value: Any) -> None:
@@ -93,6 +95,9 @@ def test_accepted_values(field: str, value: Any) -> None:
         ("group_size", 64.0, "an int of at least 8"),
         ("rounding", "random", "'stochastic', 'nearest'"),
         ("zero_point", 1, "True or False"),
+        ("report", "report.html", "the path of a JSON file"),
+        ("report", True, "the path of a JSON file"),
+        ("report", b"report.json", "the path of a JSON file"),
         ("rules", "*.mlp.*", "a list of (glob, codec) pairs"),
         ("rules", {"*.mlp.*": "int4"}, "a list of (glob, codec) pairs"),
         ("principal", (0.3, 0.3), "a mapping with exactly the keys"),
@@ -333,6 +338,7 @@ CHANGES: dict[str, Any] = {
     "seed": 1,
     "across_ranks": "identical",
     "strict": True,
+    "report": "report.json",
 }
 
 
@@ -354,8 +360,11 @@ def test_equal_configurations_have_equal_hashes_and_keys() -> None:
 def test_every_field_is_in_the_cache_key() -> None:
     assert set(CHANGES) == set(FIELDS)  # the list above must grow with the fields
     changed = [PracConfig(), *(PracConfig(**{name: value}) for name, value in CHANGES.items())]
-    assert len({config.cache_key() for config in changed}) == len(changed)
     assert len(set(changed)) == len(changed)
+    # where a job writes its report changes nothing that is compiled
+    assert PracConfig(report="report.json").cache_key() == PracConfig().cache_key()
+    keys = {config.cache_key() for config in changed if config.report is None}
+    assert len(keys) == len(changed) - 1
 
 
 def test_one_direction_is_not_all_directions() -> None:

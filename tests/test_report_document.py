@@ -90,9 +90,9 @@ def test_unknown_fields_are_ignored() -> None:
         ('{"schema": "2"}', "not a memory report: it has no schema version"),
         (
             '{"schema": 1}',
-            "schema version 1, this is prac_fx for version 2: write the report again",
+            "schema version 1, this is prac_fx for version 3: write the report again",
         ),
-        ('{"schema": 2}', "not a memory report: prac_fx is missing"),
+        ('{"schema": 3}', "not a memory report: prac_fx is missing"),
     ],
 )
 def test_what_is_no_report_is_refused(tmp_path: Path, text: str, message: str) -> None:

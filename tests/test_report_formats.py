@@ -273,7 +273,7 @@ def test_a_reader_that_has_seen_enough(save: Save) -> None:
     ("name", "start"),
     [
         ("r.html", b"<!doctype html>"),
-        ("r.json", b'{\n  "schema": 2'),
+        ("r.json", b'{\n  "schema": 3'),
         ("r.png", b"\x89PNG\r\n"),
         ("r.txt", b"model  "),
     ],
@@ -595,7 +595,7 @@ values that are kept differently (with prac)
 def test_compare_as_json(capsys: pytest.CaptureFixture[str], save: Save) -> None:
     a, b = save(name="a.json"), save(_other(), name="b.json")
     data = json.loads(_printed(capsys, "--compare", a, b, "--format", "json"))
-    assert (data["schema"], data["a"], data["b"]) == (2, a, b)
+    assert (data["schema"], data["a"], data["b"]) == (3, a, b)
     assert data["differences"] == [{"name": "options", "a": "defaults", "b": "prac.policy=max"}]
     totals = {one["name"]: (one["a_nbytes"], one["b_nbytes"]) for one in data["totals"]}
     assert totals["saved after"] == (1544 * 1024, 1284 * 1024 + 8)

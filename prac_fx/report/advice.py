@@ -19,19 +19,24 @@ def advice_for(document: Document) -> list[str]:
 
 
 def _share_at_peak(document: Document, category: Category) -> float:
+    if document["peak"] is None:
+        return 0.0
     peak = document["peak"]["after"]
     nbytes = sum(one["nbytes"] for one in peak["live"] if one["category"] == category)
     return nbytes / peak["nbytes"] if peak["nbytes"] else 0.0
 
 
 def _about_prac(document: Document) -> str:
-    before, after = (document["peak"][which]["nbytes"] for which in ("before", "after"))
+    peak = document["peak"]
     saved = document["totals"]["saved_before_nbytes"] - document["totals"]["saved_after_nbytes"]
     if not saved:
         return (
             'backend="prac" would encode nothing: the reasons in the table of values say why, value by '
             "value"
         )
+    if peak is None:
+        return ""
+    before, after = peak["before"]["nbytes"], peak["after"]["nbytes"]
     if before - after < 0.02 * before:
         return (
             f'backend="prac" saves {format_nbytes(saved)} between forward and backward, but the peak lies '

@@ -14,7 +14,7 @@ from prac_fx.report.axes import (
     phase_spans,
     sample_timeline,
 )
-from prac_fx.report.document import CATEGORIES, Category, Document, Timeline
+from prac_fx.report.document import CATEGORIES, Category, Timeline, TimelinePair
 
 CANVAS_WIDTH = 2000
 CANVAS_HEIGHT = 1000
@@ -66,11 +66,11 @@ class Chart:
     samples_after: tuple[Sample, ...]
 
 
-def draw_chart(document: Document) -> Chart:
+def draw_chart(timelines: TimelinePair) -> Chart:
     """Both timelines of a document on one scale."""
-    before, after = document["timeline"]["before"], document["timeline"]["after"]
-    nbytes = largest_nbytes(document["timeline"])
-    spans = phase_spans(document["timeline"])
+    before, after = timelines["before"], timelines["after"]
+    nbytes = largest_nbytes(timelines)
+    spans = phase_spans(timelines)
     samples_before = sample_timeline(before, spans)
     samples_after = sample_timeline(after, spans)
     return Chart(

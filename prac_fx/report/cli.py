@@ -108,8 +108,15 @@ def _print(content: str | bytes) -> None:
 
 
 def _verdict(document: Document, arguments: argparse.Namespace) -> int:
-    limit, peak = arguments.fail_if_above, document["peak"]["after"]["nbytes"]
-    if limit is None or peak <= limit:
+    limit = arguments.fail_if_above
+    if limit is None:
+        return 0
+    if document["peak"] is None:
+        raise ReportError(
+            f"--fail-if-above: {arguments.model} is the report of a running job, which knows no peak"
+        )
+    peak = document["peak"]["after"]["nbytes"]
+    if peak <= limit:
         return 0
     sys.stderr.write(
         f"prac_fx.report: the estimated peak with prac, {format_nbytes(peak)} ({peak} bytes), is above "

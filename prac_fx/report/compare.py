@@ -18,6 +18,7 @@ from prac_fx.report.wording import (
     count_text,
     inputs_text,
     is_listed,
+    name_text,
     nbytes_text,
     operator_text,
     options_text,
@@ -94,6 +95,7 @@ def compare(a: Document, b: Document, names: tuple[str, str]) -> Comparison:
         "totals": [
             {"name": name, "a_nbytes": totals_a[name], "b_nbytes": totals_b[name]}
             for name in totals_a
+            if name in totals_b
         ],
         "values": _changed_values(a, b),
     }
@@ -101,10 +103,10 @@ def compare(a: Document, b: Document, names: tuple[str, str]) -> Comparison:
 
 def _differences(a: Document, b: Document) -> list[Difference]:
     pairs = [
-        ("model", a["model"]["name"], b["model"]["name"]),
+        ("model", name_text(a["model"]), name_text(b["model"])),
         ("inputs", inputs_text(a), inputs_text(b)),
         ("options", options_text(a["options"]), options_text(b["options"])),
-        ("optimizer", a["totals"]["optimizer"], b["totals"]["optimizer"]),
+        ("optimizer", a["totals"]["optimizer"] or NOTHING, b["totals"]["optimizer"] or NOTHING),
         ("device", a["device"], b["device"]),
         ("torch", a["torch"], b["torch"]),
         ("prac_fx", a["prac_fx"], b["prac_fx"]),
@@ -113,12 +115,13 @@ def _differences(a: Document, b: Document) -> list[Difference]:
 
 
 def _totals(document: Document) -> dict[str, int]:
+    """By name, those that are known."""
     totals, peak = document["totals"], document["peak"]
-    return {
+    found = {
         "saved before": totals["saved_before_nbytes"],
         "saved after": totals["saved_after_nbytes"],
-        "peak before": peak["before"]["nbytes"],
-        "peak after": peak["after"]["nbytes"],
+        "peak before": None if peak is None else peak["before"]["nbytes"],
+        "peak after": None if peak is None else peak["after"]["nbytes"],
         "state": totals["state_nbytes"],
         "parameters": totals["parameters_nbytes"],
         "gradients": totals["gradients_nbytes"],
@@ -127,6 +130,7 @@ def _totals(document: Document) -> dict[str, int]:
         "inputs": totals["inputs_nbytes"],
         "logits": totals["logits_nbytes"],
     }
+    return {name: nbytes for name, nbytes in found.items() if nbytes is not None}
 
 
 def _changed_values(a: Document, b: Document) -> list[ValuePair]:

@@ -1,6 +1,7 @@
-"""The memory report as plain data, schema version 2: what it holds.
+"""The memory report as plain data, schema version 3: what it holds.
 
-`python -m prac_fx.report model.py --format json` writes one; every other format is made of one. A report file is
+`python -m prac_fx.report model.py --format json` writes one, and so does a running job with the option `prac.report`; every
+other format is made of one. A job does not know its peak and timeline, nor anything that comes after its graphs: null. A report file is
 data and nothing else: `reading` parses it as JSON and checks it against the types below, field by field, before
 anything uses it. Nothing in it is executed.
 
@@ -17,7 +18,7 @@ from __future__ import annotations
 
 from typing import Any, Literal, TypedDict, get_args
 
-SCHEMA = 2
+SCHEMA = 3
 
 Category = Literal[
     "parameters",
@@ -48,7 +49,7 @@ class Repeated(TypedDict):
 class Model(TypedDict):
     """What was analysed: class name, number of parameters, and how many of them are trained."""
 
-    name: str
+    name: str | None
     parameters: int
     trainable: int
     repeated: Repeated | None
@@ -76,9 +77,9 @@ class Totals(TypedDict):
     buffers_nbytes: int
     inputs_nbytes: int
     gradients_nbytes: int
-    optimizer_nbytes: int
-    optimizer: str
-    logits_nbytes: int
+    optimizer_nbytes: int | None
+    optimizer: str | None
+    logits_nbytes: int | None
 
 
 class Live(TypedDict):
@@ -220,7 +221,7 @@ class Measured(TypedDict):
 class Document(TypedDict):
     """A whole memory report.
 
-    `graphs`: how many graphs of the model have a backward. `fits_nbytes`: what the largest batches fit; null when
+    Both or neither of `peak` and `timeline` are null. `graphs`: how many graphs of the model have a backward. `fits_nbytes`: what the largest batches fit; null when
     they were not asked for.
     """
 
@@ -233,8 +234,8 @@ class Document(TypedDict):
     options: dict[str, Any]
     graphs: int
     totals: Totals
-    peak: PeakPair
-    timeline: TimelinePair
+    peak: PeakPair | None
+    timeline: TimelinePair | None
     values: list[Value]
     rollup: Rollup
     fits_nbytes: int | None

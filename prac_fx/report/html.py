@@ -64,6 +64,7 @@ _FILTERS = {
             "flops_text",
             "inputs_text",
             "model_text",
+            "name_text",
             "options_text",
             "position_text",
             "repeated_text",
@@ -78,7 +79,8 @@ _FILTERS = {
 def as_html(document: Document) -> str:
     """The whole page; it loads nothing and sends nothing."""
     css, script = _palette() + _page_file("page.css"), _page_file("page.js")
-    chart = draw_chart(document)
+    timelines = document["timeline"]
+    chart = None if timelines is None else draw_chart(timelines)
     policy = (
         f"default-src 'none'; style-src {_hash(css)}; script-src {_hash(script)}; "
         "base-uri 'none'; form-action 'none'"
@@ -138,14 +140,9 @@ def _embedded(data: object) -> str:
 
 
 def _summary(document: Document) -> dict[str, Any]:
-    totals, peak = document["totals"], document["peak"]
+    totals, peak, timeline = document["totals"], document["peak"], document["timeline"]
     saved = totals["saved_before_nbytes"], totals["saved_after_nbytes"]
-    peaks = peak["before"]["nbytes"], peak["after"]["nbytes"]
-    at_peak = [_categories_at_peak(document["timeline"][side]) for side in ("before", "after")]
     figures = [
-        _figure(
-            "Estimated peak", *peaks, at_peak, f"With {AFTER} in {position_text(peak['after'])}."
-        ),
         _figure(
             "Saved for backward",
             *saved,
@@ -153,6 +150,11 @@ def _summary(document: Document) -> dict[str, Any]:
             "What forward leaves for backward, inputs and parameters not counted.",
         ),
     ]
+    if peak is not None and timeline is not None:
+        peaks = peak["before"]["nbytes"], peak["after"]["nbytes"]
+        at_peak = [_categories_at_peak(timeline["before"]), _categories_at_peak(timeline["after"])]
+        where = f"With {AFTER} in {position_text(peak['after'])}."
+        figures.insert(0, _figure("Estimated peak", *peaks, at_peak, where))
     fixed = [
         ("Parameters", totals["parameters_nbytes"]),
         ("Gradients", totals["gradients_nbytes"]),
@@ -162,7 +164,10 @@ def _summary(document: Document) -> dict[str, Any]:
         ("Buffers", totals["buffers_nbytes"]),
         ("Inputs", totals["inputs_nbytes"]),
     ]
-    return {"figures": figures, "fixed": fixed}
+    return {
+        "figures": figures,
+        "fixed": [(name, nbytes) for name, nbytes in fixed if nbytes is not None],
+    }
 
 
 def _figure(
@@ -202,8 +207,10 @@ def _saved_by_category(
     return {name: sums[name] for name in CATEGORIES if sums.get(name)}
 
 
-def _step(document: Document, chart: Chart) -> dict[str, Any]:
+def _step(document: Document, chart: Chart | None) -> dict[str, Any]:
     peak, timeline = document["peak"], document["timeline"]
+    if chart is None or peak is None or timeline is None:
+        return {"chart": None}
     before = _categories_at_peak(timeline["before"])
     after = _categories_at_peak(timeline["after"])
     used = {
@@ -276,13 +283,22 @@ def _largest(rows: list[Repeat]) -> int:
 # -- what the script reads ---------------------------------------------------------------------------
 
 
-def _script_data(document: Document, chart: Chart) -> dict[str, Any]:
+def _script_data(document: Document, chart: Chart | None) -> dict[str, Any]:
     timeline, peak = document["timeline"], document["peak"]
+    of_step: dict[str, Any] = {}
+    if chart is not None and timeline is not None and peak is not None:
+        of_step = {
+            "spans": [(span.name, span.left, span.right) for span in chart.spans],
+            "before": _samples(timeline["before"], chart.samples_before),
+            "after": _samples(timeline["after"], chart.samples_after),
+            "live": {
+                "before": _live(peak["before"]["live"]),
+                "after": _live(peak["after"]["live"]),
+            },
+        }
     return {
         "names": [BEFORE, AFTER],
-        "spans": [(span.name, span.left, span.right) for span in chart.spans],
-        "before": _samples(timeline["before"], chart.samples_before),
-        "after": _samples(timeline["after"], chart.samples_after),
+        **of_step,
         "values": [
             (
                 value["module"],
@@ -305,7 +321,6 @@ def _script_data(document: Document, chart: Chart) -> dict[str, Any]:
             for value in document["values"]
             if value["nbytes_before"] or value["nbytes_after"]
         ],
-        "live": {"before": _live(peak["before"]["live"]), "after": _live(peak["after"]["live"])},
     }
 
 

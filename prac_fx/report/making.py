@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from prac_fx._version import __version__
 from prac_fx.alternatives import Alternative as AnalysedAlternative
 from prac_fx.codecs import PracCodec
+from prac_fx.config import PracConfig
 from prac_fx.memory_report import MemoryReport
 from prac_fx.passes.plan import PlannedValue
 from prac_fx.repeated_blocks import ANALYSED
@@ -43,7 +44,10 @@ _MOST_LIVE = 400
 
 def document_of(report: MemoryReport) -> Document:
     """The document of a report."""
-    values = [_value(value, report.step.model) for value in report.values]
+    values = [
+        value_of(value, _layer_kind(value.origin.module, report.step.model))
+        for value in report.values
+    ]
     document: Document = {
         "schema": SCHEMA,
         "prac_fx": __version__,
@@ -51,13 +55,13 @@ def document_of(report: MemoryReport) -> Document:
         "device": _device(report),
         "model": _model(report),
         "inputs": [_input(name, tensor) for name, tensor in report.step.tensors.inputs],
-        "options": _options(report),
+        "options": options_of(report.config),
         "graphs": report.num_graphs,
         "totals": _totals(report),
         "peak": {"before": _peak(report.before), "after": _peak(report.after)},
         "timeline": {"before": _timeline(report.before), "after": _timeline(report.after)},
         "values": values,
-        "rollup": _rollup(values),
+        "rollup": rollup_of(values),
         "fits_nbytes": report.fits,
         "alternatives": [_alternative(one) for one in report.alternatives],
         "advice": [],
@@ -94,10 +98,12 @@ def _function_name(model: Callable[..., Any]) -> str:
     return str(getattr(model, "__name__", type(model).__name__))
 
 
-def _options(report: MemoryReport) -> dict[str, Any]:
+def options_of(config: PracConfig) -> dict[str, Any]:
+    """The options, but for where a job writes its report."""
     return {
         name: list(value) if isinstance(value, tuple) else value
-        for name, value in vars(report.config).items()
+        for name, value in vars(config).items()
+        if name != "report"
     }
 
 
@@ -185,7 +191,8 @@ def _timeline(memory: StepMemory) -> Timeline:
     }
 
 
-def _value(value: PlannedValue, model: Callable[..., Any]) -> Value:
+def value_of(value: PlannedValue, layer_kind: str) -> Value:
+    """A row of the document; `layer_kind` is the class of the module that computes it."""
     codec = value.codec
     projected = codec if isinstance(codec, PracCodec) else None
     return {
@@ -210,7 +217,7 @@ def _value(value: PlannedValue, model: Callable[..., Any]) -> Value:
         "nbytes_before": value.nbytes_before,
         "nbytes_after": value.nbytes_after,
         "state_nbytes": value.state_nbytes,
-        "layer_kind": _layer_kind(value.origin.module, model),
+        "layer_kind": layer_kind,
         "category": _category(value),
     }
 
@@ -229,7 +236,8 @@ def _layer_kind(path: str, model: Callable[..., Any]) -> str:
         return ""
 
 
-def _rollup(values: Sequence[Value]) -> Rollup:
+def rollup_of(values: Sequence[Value]) -> Rollup:
+    """Their saved bytes by module, layer kind and role."""
     counted = [value for value in values if value["nbytes_before"] or value["nbytes_after"]]
     return {
         "module": _grouped((value["module"], value) for value in counted),

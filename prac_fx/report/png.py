@@ -15,9 +15,9 @@ from prac_fx.report.axes import (
     phase_spans,
     sample_timeline,
 )
-from prac_fx.report.document import CATEGORIES, Document, Timeline
+from prac_fx.report.document import CATEGORIES, Document, Timeline, TimelinePair
 from prac_fx.report.palette import LIGHT
-from prac_fx.report.wording import AFTER, BEFORE
+from prac_fx.report.wording import AFTER, BEFORE, name_text
 
 _INCHES = (10.0, 4.8)
 _DOTS_PER_INCH = 160
@@ -36,22 +36,28 @@ def require_matplotlib() -> None:
 
 
 def as_png(document: Document) -> bytes:
-    """A PNG file, 1600 x 768 pixels."""
+    """A PNG file, 1600 x 768 pixels.
+
+    Raises:
+        ReportError: the document has no timeline, or matplotlib is not installed.
+    """
     require_matplotlib()
+    timelines = document["timeline"]
+    if timelines is None:
+        raise ReportError("--format png: the report of a running job has no timeline")
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=_INCHES, dpi=_DOTS_PER_INCH, layout="constrained")
     axes = figure.add_subplot()
-    _draw_steps(axes, document)
-    _draw_frame(axes, document)
+    _draw_steps(axes, timelines)
+    _draw_frame(axes, timelines, name_text(document["model"]))
     target = io.BytesIO()
     # without the software's name and version, so that equal reports give equal files
     figure.savefig(target, format="png", metadata={"Software": None})
     return target.getvalue()
 
 
-def _draw_steps(axes: Any, document: Document) -> None:
-    timelines = document["timeline"]
+def _draw_steps(axes: Any, timelines: TimelinePair) -> None:
     spans = phase_spans(timelines)
     before, after = timelines["before"], timelines["after"]
     samples = sample_timeline(after, spans)
@@ -99,9 +105,8 @@ def _mark_peak(axes: Any, timeline: Timeline, samples: list[Sample], name: str) 
     )
 
 
-def _draw_frame(axes: Any, document: Document) -> None:
+def _draw_frame(axes: Any, timelines: TimelinePair, name: str) -> None:
     """Phases, marks, legend, title."""
-    timelines = document["timeline"]
     nbytes = largest_nbytes(timelines)
     for number, span in enumerate(phase_spans(timelines)):
         if number % 2:
@@ -115,7 +120,7 @@ def _draw_frame(axes: Any, document: Document) -> None:
     axes.grid(axis="y", color=_INK, alpha=0.12, linewidth=0.8)
     for side in ("top", "right", "left"):
         axes.spines[side].set_visible(False)
-    title = f"{document['model']['name']}: bytes allocated in one training step"
+    title = f"{name}: bytes allocated in one training step"
     axes.set_title(title, loc="left", parse_math=False)
     handles, labels = axes.get_legend_handles_labels()
     axes.legend(

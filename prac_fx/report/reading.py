@@ -59,8 +59,12 @@ def check_document(data: object, source: str) -> Document:
     try:
         _check(data, Document, "")
         document = cast(Document, data)
-        for side in ("before", "after"):
-            _check_timeline(document["timeline"][side], f"timeline.{side}")
+        timeline = document["timeline"]
+        if (document["peak"] is None) != (timeline is None):
+            raise _Mismatch("peak and timeline: only one of them is null")
+        if timeline is not None:
+            _check_timeline(timeline["before"], "timeline.before")
+            _check_timeline(timeline["after"], "timeline.after")
     except _Mismatch as error:
         raise ReportError(f"{source}: not a memory report: {error}") from error
     return document

@@ -26,6 +26,7 @@ from prac_fx.report.wording import (
     inputs_text,
     is_listed,
     model_text,
+    name_text,
     nbytes_text,
     operator_text,
     options_text,
@@ -61,8 +62,7 @@ def as_table(
     sections = [
         _header(document, style),
         _totals(document, style),
-        _peak(document["peak"]["before"], f"peak with {BEFORE}", style),
-        _peak(document["peak"]["after"], f"peak with {AFTER}", style),
+        *_peaks(document, style),
         _alternatives(document, style),
         _measured(document, style),
         _advice(document, style),
@@ -76,7 +76,7 @@ def as_table(
 def _header(document: Document, style: Style) -> str:
     model = document["model"]
     lines = [
-        ("model", f"{model['name']}, {model_text(model)}"),
+        ("model", f"{name_text(model)}, {model_text(model)}"),
         ("", repeated_text(model)),
         ("inputs", inputs_text(document)),
         ("options", options_text(document["options"])),
@@ -90,10 +90,9 @@ def _header(document: Document, style: Style) -> str:
 
 def _totals(document: Document, style: Style) -> str:
     totals, peak = document["totals"], document["peak"]
-    pairs = [
-        ("saved for backward", totals["saved_before_nbytes"], totals["saved_after_nbytes"]),
-        ("estimated peak", peak["before"]["nbytes"], peak["after"]["nbytes"]),
-    ]
+    pairs = [("saved for backward", totals["saved_before_nbytes"], totals["saved_after_nbytes"])]
+    if peak is not None:
+        pairs.append(("estimated peak", peak["before"]["nbytes"], peak["after"]["nbytes"]))
     rows = [
         (name, nbytes_text(before), nbytes_text(after), style.change(change_text(before, after)))
         for name, before, after in pairs
@@ -108,9 +107,21 @@ def _totals(document: Document, style: Style) -> str:
         "logits": totals["logits_nbytes"],
     }
     for name, nbytes in fixed.items():
+        if nbytes is None:
+            continue
         before = 0 if name == "state of prac" else nbytes
         rows.append((name, nbytes_text(before), nbytes_text(nbytes), ""))
     return grid(rows, ("", BEFORE, AFTER, ""), "lrrr")
+
+
+def _peaks(document: Document, style: Style) -> list[str]:
+    peak = document["peak"]
+    if peak is None:
+        return []
+    return [
+        _peak(peak["before"], f"peak with {BEFORE}", style),
+        _peak(peak["after"], f"peak with {AFTER}", style),
+    ]
 
 
 def _peak(peak: Peak, title: str, style: Style) -> str:

@@ -64,6 +64,11 @@ def position_text(peak: Peak) -> str:
     return f"{text} ({source})" if source else text
 
 
+def name_text(model: Model) -> str:
+    """Class of the model; a running job does not know it."""
+    return model["name"] or "a running job"
+
+
 def model_text(model: Model) -> str:
     """How many parameters, how many of them trained, and what was multiplied."""
     trained = "all trained"

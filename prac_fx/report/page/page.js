@@ -417,6 +417,6 @@ function setUpValues() {
   update();
 }
 
-setUpTimeline();
+if (data.spans) setUpTimeline();
 setUpMap();
 setUpValues();
