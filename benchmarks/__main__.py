@@ -3,7 +3,8 @@
     python -m benchmarks                                     # all of them, at a size for two CPU cores
     python -m benchmarks memory_time frontier --size paper   # two of them, for a GPU with 80 GB or more
 
-Each writes NAME.json (figures, command, versions, hardware, commit) and NAME.md (the same as tables) into the output folder.
+Each writes NAME.json (figures, command, versions, hardware, commit), NAME.md (the same as tables) and, where a picture says
+more, NAME.svg into the output folder.
 """
 
 from __future__ import annotations
@@ -12,13 +13,14 @@ import argparse
 import importlib
 import sys
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from types import ModuleType
 
 import torch
 
 from benchmarks.record import RESULTS, page, write_record
-from benchmarks.settings import Settings
+from benchmarks.settings import MINUTES, Settings
 
 NAMES = (
     "memory_time",
@@ -28,7 +30,7 @@ NAMES = (
     "refresh",
     "scaling",
     "micro",
-    "runtime_overhead",
+    "peak_prediction",
 )
 
 
@@ -39,27 +41,33 @@ def _parser() -> argparse.ArgumentParser:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("names", nargs="*", metavar="NAME", help=", ".join(NAMES))
-    parser.add_argument("--size", choices=("small", "paper"), default="small")
+    parser.add_argument("--size", choices=tuple(MINUTES), default="small")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--output", type=Path, default=RESULTS, help="folder to write into")
-    parser.add_argument("--minutes", type=float, default=60, help="for each benchmark, about")
-    parser.add_argument("--only", nargs="*", default=[], help="models, by name")
+    parser.add_argument(
+        "--minutes",
+        type=float,
+        help="for each benchmark, about; default: "
+        + ", ".join(f"{minutes:g} ({size})" for size, minutes in MINUTES.items()),
+    )
+    parser.add_argument("--only", nargs="*", default=[], metavar="MODEL", help="these models")
     return parser
 
 
-def main() -> int:
+def main(arguments: Sequence[str] | None = None) -> int:
     """Run the named benchmarks, or all."""
     parser = _parser()
-    args = parser.parse_args()
+    args = parser.parse_args(arguments)
     unknown = [name for name in args.names if name not in NAMES]
     if unknown:
         parser.error(f"no benchmark {unknown[0]!r}; there are {', '.join(NAMES)}")
     device = torch.device(args.device)
+    minutes = MINUTES[args.size] if args.minutes is None else args.minutes
     args.output.mkdir(parents=True, exist_ok=True)
     for name in args.names or NAMES:
         module = importlib.import_module(f"benchmarks.{name}")
         begin = time.perf_counter()
-        settings = Settings(args.size, device, args.output, args.minutes, tuple(args.only))
+        settings = Settings(args.size, device, args.output, minutes, tuple(args.only))
         text = run_one(name, module, settings)
         print(f"{text}\n{name}: {time.perf_counter() - begin:.0f} s\n", flush=True)
     return 0

@@ -22,14 +22,13 @@ from tabulate import tabulate
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
+from benchmarks.partitioned import Partitioned
 from benchmarks.record import write_record
 from prac_fx.config import PracConfig
-from prac_fx.dynamo_backend import DynamoGraph, plan_and_compile
 from prac_fx.held_memory import all_tensors, held_nbytes
 from prac_fx.memory import size_hint
-from prac_fx.runtime import training_step
 from prac_fx.state import subspaces_of
-from prac_fx.torch_compat import compile_fx, copy_dynamo_graph, functorch_config, make_boxed_func
+from prac_fx.torch_compat import functorch_config
 
 BATCH, SEQUENCE, HIDDEN, HEADS = 16, 256, 512, 8
 SHAPE = {"batch": BATCH, "sequence": SEQUENCE, "hidden": HIDDEN, "heads": HEADS}
@@ -118,34 +117,20 @@ MODELS: dict[str, Callable[[int], Built]] = {
 }
 
 
-class Eager:
-    """A Dynamo backend: AOTAutograd and partitioning as in compilation, aten operators run one by one.
+class CountedPartition(Partitioned):
+    """Counts the FLOPs of the backward graphs that it meets."""
 
-    `policy` None is plain Inductor's partition. Counts the FLOPs of the backward graphs it meets.
-    """
+    flops = 0
 
-    def __init__(self, policy: str | None) -> None:
-        self.policy = policy
-        self.flops = 0
-
-    def __call__(self, gm: fx.GraphModule, example_inputs: Sequence[Any]) -> Callable[..., Any]:
-        graph = DynamoGraph(gm, tuple(example_inputs))
-        if self.policy is not None and graph.trainable:
-            config = PracConfig(policy=self.policy, strict=True)  # type: ignore[arg-type]
-            plan, rewritten = plan_and_compile(graph, config, {}, self._inner)
-            if plan is not None and rewritten is not None:
-                return training_step(rewritten, plan, config)
-        compiled: Callable[..., Any] = compile_fx(
-            copy_dynamo_graph(gm), list(example_inputs), inner_compile=self._inner
-        )
-        return compiled
-
-    def _inner(self, gm: fx.GraphModule, example_inputs: Sequence[Any], **options: Any) -> Any:
+    def run_as_it_is(
+        self, gm: fx.GraphModule, example_inputs: Sequence[Any], **options: Any
+    ) -> Any:
+        """Count, then run."""
         # a backward graph is the one with tangents
         placeholders = gm.graph.find_nodes(op="placeholder")
         if any("tangents" in str(node.target) for node in placeholders):
             self.flops += sum(map(_flops, gm.graph.nodes))
-        return make_boxed_func(gm.forward)
+        return super().run_as_it_is(gm, example_inputs, **options)
 
 
 def _flops(node: fx.Node) -> int:
@@ -182,7 +167,8 @@ def measure(build: Callable[[int], Built], policy: str | None, budget: float) ->
         torch._dynamo.reset()
         model, inputs = build(layers)
         model = model.bfloat16()
-        backend = Eager(policy)
+        config = PracConfig(policy=policy, strict=True) if policy else None  # type: ignore[arg-type]
+        backend = CountedPartition(config)
         with functorch_config.patch(activation_memory_budget=budget, enable_autograd_cache=False):
             loss = torch.compile(model, backend=backend)(**inputs).loss
             held = held_nbytes(loss, all_tensors(model, inputs.values()))

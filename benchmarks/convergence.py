@@ -1,7 +1,6 @@
 """Does training with compressed activations end where exact training ends? Validation loss for each policy.
 
-    python -m benchmarks convergence [--size paper]           # as much as the time allows, then again to go on
-    python -m benchmarks.convergence --variant max --seeds 1 --optimizer muon
+    python -m benchmarks convergence [--size paper] [--minutes 60]   # as much as the time allows; again to go on
 
 A byte-level LLaMA is trained on the Python standard library's sources, warm-up and cosine decay. Runs of one seed share
 initial weights and batches. The seeds of plain Inductor give the noise floor: their standard deviation. Runs that are in
@@ -10,7 +9,6 @@ the output file are not repeated, so a stopped benchmark continues.
 
 from __future__ import annotations
 
-import argparse
 import itertools
 import json
 import math
@@ -27,7 +25,8 @@ from torch import Tensor, nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
 import prac_fx
-from benchmarks.record import RESULTS, page, write_record
+from benchmarks.plots import picture
+from benchmarks.record import commit, write_record
 from benchmarks.settings import Settings
 from examples.stdlib_text import batches, library_bytes
 
@@ -48,7 +47,7 @@ VARIANTS: dict[str, dict[str, Any] | None] = {
 }
 OPTIMIZERS = ("adamw", "muon")
 WARM_UP = 0.1  # share of the steps
-CURVE_EVERY = 50
+CURVE_POINTS = 20
 # 97.5% quantiles of Student's t with 1, 2, ... degrees of freedom
 _STUDENT = (12.71, 4.30, 3.18, 2.78, 2.57, 2.45, 2.36, 2.31)
 
@@ -71,6 +70,7 @@ class Training:
 
 
 TRAININGS = {
+    "tiny": Training(8, 4, 64, 2e-3, 64, 176, 2, 1, text_bytes=500_000),
     "small": Training(1000, 6, 256, 2e-3, 128, 344, 2, 4),
     # LLaMA-35M's shape
     "paper": Training(3000, 128, 256, 1e-3, 384, 1024, 8, 6, text_bytes=30_000_000),
@@ -168,15 +168,14 @@ def train(run: Run, training: Training, device: torch.device) -> dict[str, Any]:
     losses = torch.stack(losses).tolist()
     norms = torch.stack(norms).tolist()
     report = prac_fx.explain(model, input_ids=part, labels=part, options=options)
+    each = max(1, training.steps // CURVE_POINTS)
     return {
         **asdict(run),
+        "commit": commit(),
         "validation_loss": validation_loss(model, validation),
-        "training_loss": statistics.fmean(losses[-CURVE_EVERY:]),
+        "training_loss": statistics.fmean(losses[-each:]),
         "largest_gradient_norm": max(norms[len(norms) // 2 :]),
-        "curve": [
-            statistics.fmean(losses[i : i + CURVE_EVERY])
-            for i in range(0, training.steps, CURVE_EVERY)
-        ],
+        "curve": [statistics.fmean(losses[i : i + each]) for i in range(0, training.steps, each)],
         "saved_nbytes": (
             report.saved_before_nbytes if options is None else report.saved_after_nbytes
         ),
@@ -186,14 +185,15 @@ def train(run: Run, training: Training, device: torch.device) -> dict[str, Any]:
 
 
 def runs_in_order() -> Iterator[Run]:
-    """What is worth knowing first: policies by seed, then Muon and accumulation, then the other variants."""
-    policies = list(VARIANTS)[:5]
-    for seed, name in itertools.product((0, 1, 2), policies):
-        yield Run(name, seed)
-    for seed, name in itertools.product((0, 1, 2), policies[:3]):
-        yield Run(name, seed, optimizer="muon")
-        yield Run(name, seed, accumulation=2)
-    for seed, name in itertools.product((0, 1, 2), list(VARIANTS)[5:]):
+    """What is worth knowing first: policies, then Muon and accumulation, with more and more seeds; then the other variants."""
+    policies = list(VARIANTS)[:4]
+    for seed in (0, 1, 2):
+        for name in policies:
+            yield Run(name, seed)
+        for name in policies:
+            yield Run(name, seed, optimizer="muon")
+            yield Run(name, seed, accumulation=2)
+    for seed, name in itertools.product((0, 1, 2), list(VARIANTS)[4:]):
         yield Run(name, seed)
 
 
@@ -202,19 +202,24 @@ def run(settings: Settings) -> dict[str, Any]:
     training = TRAININGS[settings.size]
     path = settings.output / "convergence.json"
     for one in runs_in_order():
-        if settings.out_of_time:
+        # one run is not enough for a comparison, however long it takes
+        if settings.out_of_time and len(_read(path, training)) > 1:
             break
         if not one.is_in(_read(path, training)):
-            _train_and_write(one, training, path, settings.device)
-    return _figures(training, _read(path, training))
+            _train_and_write(one, training, path, settings.device, settings.size)
+    figures = _figures(training, _read(path, training))
+    _draw(figures, settings.output)
+    return figures
 
 
-def _train_and_write(one: Run, training: Training, path: Path, device: torch.device) -> None:
+def _train_and_write(
+    one: Run, training: Training, path: Path, device: torch.device, size: str
+) -> None:
     row = train(one, training, device)
     print(one, round(row["validation_loss"], 4), flush=True)
     # another process may have written meanwhile
     rows = [*_read(path, training), row]
-    write_record(path, "benchmarks.convergence", _figures(training, rows))
+    write_record(path, "benchmarks", {"size": size, **_figures(training, rows)})
 
 
 def _figures(training: Training, rows: list[dict[str, Any]]) -> dict[str, Any]:
@@ -232,11 +237,53 @@ def _read(path: Path, training: Training) -> list[dict[str, Any]]:
     return list(record["rows"])
 
 
+def _kinds(rows: list[dict[str, Any]]) -> list[tuple[str, int]]:
+    """Optimizers and accumulations that were run, in order."""
+    return sorted({(row["optimizer"], row["accumulation"]) for row in rows})
+
+
+def _draw(record: dict[str, Any], output: Path) -> None:
+    """Training loss of each variant, mean over seeds, with a band from the lowest to the highest seed."""
+    kinds, steps = _kinds(record["rows"]), record["training"]["steps"]
+    with picture(output / "convergence.svg", columns=len(kinds), width=5 * len(kinds)) as panels:
+        for axes, kind in zip(panels, kinds, strict=True):
+            for number, name in enumerate(VARIANTS):
+                curves = [
+                    row["curve"]
+                    for row in record["rows"]
+                    if (row["optimizer"], row["accumulation"], row["variant"]) == (*kind, name)
+                ]
+                if not curves:
+                    continue
+                at = [steps * (i + 0.5) / len(curves[0]) for i in range(len(curves[0]))]
+                by_step = list(zip(*curves, strict=True))
+                color = f"C{number}"
+                axes.plot(
+                    at,
+                    list(map(statistics.fmean, by_step)),
+                    color=color,
+                    label=f"{name} ({len(curves)})",
+                )
+                lowest, highest = list(map(min, by_step)), list(map(max, by_step))
+                axes.fill_between(at, lowest, highest, color=color, alpha=0.2, linewidth=0)
+            axes.set(title=_kind_name(*kind), xlabel="step", ylabel="training loss")
+            axes.legend(title="variant (seeds)")
+
+
+def _kind_name(optimizer: str, accumulation: int) -> str:
+    return f"{optimizer}, accumulation {accumulation}" if accumulation > 1 else optimizer
+
+
 def body(record: dict[str, Any]) -> str:
     """A row per variant, optimizer and accumulation."""
     shown = ("steps", "batch", "sequence", "hidden", "layers", "rate", "dtype")
     about = ", ".join(f"{name} {record['training'][name]}" for name in shown)
-    return f"Byte-level LLaMA: {about}.\n\n{as_table(record['rows'])}\n"
+    commits = sorted({row["commit"] for row in record["rows"]})
+    return (
+        f"Byte-level LLaMA on the Python standard library's sources: {about}. Runs of one seed share weights and batches; validation "
+        f"is held-out text. Each row of the data names the commit it was trained at: {'; '.join(commits)}.\n\n"
+        f"![training loss](convergence.svg)\n\nBands: from the lowest to the highest seed.\n\n{as_table(record['rows'])}\n"
+    )
 
 
 def as_table(rows: list[dict[str, Any]]) -> str:
@@ -261,7 +308,7 @@ def as_table(rows: list[dict[str, Any]]) -> str:
         lines.append(
             [
                 kind[2],
-                f"{kind[0]}, {kind[1]}" if kind[1] > 1 else kind[0],
+                _kind_name(*kind[:2]),
                 len(of_kind),
                 _with_interval([row["validation_loss"] for row in of_kind], ""),
                 _with_interval(paired, "+") if kind[2] != "plain Inductor" else "",
@@ -282,27 +329,3 @@ def _with_interval(values: list[float], sign: str) -> str:
         return mean
     margin = _STUDENT[len(values) - 2] * statistics.stdev(values) / math.sqrt(len(values))
     return f"{mean} +- {margin:.4f}"
-
-
-def main() -> None:
-    """Chosen runs of the small size."""
-    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    parser.add_argument("--output", type=Path, default=RESULTS / "convergence.json")
-    parser.add_argument("--variant", nargs="*", choices=VARIANTS, default=list(VARIANTS)[:5])
-    parser.add_argument("--optimizer", choices=OPTIMIZERS, default="adamw")
-    parser.add_argument("--accumulation", type=int, default=1)
-    parser.add_argument("--seeds", type=int, nargs="*", default=[0, 1, 2])
-    args = parser.parse_args()
-    torch.set_num_threads(1)
-    training = TRAININGS["small"]
-    for seed, name in itertools.product(args.seeds, args.variant):
-        one = Run(name, seed, args.optimizer, args.accumulation)
-        if not one.is_in(_read(args.output, training)):
-            _train_and_write(one, training, args.output, torch.device("cpu"))
-    text = page(TITLE, args.output, body(json.loads(args.output.read_text())))
-    args.output.with_suffix(".md").write_text(text)
-    print(text)
-
-
-if __name__ == "__main__":
-    main()

@@ -4,7 +4,7 @@
 
 A method is dominated when another one with gradients as good takes neither more memory nor more time, and less of one of them.
 Exact gradients are better than unbiased or rounded ones, which are better than biased ones; so an exact method is dominated by
-exact ones only.
+exact ones only. Memory is looked at twice: bytes saved for backward, and the peak of the step.
 """
 
 from __future__ import annotations
@@ -14,18 +14,27 @@ from typing import Any
 
 from tabulate import tabulate
 
+from benchmarks.plots import DOMINATED, OTHERS, OURS, label, picture
 from benchmarks.settings import Settings
 
 TITLE = "The frontier of memory and step time"
 
+MEMORIES = ("saved", "peak")
 _QUALITY = {"exact": 2, "unbiased": 1, "rounded": 1, "biased": 0}
-# differences of a ratio below this are noise of the machine
-_TIME_NOISE = 0.02
+# smaller differences are noise of the machine, or of the allocator
+_TIME_NOISE, _MEMORY_NOISE = 0.02, 0.01
 
 
 def run(settings: Settings) -> dict[str, Any]:
-    """Points of every model, and for each whether it is dominated; draws the plots."""
-    record = json.loads((settings.output / "memory_time.json").read_text())
+    """Points of every model, and for each who dominates it; draws the plots.
+
+    Raises:
+        SystemExit: there are no figures of `memory_time` in the output folder.
+    """
+    path = settings.output / "memory_time.json"
+    if not path.exists():
+        raise SystemExit(f"{path} is missing: run `python -m benchmarks memory_time` first")
+    record = json.loads(path.read_text())
     models: dict[str, list[dict[str, Any]]] = {}
     for row in record["rows"]:
         if "ratio" in row:
@@ -33,7 +42,12 @@ def run(settings: Settings) -> dict[str, Any]:
     points = {name: _points(rows) for name, rows in models.items()}
     for name, found in points.items():
         _draw(name, found, settings)
-    return {"source": record["command"], "measured_on": record["machine"], "models": points}
+    return {
+        "source": record["command"],
+        "measured_on": record["machine"],
+        "measured_at": record["commit"],
+        "models": points,
+    }
 
 
 def _points(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
@@ -49,74 +63,65 @@ def _points(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
         for row in rows
     ]
     for point in points:
-        point["dominated_by"] = next(
-            (other["method"] for other in points if dominates(other, point)), None
-        )
+        point["dominated_by"] = {
+            memory: next(
+                (other["method"] for other in points if dominates(other, point, memory)), None
+            )
+            for memory in MEMORIES
+        }
     return points
 
 
-def dominates(one: dict[str, Any], other: dict[str, Any]) -> bool:
-    """Is `one` at least as good in gradient, peak and time, and better in peak or time beyond noise?"""
+def dominates(one: dict[str, Any], other: dict[str, Any], memory: str) -> bool:
+    """Is `one` at least as good in gradient, memory and time, and better in memory or time beyond noise?"""
     if _QUALITY[one["gradient"]] < _QUALITY[other["gradient"]]:
         return False
-    no_worse = one["peak"] <= other["peak"] and one["time"] <= other["time"] + _TIME_NOISE
-    better = one["peak"] < 0.99 * other["peak"] or one["time"] < other["time"] - _TIME_NOISE
-    return no_worse and better
+    bytes_, time = one[memory] - other[memory], one["time"] - other["time"]
+    no_worse = bytes_ <= _MEMORY_NOISE and time <= _TIME_NOISE
+    return no_worse and (bytes_ < -_MEMORY_NOISE or time < -_TIME_NOISE)
 
 
 def _draw(name: str, points: list[dict[str, Any]], settings: Settings) -> None:
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
-    figure, axes = pyplot.subplots(figsize=(8, 5), layout="constrained")
-    for point in points:
-        ours = point["method"].startswith("prac")
-        dominated = point["dominated_by"] is not None
-        color = "#bbbbbb" if dominated else ("#c2410c" if ours else "#1d4ed8")
-        axes.scatter(point["peak"], point["time"], color=color, zorder=1 if dominated else 2)
-        axes.annotate(
-            point["method"],
-            (point["peak"], point["time"]),
-            xytext=(4, 4),
-            textcoords="offset points",
-            fontsize=7,
-            color=color,
-        )
-    axes.axhline(1, color="#dddddd", zorder=0)
-    axes.set(
-        title=f"{name}: peak of a step against its time (plain Inductor = 1)",
-        xlabel="peak memory",
-        ylabel="step time",
-    )
-    axes.spines[["top", "right"]].set_visible(False)
-    figure.savefig(settings.output / _picture(name), dpi=150)
-    pyplot.close(figure)
+    with picture(settings.output / _picture(name), columns=2, width=12) as both:
+        for axes, memory in zip(both, MEMORIES, strict=True):
+            for point in points:
+                ours = point["method"].startswith("prac")
+                dominated = point["dominated_by"][memory] is not None
+                color = DOMINATED if dominated else (OURS if ours else OTHERS)
+                axes.scatter(
+                    point[memory], point["time"], color=color, zorder=1 if dominated else 2
+                )
+                label(axes, point["method"], point[memory], point["time"], color)
+            axes.axhline(1, color="#dddddd", zorder=0)
+            axes.set(
+                title=f"{name} (plain Inductor = 1)",
+                xlabel={"saved": "bytes saved for backward", "peak": "peak of the step"}[memory],
+                ylabel="step time",
+            )
 
 
 def _picture(name: str) -> str:
-    return f"frontier_{name.lower().replace(' ', '_').replace('.', '_')}.png"
+    return f"frontier_{name.lower().translate(str.maketrans({' ': '_', '.': '_', ',': None}))}.svg"
 
 
 def body(record: dict[str, Any]) -> str:
     """A picture and a table per model."""
     parts = [
-        f'From `{record["source"]}` on {record["measured_on"]}. Blue: what torch has; orange: `backend="prac"`; grey: dominated.'
+        f"From `{record['source']}`, commit {record['measured_at']}, on {record['measured_on']}. Everything over plain Inductor's. "
+        'Blue: what torch has; orange: `backend="prac"`; grey: dominated by a method whose gradients are as good.'
     ]
     for name, points in record["models"].items():
         lines = [
             [
                 point["method"],
                 point["gradient"],
-                f"{point['saved']:.2f}",
-                f"{point['peak']:.2f}",
-                f"{point['time']:.2f}",
-                point["dominated_by"] or "",
+                *(f"{point[key]:.2f}" for key in (*MEMORIES, "time")),
+                *(point["dominated_by"][memory] or "" for memory in MEMORIES),
             ]
-            for point in sorted(points, key=lambda point: point["peak"])
+            for point in sorted(points, key=lambda point: point["saved"])
         ]
-        headers = ["method", "gradient", "saved", "peak", "time", "dominated by"]
+        headers = ["method", "gradient", "saved", "peak", "time"]
+        headers += [f"dominated in {memory} by" for memory in MEMORIES]
         table = tabulate(lines, headers=headers, tablefmt="github", disable_numparse=True)
         parts.append(f"## {name}\n\n![{name}]({_picture(name)})\n\n{table}")
     return "\n\n".join(parts) + "\n"

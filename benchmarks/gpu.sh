@@ -1,53 +1,65 @@
 #!/usr/bin/env bash
 # The GPU measurements in one call, on a machine that has torch with CUDA and no network:
 #
-#   benchmarks/gpu.sh [MINUTES] [OUTPUT]
+#   benchmarks/gpu.sh [--minutes N] [--output FOLDER] [--device cuda] [--size paper]
 #
-# Runs the tests that need a GPU, then the benchmarks at the paper's sizes, writes JSON, pages and plots into OUTPUT, and
-# prints a short table last. Work is ordered by worth; each part gets a share of MINUTES and writes what it has when its share is up.
-# A share can be overrun by the model that is being measured.
+# Runs the tests that need a GPU, then the benchmarks at the paper's sizes, writes JSON, pages and plots into FOLDER, and prints a
+# short table last, with the targets and whether they are met. Work is ordered by worth; each part has a share of N minutes and
+# is stopped when twice that is over, at the latest when N minutes are, so that nothing is lost but what was not reached.
+# `--device cpu --size tiny` tries the script itself.
 set -uo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
-minutes=${1:-10}
-output=${2:-benchmarks/results/gpu}
+minutes=10 output=benchmarks/results/gpu device=cuda size=paper
+while (($#)); do
+  case $1 in
+    --minutes | --output | --device | --size)
+      (($# > 1)) || { echo "benchmarks/gpu.sh: $1 needs a value" >&2; exit 2; }
+      printf -v "${1#--}" '%s' "$2"
+      shift 2
+      ;;
+    *)
+      sed -n '2,/^set /s/^# \{0,1\}//p' "${BASH_SOURCE[0]}" >&2
+      exit 2
+      ;;
+  esac
+done
+[[ $minutes =~ ^[0-9]+$ ]] || { echo "benchmarks/gpu.sh: --minutes takes a whole number" >&2; exit 2; }
 python=${PYTHON:-python3}
-export PYTHONPATH=$PWD${PYTHONPATH:+:$PYTHONPATH}
-mkdir -p "$output"
-
-"$python" - <<'PY' || exit 2
+export PYTHONPATH=$PWD${PYTHONPATH:+:$PYTHONPATH} HF_HUB_OFFLINE=1
+"$python" - "$device" <<'PY' || exit 2
 import sys
+
 import torch
-if not torch.cuda.is_available():
+
+if sys.argv[1] == "cuda" and not torch.cuda.is_available():
     sys.exit("benchmarks/gpu.sh: torch sees no CUDA device")
 PY
+mkdir -p "$output"
+end=$((SECONDS + 60 * minutes - 15))
 
-share() { "$python" -c "print(round($minutes * $1, 2))"; }
-part() { # share, names and options of the benchmarks
-  local of_time=$1
-  shift
-  timeout "$("$python" -c "print(int($minutes * $of_time * 60 + 120))")" \
-    "$python" -m benchmarks "$@" --size paper --device cuda --output "$output" \
-    --minutes "$(share "$of_time")" >"$output/$1.log" 2>&1 || echo "$1: exit $?, see $output/$1.log"
+part() { # share of the time in percent, file of the log, command
+  local seconds=$((minutes * 60 * $1 / 100)) log=$output/$2.log left=$((end - SECONDS))
+  shift 2
+  ((left > 0)) || { echo "not run, time is up: $*"; return; }
+  timeout --kill-after=5 $((2 * seconds < left ? 2 * seconds : left)) "$@" >"$log" 2>&1 ||
+    echo "exit $? of: $* (see $log)"
+}
+bench() { # share in percent, name, options
+  local share=$1 name=$2
+  shift 2
+  part "$share" "$name" "$python" -m benchmarks "$name" --size "$size" --device "$device" --output "$output" \
+    --minutes "$("$python" -c "print($minutes * $share / 100)")" "$@"
 }
 
-"$python" -m pytest -q tests -k "cuda or gpu" >"$output/tests.log" 2>&1
-tail -1 "$output/tests.log"
-part 0.45 memory_time --only LLaMA-1B LLaMA-130M
-part 0.02 frontier
-part 0.08 micro
-part 0.10 refresh
-part 0.30 convergence
-"$python" - "$output" <<'PY'
-import json
-import pathlib
-import sys
-
-rows = []
-path = pathlib.Path(sys.argv[1]) / "memory_time.json"
-for row in json.loads(path.read_text())["rows"] if path.exists() else []:
-    if "ratio" in row:
-        saved, peak = (row[key] / 2**30 for key in ("saved_nbytes", "peak_nbytes"))
-        print(f"{row['model']:12} {row['method']:28} saved {saved:6.1f} peak {peak:6.1f} GiB, step {row['ratio']:.3f}")
-    else:
-        print(f"{row['model']:12} {row['method']:28} {row.get('error', 'not timed')}")
-PY
+of_paper=() first=()
+if [[ $size == paper ]]; then
+  of_paper=(--only LLaMA-1B "LLaMA-1B, batch 64" LLaMA-130M)
+  first=(--only LLaMA-130M)
+fi
+bench 45 memory_time "${of_paper[@]}"
+bench 2 frontier
+[[ $device == cuda ]] && part 10 tests "$python" -m pytest -q tests -k "cuda or gpu"
+bench 8 micro
+bench 10 refresh "${first[@]}"
+bench 20 convergence
+"$python" -m benchmarks.gpu_targets "$output"

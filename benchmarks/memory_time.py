@@ -1,110 +1,178 @@
-"""Memory and step time of every method on every model, in one process and in turn.
+"""Memory and step time of every method on every model, in one process and in turn with plain Inductor.
 
     python -m benchmarks memory_time [--size paper] [--only LLaMA]
 
-A step is forward and backward; all methods train the same parameters. Memory is what the allocator hands out: *saved* is what is
-still held after the forward pass beyond what was held before it, *peak* the most that the step holds at once, gradients included,
-parameters not. Time: after warm-up the methods step in turn, A B C ... A B C ..., and each is compared with plain Inductor's step of
-the same round, so that a machine that slows down slows all of them. Refreshes of the bases fall into the rounds; they are more
-frequent there than later in training.
+A step is forward and backward; all methods train the same parameters. From the allocator: *saved* is what is still held after the
+forward pass beyond what was held before it, *peak* the most that the step holds at once, gradients included. *Total* adds what
+lies there all the time: parameters, buffers, inputs, AdamW's two moments and the state of the bases. Time: after
+warm-up plain Inductor and a method step in turn, A B A C A D ... in several rounds, and each step is compared with the plain one
+right before it, so that a machine that slows down slows both. Refreshes of the bases fall into the rounds; they are more frequent there
+than later in training. The main methods run on all models first, then the others on the first model.
 """
 
 from __future__ import annotations
 
 import gc
 import statistics
-import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
 from tabulate import tabulate
 from torch import Tensor, nn
 
-from benchmarks.methods import (
-    ABLATIONS,
-    BASELINE,
-    BUDGETS,
-    COMPOSED,
-    METHODS,
-    OTHERS,
-    POLICIES,
-    Method,
-    Step,
-    prepared,
-)
+from benchmarks.compile_time import first_steps, train_step
+from benchmarks.methods import BASELINE, METHODS, Method, Step, prepared
 from benchmarks.settings import Settings
-from benchmarks.shapes import Shape, build, shapes
+from benchmarks.shapes import Shape, build, chosen_shapes
 from prac_fx.memory import format_nbytes
+from prac_fx.state import Subspace, subspaces_of
 from prac_fx.step_allocations import step_allocations
 
 TITLE = "Memory and step time of every method"
 
 WARM_UP = 3
-ROUNDS = {"small": 7, "paper": 11}
-# all methods on the first model; on the others the main ones
-_MAIN = (BASELINE, *BUDGETS, *(one for one in OTHERS if one.name != "checkpoint, eager"), *POLICIES)
-_ALL = (BASELINE, *BUDGETS, *OTHERS, *POLICIES, *ABLATIONS, *COMPOSED)
+ROUNDS = {"tiny": 2, "small": 7, "paper": 11}
+# on every model; all others on the first one only. The most telling first: time may run out
+MAIN = {
+    "tiny": ("inductor", "eager", "prac balanced"),
+    "small": ("inductor", "prac balanced", "prac max", "budget 0.5", "checkpoint"),
+    "paper": (
+        *(
+            "inductor",
+            "prac balanced",
+            "prac max",
+            "eager",
+            "prac paper",
+            "checkpoint",
+            "budget 0.5",
+        ),
+        *(
+            "prac linear",
+            "budget 0.99",
+            "budget 0.3",
+            "budget 0.1",
+            "selective checkpoint",
+            "offload",
+        ),
+    ),
+}
+COMPILE_TIMED = ("inductor", "prac balanced", "prac max")
+# arXiv 2602.23111, Table 2: GB of the exact baseline (eager) and of PRAC
+PAPER_TOTALS = {
+    "LLaMA-130M": (21.26, 15.65),
+    "LLaMA-350M": (46.10, 32.21),
+    "LLaMA-1B": (94.5, 60.48),
+    "GPT-2 124M": (62.27, 49.68),
+    "GPT-2 355M": (55.94, 44.21),
+}
+# Table 4: hours of training LLaMA-1B at batch 64, exact and with PRAC
+PAPER_HOURS = {"LLaMA-1B, batch 64": (156, 179)}
 
 
 def run(settings: Settings) -> dict[str, Any]:
-    """Rows of all models; those that the time is not enough for are left out."""
+    """Rows of all models, and compile times of the first; what the time is not enough for is listed as not run."""
     torch._dynamo.config.recompile_limit = 4 * len(METHODS)
-    rows: list[dict[str, Any]] = []
-    for shape in shapes(settings.size):
-        if settings.only and shape.name not in settings.only:
-            continue
-        if settings.out_of_time:
-            break
-        rows += _compare(shape, _methods(shape, settings), settings)
-    return {"dtype": str(settings.dtype), "rows": rows}
+    models = chosen_shapes(settings.size, settings.only)
+    rows = [row for shape in models for row in _compare(shape, MAIN[settings.size], settings)]
+    compile_ = _compile_times(models[0], settings)
+    rows += _compare(models[0], _others(settings), settings)
+    return {"dtype": str(settings.dtype), "rows": _without_repeats(rows), "compile": compile_}
 
 
-def _methods(shape: Shape, settings: Settings) -> list[Method]:
-    chosen = _ALL if shape is shapes(settings.size)[0] else _MAIN
-    return [one for one in chosen if settings.device.type == "cuda" or not one.needs_cuda]
+def _others(settings: Settings) -> list[str]:
+    """The remaining methods, after the baseline that they are compared with."""
+    if settings.size == "tiny":
+        return []
+    return [BASELINE.name, *(name for name in METHODS if name not in MAIN[settings.size])]
 
 
-def _compare(shape: Shape, methods: list[Method], settings: Settings) -> list[dict[str, Any]]:
-    torch._dynamo.reset()
+def _without_repeats(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The first model's rows together, and its second baseline left out."""
+    unique: dict[tuple[str, str], dict[str, Any]] = {}
+    for row in rows:
+        unique.setdefault((row["model"], row["method"]), row)
+    order = list(dict.fromkeys(row["model"] for row in rows))
+    return sorted(unique.values(), key=lambda row: order.index(row["model"]))
+
+
+def _compile_times(shape: Shape, settings: Settings) -> dict[str, Any]:
+    found = {}
+    model, inputs = build(shape, settings.device, settings.dtype)
+    for name in COMPILE_TIMED:
+        if not settings.out_of_time:
+            found[name] = first_steps(METHODS[name], model, inputs)
+    return {"model": shape.name, "methods": found}
+
+
+def _compare(shape: Shape, names: Sequence[str], settings: Settings) -> list[dict[str, Any]]:
+    torch.compiler.reset()
     model, inputs = build(shape, settings.device, settings.dtype)
     rows, steps = [], {}
-    for method in methods:
-        row: dict[str, Any] = {
-            "model": shape.name,
-            "shape": shape.describe(),
-            "method": method.name,
-            "gradient": method.gradient,
-        }
-        rows.append(row)
-        try:
-            step = prepared(method, model)
-            for _ in range(WARM_UP):
-                _train_step(step, model, inputs)
-            row |= _memory(step, model, inputs)
-        except Exception as error:  # a method that does not run on a model is a result, too
-            row["error"] = f"{type(error).__name__}: {error}".partition("\n")[0][:200]
-            _release()
+    for method in map(METHODS.__getitem__, names):
+        if method.needs_cuda and settings.device.type != "cuda":
             continue
-        steps[method.name] = step
-        print(row["model"], row["method"], format_nbytes(row["saved_nbytes"]), flush=True)
-    seconds = _seconds(steps, model, inputs, settings)
+        row = {"model": shape.name, "shape": shape.describe(), "method": method.name}
+        rows.append({**row, "gradient": method.gradient})
+        if settings.out_of_time:
+            rows[-1]["error"] = "not run: time was up"
+            continue
+        found = _prepare(method, model, inputs)
+        rows[-1] |= found["row"]
+        if "step" in found:
+            steps[method.name] = found["step"]
+            print(shape.name, method.name, format_nbytes(rows[-1]["saved_nbytes"]), flush=True)
     for row in rows:
-        if row["method"] in seconds:
-            row |= _ratios(seconds[row["method"]], seconds[BASELINE.name], shape.tokens)
+        if row["method"] in steps:
+            row["total_nbytes"] = (
+                _held_nbytes(model, inputs) + row["state_nbytes"] + row["peak_nbytes"]
+            )
+    if BASELINE.name in steps:
+        seconds = _seconds(steps, model, inputs, ROUNDS[settings.size])
+        for row in rows:
+            if row["method"] in seconds:
+                row |= _ratios(*seconds[row["method"]], shape.tokens)
     return rows
 
 
-def _train_step(step: Step, model: nn.Module, inputs: Mapping[str, Tensor]) -> None:
+def _prepare(method: Method, model: nn.Module, inputs: Mapping[str, Tensor]) -> dict[str, Any]:
+    """The step function, warm, and what it allocates; or the error, which is a result, too."""
+    try:
+        step = prepared(method, model)
+        for _ in range(WARM_UP):
+            train_step(step, model, inputs)
+        return {"step": step, "row": _memory(step, model, inputs)}
+    except Exception as error:
+        text = f"{type(error).__name__}: {error}".partition("\n")[0][:200]
     model.zero_grad()
-    step(inputs).backward()
+    _release()
+    return {"row": {"error": text}}
 
 
 def _memory(step: Step, model: nn.Module, inputs: Mapping[str, Tensor]) -> dict[str, int]:
     model.zero_grad()
     _release()
+    steps = {id(one): one.steps for one in _subspaces(model)}
     found = step_allocations(lambda: step(inputs), next(model.parameters()).device)
-    return {"saved_nbytes": found.saved_nbytes, "peak_nbytes": found.peak_nbytes}
+    # methods may share states; this one's are those that have counted its step
+    state = sum(one.nbytes() for one in _subspaces(model) if steps.get(id(one)) != one.steps)
+    return {
+        "saved_nbytes": found.saved_nbytes,
+        "peak_nbytes": found.peak_nbytes,
+        "state_nbytes": state,
+    }
+
+
+def _subspaces(model: nn.Module) -> Iterator[Subspace]:
+    for parameter in model.parameters():
+        yield from subspaces_of(parameter).values()
+
+
+def _held_nbytes(model: nn.Module, inputs: Mapping[str, Tensor]) -> int:
+    """Parameters, AdamW's two moments, buffers and inputs."""
+    parameters = sum(p.nbytes for p in model.parameters())
+    others = sum(t.nbytes for t in (*model.buffers(), *inputs.values()))
+    return 3 * parameters + others
 
 
 def _release() -> None:
@@ -114,16 +182,15 @@ def _release() -> None:
 
 
 def _seconds(
-    steps: dict[str, Step], model: nn.Module, inputs: Mapping[str, Tensor], settings: Settings
-) -> dict[str, list[float]]:
-    seconds: dict[str, list[float]] = {name: [] for name in steps}
-    for _ in range(ROUNDS[settings.size]):
+    steps: dict[str, Step], model: nn.Module, inputs: Mapping[str, Tensor], rounds: int
+) -> dict[str, tuple[list[float], list[float]]]:
+    """Of each method its own steps, and plain Inductor's right before them."""
+    seconds: dict[str, tuple[list[float], list[float]]] = {name: ([], []) for name in steps}
+    for _ in range(rounds):
         for name, step in steps.items():
-            begin = time.perf_counter()
-            _train_step(step, model, inputs)
-            if settings.device.type == "cuda":
-                torch.cuda.synchronize()
-            seconds[name].append(time.perf_counter() - begin)
+            plain = train_step(steps[BASELINE.name], model, inputs)
+            seconds[name][0].append(train_step(step, model, inputs))
+            seconds[name][1].append(plain)
     return seconds
 
 
@@ -139,31 +206,74 @@ def _ratios(own: list[float], plain: list[float], tokens: int) -> dict[str, Any]
 
 
 def body(record: dict[str, Any]) -> str:
-    """A table per model."""
-    parts = [f"{record['dtype']}. Bytes and times over plain Inductor's; quartiles of the ratio."]
-    for name in dict.fromkeys(row["model"] for row in record["rows"]):
-        rows = [row for row in record["rows"] if row["model"] == name]
-        plain = rows[0]
-        parts.append(f"## {name} ({plain['shape']})\n\n{_table(rows, plain)}")
+    """A table per model, compile times, and the paper's tables where their models were run."""
+    parts = [
+        f"{record['dtype']}. In brackets: over plain Inductor's. Step time: quartiles of the ratio of a step to the plain one "
+        "right before it. Total: peak, parameters, AdamW's moments, buffers, inputs and state of the bases."
+    ]
+    models: dict[str, list[dict[str, Any]]] = {}
+    for row in record["rows"]:
+        models.setdefault(row["model"], []).append(row)
+    for name, rows in models.items():
+        parts.append(f"## {name} ({rows[0]['shape']})\n\n{_table(rows)}")
+    if record["compile"]["methods"]:
+        parts.append(_compile_table(record["compile"]))
+    if any(name in PAPER_TOTALS or name in PAPER_HOURS for name in models):
+        parts.append(_paper_table(models))
     return "\n\n".join(parts) + "\n"
 
 
-def _table(rows: list[dict[str, Any]], plain: dict[str, Any]) -> str:
-    lines = []
+def _table(rows: list[dict[str, Any]]) -> str:
+    plain, lines = rows[0], []
     for row in rows:
-        if "error" in row:
-            lines.append([row["method"], row["error"]])
+        if "ratio" not in row:
+            lines.append([row["method"], row.get("error", "not timed: plain Inductor did not run")])
             continue
         low, middle, high = row["ratio_quartiles"]
-        lines.append(
-            [
-                row["method"],
-                f"{format_nbytes(row['saved_nbytes'])} ({row['saved_nbytes'] / plain['saved_nbytes']:.2f})",
-                f"{format_nbytes(row['peak_nbytes'])} ({row['peak_nbytes'] / plain['peak_nbytes']:.2f})",
-                f"{low:.2f} .. {middle:.2f} .. {high:.2f}",
-                f"{row['tokens_per_s']:,.0f}",
-                row["gradient"],
-            ]
-        )
-    headers = ["method", "saved", "peak", "step time", "tokens/s", "gradient"]
+        sizes = [
+            f"{format_nbytes(row[key])} ({row[key] / plain[key]:.2f})"
+            for key in ("saved_nbytes", "peak_nbytes", "total_nbytes")
+        ]
+        time = f"{low:.2f} .. **{middle:.2f}** .. {high:.2f}"
+        lines.append([row["method"], *sizes, time, f"{row['tokens_per_s']:,.0f}", row["gradient"]])
+    headers = ["method", "saved", "peak", "total", "step time", "tokens/s", "gradient"]
     return tabulate(lines, headers=headers, tablefmt="github", disable_numparse=True)
+
+
+def _compile_table(found: dict[str, Any]) -> str:
+    methods = found["methods"]
+    plain = methods[BASELINE.name]
+    lines = [
+        [name, *(f"{row[key]:.1f} s ({row[key] / plain[key]:.2f})" for key in ("cold_s", "warm_s"))]
+        for name, row in methods.items()
+    ]
+    table = tabulate(lines, headers=["method", "cold", "warm"], tablefmt="github")
+    return f"## First step of {found['model']}\n\nWith empty caches, and compiled again with full ones.\n\n{table}"
+
+
+def _paper_table(models: dict[str, list[dict[str, Any]]]) -> str:
+    """The paper's memory (GB, all of training) and time ratio beside ours."""
+    shown = ("eager", "prac paper", "inductor", "prac balanced", "prac max")
+    lines = []
+    for name, rows in models.items():
+        by_method = {row["method"]: row for row in rows if "ratio" in row}
+        if name in PAPER_TOTALS:
+            totals = [
+                f"{by_method[one]['total_nbytes'] / 1e9:.1f}" if one in by_method else ""
+                for one in shown
+            ]
+            lines.append([name, "GB", *map(str, PAPER_TOTALS[name]), *totals])
+        if name in PAPER_HOURS and "eager" in by_method:
+            exact, prac = PAPER_HOURS[name]
+            eager = by_method["eager"]["step_s"]
+            times = [
+                f"{by_method[one]['step_s'] / eager:.2f}" if one in by_method else ""
+                for one in shown
+            ]
+            lines.append([name, "time", "1.00", f"{prac / exact:.2f}", *times])
+    headers = ["model", "", "paper, exact", "paper, PRAC", *shown]
+    table = tabulate(lines, headers=headers, tablefmt="github", disable_numparse=True)
+    return (
+        "## The paper's Tables 2 and 4\n\nGB is the total above in 10^9 bytes; time is over that of the exact eager baseline. The "
+        f"paper's figures are from its text, ours are this run's.\n\n{table}"
+    )

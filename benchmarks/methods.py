@@ -10,7 +10,7 @@ from __future__ import annotations
 import copy
 import functools
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -71,6 +71,18 @@ _FP8 = {
 _CHUNKED = {"auto_chunker.enable": True}
 _OFFLOAD = {"enable_activation_offloading": True}
 
+
+def _compositions(one: Method, budget: bool = True) -> list[Method]:
+    """A method with a chunked loss, block by block, and with the memory budget that costs no FLOPs."""
+    changes: dict[str, dict[str, Any]] = {
+        "chunked loss": {"options": {**one.options, **_CHUNKED}},
+        "per block": {"per_block": True},
+    }
+    if budget:
+        changes["budget 0.99"] = {"functorch": {"activation_memory_budget": 0.99}}
+    return [replace(one, name=f"{one.name}, {what}", **how) for what, how in changes.items()]
+
+
 BASELINE = Method("inductor")
 BUDGETS = tuple(
     Method(f"budget {budget}", functorch={"activation_memory_budget": budget})
@@ -91,21 +103,12 @@ POLICIES = (
     _prac("paper", policy="paper"),
 )
 ABLATIONS = (
-    _prac("linear, PAC", "biased", policy="linear", principal=0.6, random=0),
-    _prac("linear, RAC", policy="linear", principal=0, random=0.6),
+    _prac("PAC", "biased", policy="linear", principal=0.6, random=0),
+    _prac("RAC", policy="linear", principal=0, random=0.6),
 )
 COMPOSED = (
-    Method("inductor, chunked loss", options=_CHUNKED),
-    *(
-        Method(f"prac {policy}, {what}", "unbiased", "prac", options, **more)
-        for policy in ("balanced", "max")
-        for what, options, more in (
-            ("budget 0.99", {"prac.policy": policy}, {"functorch": BUDGETS[0].functorch}),
-            ("chunked loss", {"prac.policy": policy, **_CHUNKED}, {}),
-            ("per block", {"prac.policy": policy}, {"per_block": True}),
-        )
-    ),
-    Method("inductor, per block", per_block=True),
+    *_compositions(BASELINE, budget=False),
+    *(composed for one in (*POLICIES, *ABLATIONS) for composed in _compositions(one)),
 )
 METHODS = {
     method.name: method

@@ -28,10 +28,14 @@ TITLE = "Encode, decode and factored gradient against their floor"
 
 # tokens, features, outputs of the weight gradient
 SHAPES = {
+    "tiny": ((256, 64, 64),),
     "small": ((2048, 512, 512), (2048, 512, 1376), (2048, 1376, 512)),
     "paper": ((32768, 2048, 6144), (32768, 2048, 10922), (32768, 5461, 2048), (32768, 768, 3072)),
 }
 FORMATS = ("int8", "int4", "fp8_e4m3")
+# of each measurement; side of the matmul whose rate counts as the machine's
+_SECONDS = {"tiny": 0.01, "small": 0.3, "paper": 0.5}
+_MATMUL_SIDE = {"tiny": 64, "small": 1024, "paper": 8192}
 
 
 def run(settings: Settings) -> dict[str, Any]:
@@ -63,8 +67,8 @@ class _Machine:
 
     def __init__(self, settings: Settings) -> None:
         self.bandwidth = 0.0
-        self.seconds_each = 0.3 if settings.size == "small" else 0.5
-        side = 1024 if settings.size == "small" else 8192
+        self.seconds_each = _SECONDS[settings.size]
+        side = _MATMUL_SIDE[settings.size]
         a = torch.randn(side, side, device=settings.device, dtype=settings.dtype)
         self.flops = 2 * side**3 / self.time(lambda: a.mm(a))
 
@@ -157,7 +161,7 @@ def body(record: dict[str, Any]) -> str:
     table = tabulate(lines, headers=headers, tablefmt="github", disable_numparse=True)
     rates = f"Matmul {record['matmul_gflops_per_s']:.0f} GFLOP/s, {record['dtype']}.\n"
     notes = (
-        "\n`exact`: time of the exact weight gradient over encoding plus factored gradient, the whole of what PRAC adds and\n"
-        "saves for one reader. Above 1, PRAC is faster. Several readers (query, key, value) share one encoding.\n"
+        "`exact`: time of the exact weight gradient over encoding plus factored gradient, the whole of what PRAC adds and "
+        "saves for one reader. Above 1, PRAC is faster. Several readers (query, key, value) share one encoding."
     )
-    return f"{rates}\n{table}\n{notes}"
+    return f"{rates}\n{table}\n\n{notes}\n"

@@ -1,15 +1,17 @@
-"""Noise of the estimated gradients against the bytes they save, with fresh and with stale bases.
+"""Noise of the estimated gradients against the bytes they save, per role and codec, with fresh and with stale bases.
 
     python -m benchmarks noise
 
-`prac_fx.verify` on a byte-level LLaMA (that of `benchmarks.convergence`) after some steps of training. Fresh bases come from the
-very batch that is measured; stale ones are those that training left behind, `AGE` steps old. The minibatch noise of the exact
-gradient is the scale: error far below it is lost in it.
+`prac_fx.verify` on a byte-level LLaMA (that of `benchmarks.convergence`, shallower) after some steps of exact training. Fresh bases
+come from the very batch that is measured; stale ones from other batches and the weights of `AGE` steps before. The minibatch noise of the
+exact gradient is the scale: error far below it is lost in it.
 """
 
 from __future__ import annotations
 
-import itertools
+import copy
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -17,17 +19,26 @@ from tabulate import tabulate
 from torch import Tensor, nn
 
 import prac_fx
-from benchmarks.convergence import small_llama
+from benchmarks.convergence import TRAININGS, small_llama
+from benchmarks.partitioned import Partitioned
+from benchmarks.plots import OTHERS, OURS, label, picture
 from benchmarks.settings import Settings
 from examples.stdlib_text import batches, library_bytes
-from prac_fx.state import subspaces_of
+from prac_fx.config import PracConfig
+from prac_fx.passes.plan import Plan
 
 TITLE = "Gradient noise against saved bytes"
 
-AGE = 50
-STEPS = {"small": 200, "paper": 1000}
-BATCH = {"small": 6, "paper": 64}
-DRAWS = {"small": 6, "paper": 16}
+# steps of training, and how many of them a stale basis has missed
+STEPS = {"tiny": 8, "small": 200, "paper": 1000}
+AGE = {"tiny": 4, "small": 50, "paper": 50}
+LAYERS = 2
+BATCH = {"tiny": 8, "small": 6, "paper": 64}
+DRAWS = {"tiny": 2, "small": 6, "paper": 16}
+SEQUENCE = {"tiny": 64, "small": 256, "paper": 256}
+# passes on older weights: enough for three refreshes of every basis
+_PASSES = 5
+_OTHER_BATCHES = 4
 
 _EXACT = {"policy": "linear", "weight_gradient": "exact"}
 
@@ -50,6 +61,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "A: int8": {**_EXACT, "input_gradient": "int8"},
     "A: int4": {**_EXACT, "input_gradient": "int4"},
     "A: fp8_e4m3": {**_EXACT, "input_gradient": "fp8_e4m3"},
+    "A: prac .2+.2": {**_EXACT, "input_gradient": "prac", "principal": 0.2, "random": 0.2},
     "attention: int8": {**_EXACT, "attention": "int8"},
     "attention: int4": {**_EXACT, "attention": "int4"},
     "linear": {"policy": "linear"},
@@ -59,71 +71,110 @@ VARIANTS: dict[str, dict[str, Any]] = {
 }
 
 
+# has no bases, so the further batches that it is given for the minibatch noise change nothing else
+_MEASURES_MINIBATCH = "A: int8"
+_TINY_VARIANTS = ("W: prac .3+.3", _MEASURES_MINIBATCH)
+
+
 def run(settings: Settings) -> dict[str, Any]:
     """A row per variant and freshness; rows that the time is not enough for are left out."""
-    data = batches(library_bytes(3_000_000), BATCH[settings.size], 256, seed=0)
+    data = _data(settings)
+    early, model = _trained(data, settings)
+    others = [next(data) for _ in range(_OTHER_BATCHES)]
+    names = _TINY_VARIANTS if settings.size == "tiny" else VARIANTS
     rows: list[dict[str, Any]] = []
-    model = _trained(None, data, settings)
-    others = [_inputs(next(data), settings) for _ in range(4)]
-    for number, (name, given) in enumerate(VARIANTS.items()):
+    for name in names:
         if settings.out_of_time:
             break
-        options = {"prac." + key: value for key, value in given.items()}
-        row: dict[str, Any] = {"variant": name}
-        report = prac_fx.explain(model, **others[0], options=options)
-        row["saved"] = report.saved_after_nbytes / report.saved_before_nbytes
-        # the minibatch noise is the same for all
-        row["fresh"] = _noise(model, others, options, settings, with_minibatch=number == 0)
-        if report.state_nbytes:
-            stale = _trained(options, data, settings)
-            row["stale"] = _noise(stale, others, options, settings, with_minibatch=False)
-        rows.append(row)
-    return {"steps": STEPS[settings.size], "age": AGE, "draws": DRAWS[settings.size], "rows": rows}
+        rows.append(_row(name, early, model, others, settings))
+        print(rows[-1], flush=True)
+    figures = {"steps": STEPS[settings.size], "age": AGE[settings.size], "layers": LAYERS}
+    _draw(rows, settings)
+    return {**figures, "draws": DRAWS[settings.size], "rows": rows}
 
 
-def _inputs(tokens: Tensor, settings: Settings) -> dict[str, Tensor]:
-    tokens = tokens.to(settings.device)
-    return {"input_ids": tokens, "labels": tokens}
+def _data(settings: Settings) -> Iterator[dict[str, Tensor]]:
+    text = library_bytes(3_000_000)
+    for tokens in batches(text, BATCH[settings.size], SEQUENCE[settings.size], seed=0):
+        tokens = tokens.to(settings.device)
+        yield {"input_ids": tokens, "labels": tokens}
 
 
-def _trained(options: dict[str, Any] | None, data: Any, settings: Settings) -> nn.Module:
-    """A model after some steps, the last `AGE` of them without a refresh of what bases it has."""
+def _trained(
+    data: Iterator[Mapping[str, Tensor]], settings: Settings
+) -> tuple[dict[str, Tensor], nn.Module]:
+    """Weights `AGE` steps before the end of exact training, and the model at the end."""
     torch.manual_seed(0)
-    torch._dynamo.reset()
-    model = small_llama(256).to(settings.device)
-    backend = "inductor" if options is None else "prac"
-    compiled = torch.compile(model, backend=backend, options=options)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=2e-3, betas=(0.9, 0.95))
+    training = replace(TRAININGS["small"], layers=LAYERS)
+    model = small_llama(SEQUENCE[settings.size], training).to(settings.device)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=training.rate, betas=(0.9, 0.95))
     steps = STEPS[settings.size]
-    for step, tokens in enumerate(itertools.islice(data, steps)):
-        if step == steps - AGE:
-            _stop_refreshing(model, steps)
-        compiled(**_inputs(tokens, settings)).loss.backward()
-        nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+    early: dict[str, Tensor] = {}
+    for step in range(steps):
+        if step == steps - AGE[settings.size]:
+            early = copy.deepcopy(model.state_dict())
+        model(**next(data)).loss.backward()
+        nn.utils.clip_grad_norm_(model.parameters(), training.clip)
         optimizer.step()
         optimizer.zero_grad()
-    return model
+    return early, model
 
 
-def _stop_refreshing(model: nn.Module, steps: int) -> None:
-    for parameter in model.parameters():
-        for subspace in subspaces_of(parameter).values():
-            subspace.due = subspace.next_refresh = subspace.next_tail = 10 * steps
+def _row(
+    name: str,
+    early: dict[str, Tensor],
+    model: nn.Module,
+    others: Sequence[Mapping[str, Tensor]],
+    settings: Settings,
+) -> dict[str, Any]:
+    config = PracConfig(**VARIANTS[name], strict=True)
+    measured, *further = others
+    aged, plan = _with_aged_bases(model, early, further, config)
+    row: dict[str, Any] = {
+        "variant": name,
+        "saved": plan.nbytes_after / plan.nbytes_before,
+        "fresh": _noise(
+            model, measured, config, settings, further if name == _MEASURES_MINIBATCH else None
+        ),
+    }
+    if plan.state_nbytes:
+        row["stale"] = _noise(aged, measured, config, settings)
+    return row
+
+
+def _with_aged_bases(
+    model: nn.Module,
+    early: dict[str, Tensor],
+    further: Sequence[Mapping[str, Tensor]],
+    config: PracConfig,
+) -> tuple[nn.Module, Plan]:
+    """A copy of the model with bases of its own that come from the early weights, and the plan of its graph."""
+    aged = copy.deepcopy(model)
+    aged.load_state_dict(early)
+    torch.compiler.reset()
+    backend = Partitioned(config)
+    step = torch.compile(aged, backend=backend, dynamic=False)
+    for number in range(_PASSES):
+        step(**further[number % len(further)]).loss.backward()
+    aged.zero_grad()
+    aged.load_state_dict(model.state_dict())
+    (plan,) = backend.plans
+    return aged, plan
 
 
 def _noise(
     model: nn.Module,
-    batches_: list[dict[str, Tensor]],
-    options: dict[str, Any],
+    measured: Mapping[str, Tensor],
+    config: PracConfig,
     settings: Settings,
-    with_minibatch: bool,
+    further: Sequence[Mapping[str, Tensor]] | None = None,
 ) -> dict[str, float | None]:
     report = prac_fx.verify(
         model,
-        **batches_[0],
+        **measured,
         steps=DRAWS[settings.size],
-        options=options,
-        batches=batches_[1:] if with_minibatch else None,
+        options=config,
+        batches=further,
         by_value=False,
         quiet=True,
     )
@@ -135,6 +186,37 @@ def _noise(
         "cosine": total.cosine,
         "minibatch": total.minibatch,
     }
+
+
+def _minibatch(rows: Sequence[dict[str, Any]]) -> float | None:
+    found = [row["fresh"]["minibatch"] for row in rows if row["fresh"]["minibatch"] is not None]
+    return found[0] if found else None
+
+
+def _draw(rows: Sequence[dict[str, Any]], settings: Settings) -> None:
+    with picture(settings.output / "noise.svg") as (axes,):
+        for row in rows:
+            fresh = row["fresh"]["error"]
+            axes.scatter(row["saved"], fresh, color=OTHERS)
+            label(axes, row["variant"], row["saved"], fresh, OTHERS)
+            if "stale" in row:
+                axes.scatter(row["saved"], row["stale"]["error"], color=OURS, marker="x")
+        minibatch = _minibatch(rows)
+        if minibatch is not None:
+            axes.axhline(minibatch, color="#888888", linestyle="--")
+            label(
+                axes,
+                "minibatch noise of the exact gradient",
+                axes.get_xlim()[0],
+                minibatch,
+                "#888888",
+            )
+        axes.set(
+            title="Dots: fresh bases or none. Crosses: stale bases",
+            xlabel="bytes saved for backward, plain Inductor = 1",
+            ylabel="relative error of the gradient",
+            yscale="log",
+        )
 
 
 def body(record: dict[str, Any]) -> str:
@@ -157,10 +239,11 @@ def body(record: dict[str, Any]) -> str:
     headers = ["encoded", "saved bytes", "error", "bias", "cosine"]
     headers += [f"stale {name}" for name in headers[2:]]
     table = tabulate(lines, headers=headers, tablefmt="github", disable_numparse=True)
-    minibatch = record["rows"][0]["fresh"]["minibatch"]
+    minibatch = _minibatch(record["rows"])
+    scale = f" Minibatch noise of the exact gradient: {minibatch:.2f}." if minibatch else ""
     return (
-        f"Byte-level LLaMA 4 x 128 after {record['steps']} steps, {record['draws']} draws. Error, bias along the gradient with "
-        f"its 95% interval, and cosine of all parameters together; bytes over plain Inductor's. Minibatch noise of the exact "
-        f"gradient: {minibatch:.2f}. W: role W only, A: role A only, everything else exact. Stale: bases {record['age']} "
-        f"steps old.\n\n{table}\n"
+        f"Byte-level LLaMA {record['layers']} x 128 after {record['steps']} steps, {record['draws']} draws. Error, bias along the "
+        f"gradient with its 95% interval, and cosine of all parameters together; bytes over plain Inductor's.{scale} W: role W "
+        f"only, A: role A only, everything else exact. Stale: bases of {record['age']} steps before.\n\n"
+        f"![error against bytes](noise.svg)\n\n{table}\n"
     )

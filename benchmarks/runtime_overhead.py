@@ -1,8 +1,6 @@
 """What our code costs in each training step around the compiled graph: finding the state and appending it.
 
-    python -m benchmarks runtime_overhead
-
-A compiled graph is replaced by a function that does nothing, so that what is left is ours. Every site has a parameter of
+Part of `python -m benchmarks scaling`. A compiled graph is replaced by a function that does nothing, so that what is left is ours. Every site has a parameter of
 its own as owner, as in a model; all sites are of one graph, or of graphs with ten each (about a transformer block). No
 refresh is due in the measured steps. The seed of stochastic rounding, one in-place fill for each graph, is measured with
 and without.
@@ -11,6 +9,7 @@ and without.
 from __future__ import annotations
 
 import sys
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -18,27 +17,23 @@ from tabulate import tabulate
 from torch import nn
 from torch.utils.benchmark import Timer
 
-from benchmarks.settings import Settings
 from prac_fx.codecs import PracCodec, QuantCodec
 from prac_fx.config import PracConfig
 from prac_fx.passes.plan import Plan, Site
 from prac_fx.runtime import training_step
 from prac_fx.state import subspaces_of
 
-TITLE = "Cost of state look-up and arguments in each step"
-
-SITES = (1, 10, 100, 1000)
 SITES_OF_A_BLOCK = 10
 FEATURES = 32
 
 
-def run(settings: Settings) -> dict[str, Any]:
-    """Seconds for each site and step."""
+def measure(numbers: Sequence[int], device: torch.device) -> list[dict[str, Any]]:
+    """Seconds for each site and step, for several numbers of sites."""
     rows = []
-    for sites in SITES:
-        for sites_each in {sites, min(sites, SITES_OF_A_BLOCK)}:
+    for sites in numbers:
+        for sites_each in sorted({sites, min(sites, SITES_OF_A_BLOCK)}):
             for rounds in (False, True):
-                seconds = _seconds(sites, sites_each, rounds, settings.device)
+                seconds = _seconds(sites, sites_each, rounds, device)
                 rows.append(
                     {
                         "sites": sites,
@@ -48,7 +43,7 @@ def run(settings: Settings) -> dict[str, Any]:
                         "seconds_per_graph": seconds / (sites // sites_each),
                     }
                 )
-    return {"rows": rows}
+    return rows
 
 
 def _seconds(sites: int, sites_each: int, rounds: bool, device: torch.device) -> float:
@@ -103,9 +98,9 @@ def _time(graphs: list[Any]) -> float:
     return float(min(timer.blocked_autorange(min_run_time=0.3).times))
 
 
-def body(record: dict[str, Any]) -> str:
-    """The page's table."""
-    table = tabulate(
+def table(rows: Sequence[dict[str, Any]]) -> str:
+    """The figures as the page shows them."""
+    text = tabulate(
         [
             [
                 row["sites"],
@@ -114,9 +109,9 @@ def body(record: dict[str, Any]) -> str:
                 f"{row['seconds_per_site'] * 1e6:.2f}",
                 f"{row['seconds_per_graph'] * 1e6:.1f}",
             ]
-            for row in record["rows"]
+            for row in rows
         ],
         headers=["sites", "graphs", "rounding seed", "us per site", "us per graph"],
         tablefmt="github",
     )
-    return f"{table}\n\nMicroseconds of a step in which no refresh is due, beyond the call of the compiled graph itself.\n"
+    return f"{text}\n\nMicroseconds of a step in which no refresh is due, beyond the call of the compiled graph itself."

@@ -2,49 +2,54 @@
 
     python -m benchmarks scaling [--size paper]
 
-1. compile  first step of a LLaMA of several depths in a fresh process, plain Inductor and our policies in turn; cold, then
-            warm with the caches that the cold run left
-2. report   `prac_fx.explain` on the same models
-3. state    bytes of bases, sampled rows and seeds against the bytes of the parameters, by width
+1. compile   first step of a LLaMA of several depths, plain Inductor and our policies; cold, then warm with the caches that the cold
+             run left (`benchmarks.compile_time`)
+2. report    `prac_fx.explain` on the same models
+3. overhead  what our code adds to every step around the compiled graphs (`benchmarks.runtime_overhead`)
+4. state     bytes of bases, sampled rows and seeds against the bytes of the parameters, by width
 """
 
 from __future__ import annotations
 
-import json
-import os
-import statistics
-import subprocess
-import sys
-import tempfile
 import time
 from dataclasses import replace
 from typing import Any
 
-import torch
 from tabulate import tabulate
-from torch import nn
 
 import prac_fx
+from benchmarks import runtime_overhead
+from benchmarks.compile_time import first_steps
+from benchmarks.methods import METHODS
 from benchmarks.settings import Settings
-from benchmarks.shapes import Shape, build, shapes, with_layers
+from benchmarks.shapes import Shape, build, chosen_shapes, with_layers
 
-TITLE = "Compile time, report time and state against size"
+TITLE = "Compile time, report time, run-time overhead and state against size"
 
-DEPTHS = {"small": (1, 2, 4), "paper": (2, 8, 24)}
-WIDTHS = {"small": (128, 256, 512), "paper": (384, 768, 1024, 2048)}
-BACKENDS = ("inductor", "prac balanced", "prac max")
+DEPTHS = {"tiny": (1,), "small": (1, 2, 4), "paper": (2, 8, 24)}
+WIDTHS = {"tiny": (64,), "small": (128, 256, 512), "paper": (384, 768, 1024, 2048)}
+SITES = {"tiny": (10,), "small": (1, 10, 100, 1000), "paper": (1, 10, 100, 1000)}
+COMPILED = ("inductor", "prac balanced", "prac max")
+_REPEATS = 2
 
 
 def run(settings: Settings) -> dict[str, Any]:
-    """All three parts; the compile times of a depth are left out when time is up."""
-    shape = shapes(settings.size)[0]
-    report = [_report(with_layers(shape, depth), settings) for depth in DEPTHS[settings.size]]
+    """All four parts; the compile times of a depth are left out when time is up."""
+    (shape, *_) = chosen_shapes(settings.size, settings.only)
+    overhead = runtime_overhead.measure(SITES[settings.size], settings.device)
     state = [_state(_of_width(shape, width), settings) for width in WIDTHS[settings.size]]
+    report = [_report(with_layers(shape, depth), settings) for depth in DEPTHS[settings.size]]
     compile_: list[dict[str, Any]] = []
     for depth in DEPTHS[settings.size]:
         if not settings.out_of_time:
             compile_ += _compile_times(with_layers(shape, depth), settings)
-    return {"shape": shape.describe(), "compile": compile_, "report": report, "state": state}
+    return {
+        "shape": shape.describe(),
+        "compile": compile_,
+        "report": report,
+        "overhead": overhead,
+        "state": state,
+    }
 
 
 def _of_width(shape: Shape, width: int) -> Shape:
@@ -59,53 +64,23 @@ def _of_width(shape: Shape, width: int) -> Shape:
 
 
 def _compile_times(shape: Shape, settings: Settings) -> list[dict[str, Any]]:
-    rows = []
-    for backend in BACKENDS:
-        with tempfile.TemporaryDirectory() as cache:
-            cold, warm = (_in_new_process(backend, shape, settings, cache) for _ in range(2))
-        rows.append({"layers": shape.layers, "backend": backend, "cold_s": cold, "warm_s": warm})
-    return rows
-
-
-def _in_new_process(backend: str, shape: Shape, settings: Settings, cache: str) -> float:
-    """Seconds of the first step, printed by a new process that runs this module."""
-    given = json.dumps([backend, vars(shape), str(settings.device)])
-    done = subprocess.run(
-        [sys.executable, "-m", "benchmarks.scaling", given],
-        env={**os.environ, "TORCHINDUCTOR_CACHE_DIR": cache},
-        check=True,
-        capture_output=True,
-        text=True,
-    )
-    return float(done.stdout.split()[-1])
-
-
-def first_step(backend: str, shape: Shape, settings: Settings) -> float:
-    """Seconds from the first call to its gradients; loading the compiler is not counted."""
-    warm_up = nn.Linear(8, 8, device=settings.device)
-    x = torch.randn(4, 8, device=settings.device)
-    torch.compile(warm_up)(x).sum().backward()
     model, inputs = build(shape, settings.device, settings.dtype)
-    name, _, policy = backend.partition(" ")
-    options = {"prac.policy": policy, "prac.strict": True} if policy else None
-    compiled = torch.compile(model, backend=name, options=options)
-    begin = time.perf_counter()
-    compiled(**inputs).loss.backward()
-    if settings.device.type == "cuda":
-        torch.cuda.synchronize()
-    return time.perf_counter() - begin
+    return [
+        {"layers": shape.layers, "method": name, **first_steps(METHODS[name], model, inputs)}
+        for name in COMPILED
+    ]
 
 
 def _report(shape: Shape, settings: Settings) -> dict[str, Any]:
     model, inputs = build(shape, settings.device, settings.dtype)
     seconds = []
-    for _ in range(2):
+    for _ in range(_REPEATS):
         begin = time.perf_counter()
         report = prac_fx.explain(model, **inputs)
         seconds.append(time.perf_counter() - begin)
     return {
         "layers": shape.layers,
-        "seconds": statistics.median(seconds),
+        "seconds": min(seconds),
         "values": len(report.values),
     }
 
@@ -118,49 +93,48 @@ def _state(shape: Shape, settings: Settings) -> dict[str, Any]:
 
 
 def body(record: dict[str, Any]) -> str:
-    """Three tables."""
-    plain = {row["layers"]: row for row in record["compile"] if row["backend"] == BACKENDS[0]}
-    compile_ = tabulate(
-        [
+    """A table per part."""
+    parts = {
+        "First step": _compile_table(record["compile"]),
+        "`prac_fx.explain`": tabulate(
+            [[row["layers"], f"{row['seconds']:.2f}", row["values"]] for row in record["report"]],
+            headers=["layers", "seconds", "values"],
+            tablefmt="github",
+        ),
+        "Around the compiled graphs, each step": runtime_overhead.table(record["overhead"]),
+        "State": tabulate(
             [
-                row["layers"],
-                row["backend"],
-                f"{row['cold_s']:.1f} s ({row['cold_s'] / plain[row['layers']]['cold_s']:.2f})",
-                f"{row['warm_s']:.1f} s ({row['warm_s'] / plain[row['layers']]['warm_s']:.2f})",
-            ]
-            for row in record["compile"]
-        ],
-        headers=["layers", "backend", "cold (over inductor)", "warm (over inductor)"],
+                [
+                    row["width"],
+                    row["state_nbytes"],
+                    f"{row['state_nbytes'] / row['block_nbytes']:.2f}",
+                ]
+                for row in record["state"]
+            ],
+            headers=["width", "state of a layer, bytes", "over its parameters"],
+            tablefmt="github",
+        ),
+    }
+    texts = [f"## {title}\n\n{table}" for title, table in parts.items()]
+    return "\n\n".join([f"LLaMA, {record['shape']} unless said.", *texts]) + "\n"
+
+
+def _compile_table(rows: list[dict[str, Any]]) -> str:
+    plain = {row["layers"]: row for row in rows if row["method"] == COMPILED[0]}
+    lines = [
+        [
+            row["layers"],
+            row["method"],
+            *(
+                f"{row[key]:.1f} s ({row[key] / plain[row['layers']][key]:.2f})"
+                for key in ("cold_s", "warm_s")
+            ),
+        ]
+        for row in rows
+    ]
+    return tabulate(
+        lines,
+        headers=["layers", "method", "cold (over inductor)", "warm (over inductor)"],
         tablefmt="github",
         disable_numparse=True,
     )
-    report = tabulate(
-        [[row["layers"], f"{row['seconds']:.2f}", row["values"]] for row in record["report"]],
-        headers=["layers", "seconds", "values"],
-        tablefmt="github",
-    )
-    state = tabulate(
-        [
-            [row["width"], row["state_nbytes"], f"{row['state_nbytes'] / row['block_nbytes']:.2f}"]
-            for row in record["state"]
-        ],
-        headers=["width", "state of a layer, bytes", "over its parameters"],
-        tablefmt="github",
-    )
-    return (
-        f"LLaMA, {record['shape']} unless said.\n\n## First step\n\n{compile_}\n\n"
-        f"## `prac_fx.explain`\n\n{report}\n\n## State\n\n{state}\n"
-    )
-
-
-def _main() -> None:
-    """What `_in_new_process` starts."""
-    from pathlib import Path
-
-    backend, shape, device = json.loads(sys.argv[1])
-    settings = Settings("small", torch.device(device), Path(), minutes=0)
-    print(first_step(backend, Shape(**shape), settings))
-
-
-if __name__ == "__main__":
-    _main()

@@ -8,17 +8,20 @@ from pathlib import Path
 
 import torch
 
+# size -> minutes that a benchmark may take when the user does not say; `tiny` is for tests
+MINUTES = {"tiny": 2.0, "small": 9.0, "paper": 60.0}
+
 
 @dataclass(frozen=True)
 class Settings:
     """How large, where, for how long.
 
     Attributes:
-        size: `small` (two CPU cores) or `paper` (a GPU with 80 GB or more).
+        size: `small` (two CPU cores), `paper` (a GPU with 80 GB or more) or `tiny` (tests).
         device: where models run.
         output: folder of JSON files and pages.
         minutes: the benchmark stops taking up new work after so long; what it has by then is written.
-        only: names of models to run; empty for all.
+        only: names of models to run, in this order; empty for all.
         started: clock at the start, for `minutes`.
     """
 

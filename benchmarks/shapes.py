@@ -1,11 +1,12 @@
 """The models that benchmarks run: transformers configs with random weights, in the shapes of the PRAC paper and smaller.
 
 Source of the sizes: arXiv 2602.23111, section 5 and appendix (LLaMA 35M to 1B, GPT-2 124M and 355M, micro-batches of its
-Table 2). The others are of the same size with grouped queries, experts, or a bidirectional encoder.
+Tables 2 and 4). The others are of the same size with grouped queries, experts, or a bidirectional encoder.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -51,6 +52,7 @@ PAPER = (
     Shape("LLaMA-130M", "llama", 768, 2048, 12, 12, 128, 256, 32000),
     Shape("LLaMA-350M", "llama", 1024, 2736, 16, 24, 128, 256, 32000),
     Shape("LLaMA-1B", "llama", 2048, 5461, 32, 24, 128, 256, 32000),
+    Shape("LLaMA-1B, batch 64", "llama", 2048, 5461, 32, 24, 64, 256, 32000),
     Shape("GPT-2 124M", "gpt2", 768, 3072, 12, 12, 64, 1024, 50257),
     Shape("GPT-2 355M", "gpt2", 1024, 4096, 16, 24, 32, 1024, 50257),
     Shape("RoBERTa-base", "roberta", 768, 3072, 12, 12, 64, 256, 50265),
@@ -64,17 +66,31 @@ SMALL = (
     Shape("RoBERTa", "roberta", 256, 1024, 4, 2, 16, 128, 512),
     Shape("ViT", "vit", 256, 1024, 4, 2, 32, 64, 10),
     Shape("Qwen2-like", "qwen2", 256, 688, 4, 2, 16, 128, 512),
+    Shape("Mixtral-like", "mixtral", 256, 688, 4, 2, 16, 128, 512),
+)
+# for tests of the benchmarks themselves
+TINY = (
+    Shape("LLaMA", "llama", 64, 176, 2, 1, 4, 64, 128),
+    Shape("GPT-2", "gpt2", 64, 256, 2, 1, 4, 64, 128),
 )
 
 
 def shapes(size: str) -> tuple[Shape, ...]:
-    """The shapes of a size, `small` or `paper`."""
-    return {"small": SMALL, "paper": PAPER}[size]
+    """The shapes of a size: `tiny`, `small` or `paper`."""
+    return {"tiny": TINY, "small": SMALL, "paper": PAPER}[size]
 
 
-def shape_named(name: str) -> Shape:
-    """The one shape with this name."""
-    return next(shape for shape in (*SMALL, *PAPER) if shape.name == name)
+def chosen_shapes(size: str, only: Sequence[str]) -> list[Shape]:
+    """The shapes of a size, or those named, in that order.
+
+    Raises:
+        SystemExit: no shape of this size has that name.
+    """
+    by_name = {shape.name: shape for shape in shapes(size)}
+    for name in only:
+        if name not in by_name:
+            raise SystemExit(f"no model {name!r} of size {size}; there are {', '.join(by_name)}")
+    return [by_name[name] for name in only or by_name]
 
 
 def with_layers(shape: Shape, layers: int) -> Shape:

@@ -1,0 +1,43 @@
+"""Training steps without Inductor's code generation: graphs partitioned as in compilation, operators run one by one."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch.fx as fx
+
+from prac_fx.config import PracConfig
+from prac_fx.dynamo_backend import DynamoGraph, plan_and_compile
+from prac_fx.passes.plan import Plan
+from prac_fx.runtime import training_step
+from prac_fx.torch_compat import compile_fx, copy_dynamo_graph, make_boxed_func
+
+
+class Partitioned:
+    """A Dynamo backend. What a step saves, and its gradients, are those of the compiled one; only kernels are not fused.
+
+    Attributes:
+        config: options of `backend="prac"`; None for plain Inductor's partition.
+        plans: of the graphs that were rewritten.
+    """
+
+    def __init__(self, config: PracConfig | None) -> None:
+        self.config = config
+        self.plans: list[Plan] = []
+
+    def __call__(self, gm: fx.GraphModule, example_inputs: Sequence[Any]) -> Callable[..., Any]:
+        graph = DynamoGraph(gm, tuple(example_inputs))
+        if self.config is not None and graph.trainable:
+            plan, rewritten = plan_and_compile(graph, self.config, {}, self.run_as_it_is)
+            if plan is not None and rewritten is not None:
+                self.plans.append(plan)
+                return training_step(rewritten, plan, self.config)
+        compiled: Callable[..., Any] = compile_fx(
+            copy_dynamo_graph(gm), list(example_inputs), inner_compile=self.run_as_it_is
+        )
+        return compiled
+
+    def run_as_it_is(self, gm: fx.GraphModule, example_inputs: Sequence[Any], **_: Any) -> Any:
+        """In place of Inductor's compilation of a partitioned graph."""
+        return make_boxed_func(gm.forward)

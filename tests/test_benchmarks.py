@@ -1,0 +1,211 @@
+"""Every benchmark runs to its end at tiny size, and writes data, a page and its pictures; what judges figures judges right."""
+
+from __future__ import annotations
+
+import json
+import re
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+from unittest.mock import patch
+
+import pytest
+import torch
+
+from benchmarks import frontier, gpu_targets, methods
+from benchmarks.__main__ import NAMES, main
+from prac_fx import dynamo_backend
+from prac_fx.torch_compat import compile_fx, make_boxed_func
+
+ROOT = Path(__file__).parent.parent
+
+
+def _without_kernels(*args: Any, **kwargs: Any) -> Any:
+    """`compile_fx` that runs the partitioned graphs as they are."""
+
+    def as_it_is(gm: Any, example_inputs: Any, **_: Any) -> Any:
+        return make_boxed_func(gm.forward)
+
+    return compile_fx(*args, **{"inner_compile": as_it_is, **kwargs})
+
+
+@pytest.fixture
+def quick() -> Iterator[None]:
+    """Plans and partitions are real, Inductor's kernels are tested elsewhere: they would take minutes here."""
+    with (
+        patch.object(dynamo_backend, "compile_fx", _without_kernels),
+        patch.object(methods, "compile_fx", _without_kernels),
+        patch.object(torch, "compile", _compile_quickly(torch.compile)),
+    ):
+        yield
+
+
+def _compile_quickly(compile_: Any) -> Any:
+    def compiled(model: Any = None, *, backend: Any = "inductor", **options: Any) -> Any:
+        quick = "aot_eager" if backend == "inductor" else backend
+        return compile_(model, backend=quick, **options)
+
+    return compiled
+
+
+def _run(name: str, output: Path) -> tuple[dict[str, Any], str]:
+    arguments = [name, "--size", "tiny", "--device", "cpu", "--output", str(output)]
+    assert main(arguments) == 0
+    page = (output / f"{name}.md").read_text()
+    for picture in re.findall(r"!\[.*?\]\((.*?)\)", page):
+        assert "<svg" in (output / picture).read_text()
+    return json.loads((output / f"{name}.json").read_text()), page
+
+
+@pytest.mark.usefixtures("quick")
+def test_memory_time_and_frontier(tmp_path: Path) -> None:
+    record, page = _run("memory_time", tmp_path)
+    rows = {(row["model"], row["method"]): row for row in record["rows"]}
+    assert not [row for row in record["rows"] if "error" in row]
+    assert {model for model, _ in rows} == {"LLaMA", "GPT-2"}
+    plain, ours = rows["LLaMA", "inductor"], rows["LLaMA", "prac balanced"]
+    assert ours["saved_nbytes"] < 0.7 * plain["saved_nbytes"]
+    assert plain["total_nbytes"] > plain["peak_nbytes"] > plain["saved_nbytes"]
+    assert plain["ratio_quartiles"][0] <= plain["ratio"] <= plain["ratio_quartiles"][2]
+    assert list(record["compile"]["methods"]) == ["inductor", "prac balanced", "prac max"]
+    assert record["versions"]["torch"] == torch.__version__
+    assert "| prac balanced |" in page
+
+    record, page = _run("frontier", tmp_path)
+    assert {point["method"] for point in record["models"]["GPT-2"]} == {
+        *("inductor", "eager", "prac balanced")
+    }
+    assert "![LLaMA](frontier_llama.svg)" in page
+
+
+@pytest.mark.usefixtures("quick")
+def test_noise(tmp_path: Path) -> None:
+    record, _ = _run("noise", tmp_path)
+    projected, rounded = record["rows"]
+    assert projected["saved"] < 1
+    assert rounded["fresh"]["error"] < projected["fresh"]["error"] < projected["stale"]["error"]
+    assert "stale" not in rounded
+    assert rounded["fresh"]["minibatch"] > rounded["fresh"]["error"]
+
+
+@pytest.mark.usefixtures("quick")
+def test_refresh(tmp_path: Path) -> None:
+    record, _ = _run("refresh", tmp_path)
+    rows = {(row["policy"], row["rank"], row["interval"]): row for row in record["training"]}
+    often, rarely = rows["linear", 0.3, 25], rows["linear", 0.3, 500]
+    assert often["share"] == pytest.approx(20 * rarely["share"])
+    assert often["worst_over_median"] >= rarely["worst_over_median"] > 1
+    assert 1 <= often["most_together"] <= often["sites"]
+
+
+@pytest.mark.usefixtures("quick")
+def test_scaling(tmp_path: Path) -> None:
+    record, _ = _run("scaling", tmp_path)
+    assert [row["method"] for row in record["compile"]] == ["inductor", "prac balanced", "prac max"]
+    assert {row["sites"] for row in record["overhead"]} == {10}
+    assert record["report"][0]["values"] > 5
+
+
+@pytest.mark.usefixtures("quick")
+def test_convergence_continues_where_it_stopped(tmp_path: Path) -> None:
+    arguments = ["convergence", "--size", "tiny", "--output", str(tmp_path), "--minutes", "0"]
+    assert main(arguments) == 0
+    first = json.loads((tmp_path / "convergence.json").read_text())
+    names = [row["variant"] for row in first["rows"]]
+    assert names == ["plain Inductor", "balanced"]
+    record, _ = _run_again(tmp_path)
+    assert record["rows"] == first["rows"]
+    plain, balanced = record["rows"]
+    assert plain["validation_loss"] == pytest.approx(balanced["validation_loss"], rel=0.05)
+    assert len(plain["curve"]) == record["training"]["steps"]
+
+
+def _run_again(output: Path) -> tuple[dict[str, Any], str]:
+    arguments = ["convergence", "--size", "tiny", "--output", str(output), "--minutes", "0"]
+    assert main(arguments) == 0
+    return json.loads((output / "convergence.json").read_text()), ""
+
+
+@pytest.mark.usefixtures("quick")
+def test_micro(tmp_path: Path) -> None:
+    record, _ = _run("micro", tmp_path)
+    assert [row["codec"] for row in record["rows"]] == [
+        *("int8", "int4", "fp8_e4m3", "prac x1", "prac x4")
+    ]
+
+
+def test_every_benchmark_has_a_module_and_help_names_it(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as stopped:
+        main(["--help"])
+    assert stopped.value.code == 0
+    text = capsys.readouterr().out
+    for name in NAMES:
+        assert name in text
+        assert (ROOT / "benchmarks" / f"{name}.py").exists()
+
+
+def test_unknown_names_are_refused(tmp_path: Path) -> None:
+    with pytest.raises(SystemExit):
+        main(["memory", "--output", str(tmp_path)])
+    with pytest.raises(SystemExit, match="no model 'BERT' of size tiny"):
+        main(["refresh", "--size", "tiny", "--only", "BERT", "--output", str(tmp_path)])
+    with pytest.raises(SystemExit, match=r"memory_time\.json is missing"):
+        main(["frontier", "--output", str(tmp_path)])
+
+
+@pytest.mark.parametrize(
+    ("one", "other", "expected"),
+    [
+        ({"saved": 0.5}, {"saved": 0.6}, True),
+        ({"saved": 0.5, "time": 1.05}, {"saved": 0.6}, False),  # less memory, more time
+        ({"saved": 0.5, "time": 1.01}, {"saved": 0.6}, True),  # within the noise of time
+        ({"gradient": "unbiased", "saved": 0.5}, {"saved": 0.6}, False),  # worse gradients
+        ({"saved": 0.5}, {"gradient": "biased", "saved": 0.5, "time": 1.1}, True),
+        ({}, {}, False),
+    ],
+)
+def test_dominates(one: dict[str, Any], other: dict[str, Any], expected: bool) -> None:
+    usual = {"gradient": "exact", "saved": 0.5, "peak": 0.5, "time": 1.0}
+    assert frontier.dominates({**usual, **one}, {**usual, **other}, "saved") is expected
+
+
+def test_every_policy_is_composed() -> None:
+    for name in ("linear", "balanced", "max", "paper", "PAC", "RAC"):
+        for what in ("chunked loss", "per block", "budget 0.99"):
+            assert f"prac {name}, {what}" in methods.METHODS
+
+
+def _gpu_record(total: float) -> dict[str, Any]:
+    common = {"model": "LLaMA-1B", "saved_nbytes": 1, "peak_nbytes": 1}
+    rows = [{**common, "method": "prac balanced", "ratio": 0.98, "total_nbytes": total}]
+    return {"command": "python -m benchmarks memory_time --device cuda", "rows": rows}
+
+
+def test_gpu_targets() -> None:
+    met = gpu_targets.lines_of(_gpu_record(39e9))[-3:]
+    assert [line.split(": ")[-1] for line in met] == ["0.98, met", "39.00, met", "not measured"]
+    assert gpu_targets.lines_of(_gpu_record(41e9))[-2].endswith("41.00, NOT MET")
+
+
+def test_gpu_script_refuses_what_it_does_not_know(tmp_path: Path) -> None:
+    def run(*arguments: str) -> subprocess.CompletedProcess[str]:
+        script = ROOT / "benchmarks" / "gpu.sh"
+        return subprocess.run(
+            ["bash", str(script), *arguments],
+            capture_output=True,
+            text=True,
+            check=False,
+            cwd=tmp_path,
+            env={"PATH": "/usr/bin:/bin", "PYTHON": sys.executable},
+        )
+
+    assert "benchmarks/gpu.sh [--minutes N]" in run("--speed", "9").stderr
+    assert run("--minutes").returncode == 2
+    assert "whole number" in run("--minutes", "ten").stderr
+    if not torch.cuda.is_available():
+        refused = run("--output", str(tmp_path / "results"))
+        assert refused.returncode == 2
+        assert "no CUDA device" in refused.stderr
+        assert not (tmp_path / "results").exists()
