@@ -212,7 +212,6 @@ def _estimated(plan: Plan, name: str) -> bool:
 
 
 @pytest.mark.parametrize("name", MODELS)
-@pytest.mark.xfail(strict=False, reason="the tolerance for T5 is not settled")
 def test_trains(name: str) -> None:
     """With PRAC for weight gradients and int8 for the rest, so that both ways to encode are met."""
     build = MODELS[name]
@@ -227,9 +226,10 @@ def test_trains(name: str) -> None:
     assert ours.keys() == exact.keys()
     assert all(bool(gradient.isfinite().all()) for gradient in ours.values())
     noisy = {name for name, g in exact.items() if g.dim() > 1 and _estimated(plan, name)}
-    assert _distance(ours, {name: exact[name] for name in exact.keys() - noisy}) < 0.03
+    # four seeds of ours: T5 is the worst of the language models and ViT, with .0064 and cosines from .68 on
+    assert _distance(ours, {name: exact[name] for name in exact.keys() - noisy}) < 0.02
     for weight in noisy:
-        assert F.cosine_similarity(ours[weight].flatten(), exact[weight].flatten(), 0) > 0.3, weight
+        assert F.cosine_similarity(ours[weight].flatten(), exact[weight].flatten(), 0) > 0.5, weight
 
 
 # -- outputs, losses and inputs ---------------------------------------------------------------------
