@@ -254,7 +254,7 @@ def _analysed(
 ) -> AnalysedStep:
     if not calls:
         raise ReportError(NO_BACKWARD)
-    if repeated is not None:
+    if repeated is not None and repeated.alike:
         check_blocks_alike([call.before.flops for call in calls], repeated)
     values = [value for call in calls for value in _values(call.after)]
     if repeated is not None:
