@@ -74,12 +74,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def run_one(name: str, module: ModuleType, settings: Settings) -> str:
-    """Run a benchmark, write its JSON and its page; returns the page."""
-    figures = module.run(settings)
-    path = settings.output / f"{name}.json"
-    write_record(path, "benchmarks", {"size": settings.size, **figures})
-    text = page(module.TITLE, path, module.body(figures))
-    path.with_suffix(".md").write_text(text)
+    """Run a benchmark, write its JSON and its page whenever there are new figures; returns the last page.
+
+    A benchmark that is stopped has lost only what it was about to find out.
+    """
+    path, text = settings.output / f"{name}.json", ""
+    for figures in module.run(settings):
+        write_record(path, "benchmarks", {"size": settings.size, **figures})
+        text = page(module.TITLE, path, module.body(figures))
+        path.with_suffix(".md").write_text(text)
     return text
 
 

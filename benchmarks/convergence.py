@@ -26,7 +26,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 import prac_fx
 from benchmarks.plots import picture
-from benchmarks.record import commit, write_record
+from benchmarks.record import commit
 from benchmarks.settings import Settings
 from examples.stdlib_text import batches, library_bytes
 
@@ -197,33 +197,26 @@ def runs_in_order() -> Iterator[Run]:
         yield Run(name, seed)
 
 
-def run(settings: Settings) -> dict[str, Any]:
-    """Train what is missing in the output file until time is up; every run is written when it is done."""
+def run(settings: Settings) -> Iterator[dict[str, Any]]:
+    """All runs that are in the output file, and those that are added to it until time is up."""
     training = TRAININGS[settings.size]
     path = settings.output / "convergence.json"
+    rows = _read(path, training)
     for one in runs_in_order():
         # one run is not enough for a comparison, however long it takes
-        if settings.out_of_time and len(_read(path, training)) > 1:
+        if settings.out_of_time and len(rows) > 1:
             break
-        if not one.is_in(_read(path, training)):
-            _train_and_write(one, training, path, settings.device, settings.size)
-    figures = _figures(training, _read(path, training))
+        if not one.is_in(rows):
+            rows.append(train(one, training, settings.device))
+            print(one, round(rows[-1]["validation_loss"], 4), flush=True)
+            yield _figures(training, rows, settings)
+    yield _figures(training, rows, settings)
+
+
+def _figures(training: Training, rows: list[dict[str, Any]], settings: Settings) -> dict[str, Any]:
+    figures = {"training": asdict(training), "rows": rows}
     _draw(figures, settings.output)
     return figures
-
-
-def _train_and_write(
-    one: Run, training: Training, path: Path, device: torch.device, size: str
-) -> None:
-    row = train(one, training, device)
-    print(one, round(row["validation_loss"], 4), flush=True)
-    # another process may have written meanwhile
-    rows = [*_read(path, training), row]
-    write_record(path, "benchmarks", {"size": size, **_figures(training, rows)})
-
-
-def _figures(training: Training, rows: list[dict[str, Any]]) -> dict[str, Any]:
-    return {"training": asdict(training), "rows": rows}
 
 
 def _read(path: Path, training: Training) -> list[dict[str, Any]]:

@@ -10,6 +10,7 @@ exact ones only. Memory is looked at twice: bytes saved for backward, and the pe
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
 from typing import Any
 
 from tabulate import tabulate
@@ -25,7 +26,7 @@ _QUALITY = {"exact": 2, "unbiased": 1, "rounded": 1, "biased": 0}
 _TIME_NOISE, _MEMORY_NOISE = 0.02, 0.01
 
 
-def run(settings: Settings) -> dict[str, Any]:
+def run(settings: Settings) -> Iterator[dict[str, Any]]:
     """Points of every model, and for each who dominates it; draws the plots.
 
     Raises:
@@ -42,7 +43,7 @@ def run(settings: Settings) -> dict[str, Any]:
     points = {name: _points(rows) for name, rows in models.items()}
     for name, found in points.items():
         _draw(name, found, settings)
-    return {
+    yield {
         "source": record["command"],
         "measured_on": record["machine"],
         "measured_at": record["commit"],

@@ -32,7 +32,7 @@ TITLE = "Gradient noise against saved bytes"
 # steps of training, and how many of them a stale basis has missed
 STEPS = {"tiny": 8, "small": 200, "paper": 1000}
 AGE = {"tiny": 4, "small": 50, "paper": 50}
-LAYERS = 2
+LAYERS = {"tiny": 1, "small": 2, "paper": 2}
 BATCH = {"tiny": 8, "small": 6, "paper": 64}
 DRAWS = {"tiny": 2, "small": 6, "paper": 16}
 SEQUENCE = {"tiny": 64, "small": 256, "paper": 256}
@@ -76,21 +76,26 @@ _MEASURES_MINIBATCH = "A: int8"
 _TINY_VARIANTS = ("W: prac .3+.3", _MEASURES_MINIBATCH)
 
 
-def run(settings: Settings) -> dict[str, Any]:
-    """A row per variant and freshness; rows that the time is not enough for are left out."""
+def run(settings: Settings) -> Iterator[dict[str, Any]]:
+    """A row per variant and freshness, one after the other until time is up."""
     data = _data(settings)
     early, model = _trained(data, settings)
     others = [next(data) for _ in range(_OTHER_BATCHES)]
     names = _TINY_VARIANTS if settings.size == "tiny" else VARIANTS
-    rows: list[dict[str, Any]] = []
+    figures: dict[str, Any] = {
+        "steps": STEPS[settings.size],
+        "age": AGE[settings.size],
+        "layers": LAYERS[settings.size],
+        "draws": DRAWS[settings.size],
+        "rows": [],
+    }
     for name in names:
-        if settings.out_of_time:
+        if settings.out_of_time and figures["rows"]:
             break
-        rows.append(_row(name, early, model, others, settings))
-        print(rows[-1], flush=True)
-    figures = {"steps": STEPS[settings.size], "age": AGE[settings.size], "layers": LAYERS}
-    _draw(rows, settings)
-    return {**figures, "draws": DRAWS[settings.size], "rows": rows}
+        figures["rows"].append(_row(name, early, model, others, settings))
+        print(figures["rows"][-1], flush=True)
+        _draw(figures["rows"], settings)
+        yield figures
 
 
 def _data(settings: Settings) -> Iterator[dict[str, Tensor]]:
@@ -105,7 +110,7 @@ def _trained(
 ) -> tuple[dict[str, Tensor], nn.Module]:
     """Weights `AGE` steps before the end of exact training, and the model at the end."""
     torch.manual_seed(0)
-    training = replace(TRAININGS["small"], layers=LAYERS)
+    training = replace(TRAININGS["small"], layers=LAYERS[settings.size])
     model = small_llama(SEQUENCE[settings.size], training).to(settings.device)
     optimizer = torch.optim.AdamW(model.parameters(), lr=training.rate, betas=(0.9, 0.95))
     steps = STEPS[settings.size]

@@ -9,6 +9,7 @@ the bases are part of both peaks; *step* is the peak without them, so that they 
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any
 
@@ -29,7 +30,7 @@ _WARM_UP = 3
 _FAMILIES = ("llama", "gpt2", "roberta", "vit")
 
 
-def run(settings: Settings) -> dict[str, Any]:
+def run(settings: Settings) -> Iterator[dict[str, Any]]:
     """Rows of all models and sizes; those that the time is not enough for are left out."""
     rows: list[dict[str, Any]] = []
     for shape in _sized(settings.size):
@@ -38,7 +39,7 @@ def run(settings: Settings) -> dict[str, Any]:
         if settings.out_of_time:
             break
         rows += _compare(shape, settings)
-    return {"dtype": str(settings.dtype), "policy": POLICY, "rows": rows}
+    yield {"dtype": str(settings.dtype), "policy": POLICY, "rows": rows}
 
 
 def _sized(size: str) -> list[Shape]:

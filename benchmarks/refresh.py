@@ -14,7 +14,7 @@ from __future__ import annotations
 import statistics
 import time
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -39,24 +39,27 @@ from prac_fx.subspace import (
 TITLE = "Cost of refreshing the bases"
 
 WIDTHS = {"tiny": (64,), "small": (256, 512, 1024), "paper": (768, 2048, 5461)}
-RANKS = (0.15, 0.3)
+RANKS = {"tiny": (0.3,), "small": (0.15, 0.3), "paper": (0.15, 0.3)}
+POLICIES = {"tiny": ("linear",), "small": ("balanced", "linear"), "paper": ("balanced", "linear")}
 INTERVALS = (25, 100, 500)
 # steps of training; bases are refreshed at 1, 2, 4, ... of them
 STEPS = {"tiny": 6, "small": 40, "paper": 80}
 
 
-def run(settings: Settings) -> dict[str, Any]:
-    """Both parts."""
+def run(settings: Settings) -> Iterator[dict[str, Any]]:
+    """Both parts, the second policy by policy."""
     alone = [
         {"width": width, "rank": rank, "blocks": blocks, "seconds": seconds}
         for width in WIDTHS[settings.size]
-        for rank in RANKS
+        for rank in RANKS[settings.size]
         for blocks in (1, 4)
         if (seconds := _alone(width, rank, blocks, settings)) is not None
     ]
     (shape, *_) = chosen_shapes(settings.size, settings.only)
-    rows = [row for policy in ("balanced", "linear") for row in _of_policy(policy, shape, settings)]
-    return {"alone": alone, "model": shape.name, "shape": shape.describe(), "training": rows}
+    rows: list[dict[str, Any]] = []
+    for policy in POLICIES[settings.size]:
+        rows += _of_policy(policy, shape, settings)
+        yield {"alone": alone, "model": shape.name, "shape": shape.describe(), "training": rows}
 
 
 def _alone(width: int, share: float, blocks: int, settings: Settings) -> float | None:
@@ -112,7 +115,7 @@ def _now(device: torch.device) -> float:
 def _of_policy(policy: str, shape: Shape, settings: Settings) -> list[dict[str, Any]]:
     """A row per rank and interval."""
     rows = []
-    for rank in RANKS:
+    for rank in RANKS[settings.size]:
         if settings.out_of_time:
             break
         options = {"prac.policy": policy, "prac.principal": rank, "prac.random": rank}

@@ -12,6 +12,7 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any
 
@@ -20,7 +21,7 @@ from tabulate import tabulate
 import prac_fx
 from benchmarks import runtime_overhead
 from benchmarks.compile_time import first_steps
-from benchmarks.methods import METHODS
+from benchmarks.methods import BASELINE, METHODS
 from benchmarks.settings import Settings
 from benchmarks.shapes import Shape, build, chosen_shapes, with_layers
 
@@ -29,27 +30,35 @@ TITLE = "Compile time, report time, run-time overhead and state against size"
 DEPTHS = {"tiny": (1,), "small": (1, 2, 4), "paper": (2, 8, 24)}
 WIDTHS = {"tiny": (64,), "small": (128, 256, 512), "paper": (384, 768, 1024, 2048)}
 SITES = {"tiny": (10,), "small": (1, 10, 100, 1000), "paper": (1, 10, 100, 1000)}
-COMPILED = ("inductor", "prac balanced", "prac max")
-_REPEATS = 2
+COMPILED = {
+    "tiny": ("inductor", "prac balanced"),
+    "small": ("inductor", "prac balanced", "prac max"),
+    "paper": ("inductor", "prac balanced", "prac max"),
+}
+# of the report; the fastest counts
+REPEATS = {"tiny": 1, "small": 2, "paper": 2}
 
 
-def run(settings: Settings) -> dict[str, Any]:
-    """All four parts; the compile times of a depth are left out when time is up."""
+def run(settings: Settings) -> Iterator[dict[str, Any]]:
+    """All four parts, compile times last, depth by depth until time is up."""
     (shape, *_) = chosen_shapes(settings.size, settings.only)
     overhead = runtime_overhead.measure(SITES[settings.size], settings.device)
     state = [_state(_of_width(shape, width), settings) for width in WIDTHS[settings.size]]
     report = [_report(with_layers(shape, depth), settings) for depth in DEPTHS[settings.size]]
     compile_: list[dict[str, Any]] = []
-    for depth in DEPTHS[settings.size]:
-        if not settings.out_of_time:
-            compile_ += _compile_times(with_layers(shape, depth), settings)
-    return {
+    figures = {
         "shape": shape.describe(),
         "compile": compile_,
         "report": report,
         "overhead": overhead,
         "state": state,
     }
+    yield figures
+    for depth in DEPTHS[settings.size]:
+        if settings.out_of_time:
+            break
+        compile_ += _compile_times(with_layers(shape, depth), settings)
+        yield figures
 
 
 def _of_width(shape: Shape, width: int) -> Shape:
@@ -67,14 +76,14 @@ def _compile_times(shape: Shape, settings: Settings) -> list[dict[str, Any]]:
     model, inputs = build(shape, settings.device, settings.dtype)
     return [
         {"layers": shape.layers, "method": name, **first_steps(METHODS[name], model, inputs)}
-        for name in COMPILED
+        for name in COMPILED[settings.size]
     ]
 
 
 def _report(shape: Shape, settings: Settings) -> dict[str, Any]:
     model, inputs = build(shape, settings.device, settings.dtype)
     seconds = []
-    for _ in range(_REPEATS):
+    for _ in range(REPEATS[settings.size]):
         begin = time.perf_counter()
         report = prac_fx.explain(model, **inputs)
         seconds.append(time.perf_counter() - begin)
@@ -120,7 +129,7 @@ def body(record: dict[str, Any]) -> str:
 
 
 def _compile_table(rows: list[dict[str, Any]]) -> str:
-    plain = {row["layers"]: row for row in rows if row["method"] == COMPILED[0]}
+    plain = {row["layers"]: row for row in rows if row["method"] == BASELINE.name}
     lines = [
         [
             row["layers"],

@@ -69,10 +69,7 @@ SMALL = (
     Shape("Mixtral-like", "mixtral", 256, 688, 4, 2, 16, 128, 512),
 )
 # for tests of the benchmarks themselves
-TINY = (
-    Shape("LLaMA", "llama", 64, 176, 2, 1, 4, 64, 128),
-    Shape("GPT-2", "gpt2", 64, 256, 2, 1, 4, 64, 128),
-)
+TINY = (Shape("LLaMA", "llama", 64, 176, 2, 1, 8, 64, 128),)
 
 
 def shapes(size: str) -> tuple[Shape, ...]:

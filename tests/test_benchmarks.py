@@ -64,17 +64,16 @@ def test_memory_time_and_frontier(tmp_path: Path) -> None:
     record, page = _run("memory_time", tmp_path)
     rows = {(row["model"], row["method"]): row for row in record["rows"]}
     assert not [row for row in record["rows"] if "error" in row]
-    assert {model for model, _ in rows} == {"LLaMA", "GPT-2"}
     plain, ours = rows["LLaMA", "inductor"], rows["LLaMA", "prac balanced"]
     assert ours["saved_nbytes"] < 0.7 * plain["saved_nbytes"]
     assert plain["total_nbytes"] > plain["peak_nbytes"] > plain["saved_nbytes"]
     assert plain["ratio_quartiles"][0] <= plain["ratio"] <= plain["ratio_quartiles"][2]
-    assert list(record["compile"]["methods"]) == ["inductor", "prac balanced", "prac max"]
+    assert list(record["compile"]["methods"]) == ["inductor"]
     assert record["versions"]["torch"] == torch.__version__
     assert "| prac balanced |" in page
 
     record, page = _run("frontier", tmp_path)
-    assert {point["method"] for point in record["models"]["GPT-2"]} == {
+    assert {point["method"] for point in record["models"]["LLaMA"]} == {
         *("inductor", "eager", "prac balanced")
     }
     assert "![LLaMA](frontier_llama.svg)" in page
@@ -103,7 +102,7 @@ def test_refresh(tmp_path: Path) -> None:
 @pytest.mark.usefixtures("quick")
 def test_scaling(tmp_path: Path) -> None:
     record, _ = _run("scaling", tmp_path)
-    assert [row["method"] for row in record["compile"]] == ["inductor", "prac balanced", "prac max"]
+    assert [row["method"] for row in record["compile"]] == ["inductor", "prac balanced"]
     assert {row["sites"] for row in record["overhead"]} == {10}
     assert record["report"][0]["values"] > 5
 
@@ -115,17 +114,12 @@ def test_convergence_continues_where_it_stopped(tmp_path: Path) -> None:
     first = json.loads((tmp_path / "convergence.json").read_text())
     names = [row["variant"] for row in first["rows"]]
     assert names == ["plain Inductor", "balanced"]
-    record, _ = _run_again(tmp_path)
+    assert main(arguments) == 0
+    record = json.loads((tmp_path / "convergence.json").read_text())
     assert record["rows"] == first["rows"]
     plain, balanced = record["rows"]
     assert plain["validation_loss"] == pytest.approx(balanced["validation_loss"], rel=0.05)
     assert len(plain["curve"]) == record["training"]["steps"]
-
-
-def _run_again(output: Path) -> tuple[dict[str, Any], str]:
-    arguments = ["convergence", "--size", "tiny", "--output", str(output), "--minutes", "0"]
-    assert main(arguments) == 0
-    return json.loads((output / "convergence.json").read_text()), ""
 
 
 @pytest.mark.usefixtures("quick")
