@@ -5,7 +5,7 @@
 #
 # Runs the tests that need a GPU, then the benchmarks at the paper's sizes, writes JSON, pages and plots into FOLDER, and prints a
 # short table last, with the targets and whether they are met. Work is ordered by worth; each part has a share of N minutes and
-# is stopped when twice that is over, at the latest when N minutes are, so that nothing is lost but what was not reached.
+# is stopped when twice that and a minute are over, at the latest when N minutes are; what it had found by then is written.
 # `--device cpu --size tiny` tries the script itself.
 set -uo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
@@ -38,10 +38,10 @@ mkdir -p "$output"
 end=$((SECONDS + 60 * minutes - 15))
 
 part() { # share of the time in percent, file of the log, command
-  local seconds=$((minutes * 60 * $1 / 100)) log=$output/$2.log left=$((end - SECONDS))
+  local limit=$((2 * minutes * 60 * $1 / 100 + 60)) log=$output/$2.log left=$((end - SECONDS))
   shift 2
   ((left > 0)) || { echo "not run, time is up: $*"; return; }
-  timeout --kill-after=5 $((2 * seconds < left ? 2 * seconds : left)) "$@" >"$log" 2>&1 ||
+  timeout --kill-after=5 $((limit < left ? limit : left)) "$@" >"$log" 2>&1 ||
     echo "exit $? of: $* (see $log)"
 }
 bench() { # share in percent, name, options

@@ -2,7 +2,8 @@
 
     python -m benchmarks refresh [--size paper]
 
-1. alone     seconds of one refresh (subspace iteration and new tail) for widths, ranks and blocks
+1. alone     seconds of one refresh (subspace iteration and new tail) for widths, ranks and blocks; and of its Householder QR
+             beside CholeskyQR2, which has more FLOPs and only matmuls and triangular solves of them
 2. training  a LLaMA trained with `backend="prac"` for several ranks: seconds of a step in which nothing is refreshed, and of every
              refresh. From both, and from the schedule that each site has, follow for every interval T the amortised share and
              the worst step: the time of the refreshes that fall together, over the median step. That does not confuse
@@ -14,12 +15,13 @@ from __future__ import annotations
 import statistics
 import time
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from tabulate import tabulate
+from torch import Tensor
 from torch.utils.benchmark import Timer
 
 from benchmarks.compile_time import train_step
@@ -32,6 +34,7 @@ from prac_fx.subspace import (
     draw_tail,
     initial_basis,
     join_basis,
+    orthonormalize,
     refresh_principal,
     seeded_generator,
 )
@@ -49,11 +52,11 @@ STEPS = {"tiny": 6, "small": 40, "paper": 80}
 def run(settings: Settings) -> Iterator[dict[str, Any]]:
     """Both parts, the second policy by policy."""
     alone = [
-        {"width": width, "rank": rank, "blocks": blocks, "seconds": seconds}
+        {"width": width, "rank": rank, "blocks": blocks, **_alone(width, rank, blocks, settings)}
         for width in WIDTHS[settings.size]
         for rank in RANKS[settings.size]
         for blocks in (1, 4)
-        if (seconds := _alone(width, rank, blocks, settings)) is not None
+        if width % blocks == 0
     ]
     (shape, *_) = chosen_shapes(settings.size, settings.only)
     rows: list[dict[str, Any]] = []
@@ -62,23 +65,36 @@ def run(settings: Settings) -> Iterator[dict[str, Any]]:
         yield {"alone": alone, "model": shape.name, "shape": shape.describe(), "training": rows}
 
 
-def _alone(width: int, share: float, blocks: int, settings: Settings) -> float | None:
-    """Seconds of one warm refresh; None where the width has no such blocks."""
-    if width % blocks:
-        return None
+def _alone(width: int, share: float, blocks: int, settings: Settings) -> dict[str, float]:
+    """Seconds of one warm refresh, and of orthonormalising its basis in two ways."""
     n = width // blocks
     r = int(share * n)
     generator = seeded_generator(settings.device, "refresh")
     shape = (n, 2 * r) if blocks == 1 else (blocks, n, 2 * r)
     q1, _ = initial_basis(shape, r, torch.float32, generator)
     rows = torch.randn(2 * r * blocks, width, device=settings.device, generator=generator)
+    directions = torch.randn(q1.shape, device=settings.device, generator=generator)
 
-    def refresh() -> torch.Tensor:
+    def refresh() -> Tensor:
         new = refresh_principal(rows, q1)
         assert new is not None
         return join_basis(new, draw_tail(new, r, generator))
 
-    timer = Timer("f()", globals={"f": refresh}, num_threads=torch.get_num_threads())
+    return {
+        "seconds": _seconds(refresh),
+        "householder_s": _seconds(lambda: orthonormalize(directions)),
+        "cholesky_s": _seconds(lambda: _cholesky_qr(_cholesky_qr(directions))),
+    }
+
+
+def _cholesky_qr(a: Tensor) -> Tensor:
+    """Q of one pass of CholeskyQR; two passes are as orthonormal as Householder's unless `a` is ill-conditioned."""
+    factor = torch.linalg.cholesky(a.mT @ a)
+    return torch.linalg.solve_triangular(factor.mT, a, upper=True, left=False)
+
+
+def _seconds(function: Callable[[], Tensor]) -> float:
+    timer = Timer("f()", globals={"f": function}, num_threads=torch.get_num_threads())
     return float(timer.blocked_autorange(min_run_time=0.2).median)
 
 
@@ -173,10 +189,20 @@ def body(record: dict[str, Any]) -> str:
     """Two tables."""
     alone = tabulate(
         [
-            [row["width"], row["rank"], row["blocks"], f"{row['seconds'] * 1e3:.2f}"]
+            [
+                *(row[key] for key in ("width", "rank", "blocks")),
+                *(f"{row[key] * 1e3:.2f}" for key in ("seconds", "householder_s", "cholesky_s")),
+            ]
             for row in record["alone"]
         ],
-        headers=["width", "r1 = r2, share of width", "blocks", "ms"],
+        headers=[
+            "width",
+            "r1 = r2",
+            "blocks",
+            "refresh, ms",
+            "Householder QR, ms",
+            "CholeskyQR2, ms",
+        ],
         tablefmt="github",
     )
     training = tabulate(
