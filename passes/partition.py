@@ -10,7 +10,9 @@ If one fails the graph is not used: `CannotRewriteError`, and the backend compil
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -27,6 +29,7 @@ from prac_fx.torch_compat import (
     functorch_config,
     has_memory_budget,
     min_cut_rematerialization_partition,
+    saving_what_must_be_saved,
 )
 
 
@@ -71,7 +74,11 @@ def partition(
     stored = [part for one in encoded for part in one.stored]
     if has_memory_budget(gm):
         stored += _keep_what_budget_keeps(gm.graph, plan)
-    fw, bw = _partition_with_outputs(gm, joint_inputs, partition_options, stored)
+        deciding: AbstractContextManager[None] = saving_what_must_be_saved()
+    else:
+        deciding = nullcontext()
+    with deciding:
+        fw, bw = _partition_with_outputs(gm, joint_inputs, partition_options, stored)
     saved = saved_values(gm.graph, fw, num_fwd_outputs)
     by_storage = {storage_of(value.node): value.node.name for value in saved}
     _check_encodings(saved, encoded)
@@ -89,7 +96,7 @@ def partition(
 def _keep_what_budget_keeps(graph: fx.Graph, plan: Plan) -> list[fx.Node]:
     """Tag what the survey saved and the plan keeps, so that an activation memory budget is not spent twice.
 
-    The budget is a share of what would be saved. It has been met by what the survey computes again. Of the rewritten
+    The budget is a share of what would be saved, and what the survey computes again has met it. Of the rewritten
     graph, whose encodings are fixed, the same share would be taken from the little that is left: all matmuls of an
     attention block computed again for its logsumexp.
 
@@ -99,8 +106,16 @@ def _keep_what_budget_keeps(graph: fx.Graph, plan: Plan) -> list[fx.Node]:
     kept = {value.name for value in plan.values if value.decision == "keep"}
     nodes = [node for node in graph.nodes if node.name in kept and node.op == "call_function"]
     for node in nodes:
-        node.meta["recompute"] = CheckpointPolicy.MUST_SAVE
+        # torch takes no notice of the tag on a view or on one of several results: their source has to have it
+        allocated = allocating_node(node)
+        for one in (node, allocated, *_source_of_results(allocated)):
+            one.meta["recompute"] = CheckpointPolicy.MUST_SAVE
     return nodes
+
+
+def _source_of_results(node: fx.Node) -> list[fx.Node]:
+    """The operator with several results of which this is one; none for any other node."""
+    return node.all_input_nodes[:1] if node.target is operator.getitem else []
 
 
 def _partition_with_outputs(

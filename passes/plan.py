@@ -457,11 +457,12 @@ class _Planner:
         With "auto", a value that does not follow from others is stored as those are that the input gradient reads.
         """
         node, codec = role.value.node, self.config.input_gradient
-        refused: Reason | None = ("not_derivable", "")
+        refused: Reason = ("not_derivable", "")
         if chosen == "auto":
-            refused = self._factor(role, only_if_worthwhile=True)
-            if refused is None:
+            unprojected = self._factor(role, only_if_worthwhile=True)
+            if unprojected is None:
                 return
+            refused = unprojected
         chain = derivation(node, stored, self.joint.classification)
         small = self._too_small(node)
         if chain is not None and small is None:
@@ -596,9 +597,9 @@ class _Planner:
         refused = not_worthwhile(matrix, site.codec) if only_if_worthwhile else ""
         if refused:
             return "not_derivable", refused
+        left = relative_flops(matrix, site.codec)
         readers = tuple((reader.node.name, reader.side) for reader in role.readers)
         site = replace(site, matrix=common.node.name, transposed=common.transposed, readers=readers)
-        left = relative_flops(matrix, site.codec)
         self._add_prac_site(role, matrix, site, f"{left:.2f} of the exact FLOPs")
         return None
 

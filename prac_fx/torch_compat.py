@@ -20,7 +20,11 @@ from torch._dynamo.exc import ShortenTraceback
 from torch._functorch import config as functorch_config
 from torch._functorch._aot_autograd.utils import make_boxed_func
 from torch._functorch.compile_utils import fx_graph_cse
-from torch._functorch.partitioners import min_cut_rematerialization_partition
+from torch._functorch.partitioners import (
+    MinCutOptions,
+    min_cut_rematerialization_partition,
+    solve_min_cut,
+)
 from torch._guards import TracingContext
 from torch._inductor import config as inductor_config
 from torch._inductor import ir as inductor_ir
@@ -44,6 +48,7 @@ from torch.distributed import _composable_state as composable_state
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.fx.experimental.symbolic_shapes import guard_or_false
 from torch.nn.parallel import DistributedDataParallel
+from torch.utils._ordered_set import OrderedSet
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map_only
 from torch.utils._sympy.functions import FloorDiv
@@ -90,6 +95,7 @@ __all__ = [
     "placeholder_source_name",
     "rename_node",
     "result_index",
+    "saving_what_must_be_saved",
     "storage_key",
     "trace_structured",
     "tracing_fake_mode",
@@ -195,6 +201,31 @@ def without_memory_budget(gm: fx.GraphModule) -> Iterator[None]:
     finally:
         for node, custom in annotated.items():
             node.meta["custom"] = custom
+
+
+@contextmanager
+def saving_what_must_be_saved() -> Iterator[None]:
+    """Context in which the partitioner may compute everything again but nodes tagged MUST_SAVE, whatever the budget.
+
+    Source: `choose_saved_values_set` (torch._functorch.partitioners), which ends in these two cuts. In between, it
+    chooses what to compute again so that a share of the memory is saved; here the tags have chosen.
+    """
+
+    def choose(graph: fx.Graph, node_info: Any, memory_budget: float = 1) -> list[fx.Node]:
+        reductions = functorch_config.ban_recompute_reductions
+        options = MinCutOptions(False, False, False, False, ban_if_reduction=reductions)
+        _, banned = solve_min_cut(graph, node_info, options)
+        again = [
+            node
+            for node in banned
+            if node.op == "call_function"
+            and node.meta.get("recompute") is not CheckpointPolicy.MUST_SAVE
+        ]
+        saved, _ = solve_min_cut(graph, node_info, options, OrderedSet(again))
+        return saved
+
+    with patch("torch._functorch.partitioners.choose_saved_values_set", choose):
+        yield
 
 
 def _annotated_with_budget(gm: fx.GraphModule) -> dict[fx.Node, Any]:
