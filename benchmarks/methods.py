@@ -106,9 +106,19 @@ ABLATIONS = (
     _prac("PAC", "biased", policy="linear", principal=0.6, random=0),
     _prac("RAC", policy="linear", principal=0, random=0.6),
 )
+# a tight budget has most of the forward pass computed again, here from inputs that are stored as int8
+LOW = tuple(
+    replace(
+        _prac(f"{policy}, budget {budget}, int8 inputs", policy=policy, checkpoint_inputs="int8"),
+        functorch={"activation_memory_budget": budget},
+    )
+    for policy in ("balanced", "max")
+    for budget in (0.5, 0.3, 0.1)
+)
 COMPOSED = (
     *_compositions(BASELINE, budget=False),
     *(composed for one in (*POLICIES, *ABLATIONS) for composed in _compositions(one)),
+    *LOW,
 )
 METHODS = {
     method.name: method
