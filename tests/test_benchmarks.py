@@ -183,23 +183,52 @@ def test_gpu_targets() -> None:
     assert gpu_targets.lines_of(_gpu_record(41e9))[-2].endswith("41.00, NOT MET")
 
 
-def test_gpu_script_refuses_what_it_does_not_know(tmp_path: Path) -> None:
-    def run(*arguments: str) -> subprocess.CompletedProcess[str]:
-        script = ROOT / "benchmarks" / "gpu.sh"
-        return subprocess.run(
-            ["bash", str(script), *arguments],
-            capture_output=True,
-            text=True,
-            check=False,
-            cwd=tmp_path,
-            env={"PATH": "/usr/bin:/bin", "PYTHON": sys.executable},
-        )
+def _gpu_script(folder: Path, *arguments: str, python: str = sys.executable) -> Any:
+    return subprocess.run(
+        ["bash", str(ROOT / "benchmarks" / "gpu.sh"), *arguments],
+        capture_output=True,
+        text=True,
+        check=False,
+        cwd=folder,
+        env={"PATH": "/usr/bin:/bin", "PYTHON": python},
+    )
 
-    assert "benchmarks/gpu.sh [--minutes N]" in run("--speed", "9").stderr
-    assert run("--minutes").returncode == 2
-    assert "whole number" in run("--minutes", "ten").stderr
+
+def test_gpu_script_refuses_what_it_does_not_know(tmp_path: Path) -> None:
+    assert "benchmarks/gpu.sh [--minutes N]" in _gpu_script(tmp_path, "--speed", "9").stderr
+    assert _gpu_script(tmp_path, "--minutes").returncode == 2
+    assert "whole number" in _gpu_script(tmp_path, "--minutes", "ten").stderr
     if not torch.cuda.is_available():
-        refused = run("--output", str(tmp_path / "results"))
+        refused = _gpu_script(tmp_path, "--output", str(tmp_path / "results"))
         assert refused.returncode == 2
         assert "no CUDA device" in refused.stderr
         assert not (tmp_path / "results").exists()
+
+
+def test_gpu_script_runs_its_parts_in_order_and_ends_with_the_table(tmp_path: Path) -> None:
+    """A Python that notes what it is asked to benchmark, and writes one file of figures."""
+    python, calls, output = tmp_path / "python", tmp_path / "calls", tmp_path / "a folder"
+    figures = json.dumps({"command": "benchmarks", "rows": _gpu_record(39e9)["rows"]})
+    python.write_text(
+        "#!/usr/bin/env bash\n"
+        f'[[ "$1 $2" == "-m benchmarks" ]] || exec {sys.executable} "$@"\n'
+        f"printf '%s\\n' \"${{*:3}}\" >>{calls}\n"
+        f"[[ $3 != memory_time ]] || echo '{figures}' >'{output}/memory_time.json'\n"
+        "[[ $3 != micro ]] || exit 7\n"
+    )
+    python.chmod(0o755)
+    arguments = ["--minutes", "10", "--device", "cpu", "--size", "tiny", "--output", str(output)]
+    done = _gpu_script(tmp_path, *arguments, python=str(python))
+    assert done.returncode == 0, done.stderr
+    common = f"--size tiny --device cpu --output {output} --minutes"
+    assert calls.read_text().splitlines() == [
+        f"memory_time {common} 4.5",
+        f"frontier {common} 0.2",
+        f"micro {common} 0.8",
+        f"refresh {common} 1.0",
+        f"convergence {common} 2.0",
+    ]
+    failed, *table = done.stdout.splitlines()
+    assert failed.startswith("exit 7 of:")
+    assert re.match(r"LLaMA-1B +prac balanced +saved .* step 0\.980", table[0])
+    assert table[1:] == ["targets: for a GPU only"]
