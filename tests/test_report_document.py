@@ -11,13 +11,14 @@ from typing import Any
 import pytest
 
 from prac_fx.errors import ReportError
+from prac_fx.report.advice import advice_for
 from prac_fx.report.axes import MOST_SAMPLES, byte_marks, phase_spans, sample_timeline
 from prac_fx.report.document import CATEGORIES
 from prac_fx.report.palette import DARK, LIGHT
 from prac_fx.report.reading import check_document, load_document
 from prac_fx.report.repeats import merge_live, merge_repeats
 from prac_fx.report.sizes import parse_nbytes
-from tests.report_document import document, timeline, value
+from tests.report_document import MIB, document, timeline, value
 
 GIB = 1024**3
 
@@ -242,3 +243,13 @@ def test_equal_live_things_of_layers_are_told_once() -> None:
     assert _live_names(("a.0.up", "bias"), ("a.1.up", "bias")) == [("a.*.up bias", 2)]
     assert _live_names(("a.0", "a.0.weight"), ("a.1", "a.1.weight")) == [("a.*.weight", 2)]
     assert _live_names(("", "x"), ("", "y"), ("head", "mm")) == [("x", 1), ("y", 1), ("head mm", 1)]
+
+
+# -- advice -----------------------------------------------------------------------------------------
+
+
+def test_advice_about_values_that_the_model_returns() -> None:
+    keys = value("keys", "layers.0.attention", "mm.default", "A", "keep", "user_output", MIB, MIB)
+    few, many = document(), document(values=[*document()["values"], keys])
+    assert not any("use_cache=False" in sentence for sentence in advice_for(few))
+    assert any("1.0 MiB of what stays are returned" in sentence for sentence in advice_for(many))

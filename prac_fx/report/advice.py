@@ -13,8 +13,9 @@ _FREE_FLOPS = 0.005
 
 def advice_for(document: Document) -> list[str]:
     """Sentences, the most useful first; the document's own advice is not read."""
-    found = [_about_prac(document), _about_loss(document), _about_free_recomputation(document)]
-    found += [_about_optimizer(document), _about_parameters(document)]
+    found = [_about_prac(document), _about_loss(document), _about_returned_values(document)]
+    found += [_about_free_recomputation(document), _about_optimizer(document)]
+    found.append(_about_parameters(document))
     return [sentence for sentence in found if sentence]
 
 
@@ -55,6 +56,17 @@ def _about_loss(document: Document) -> str:
     return (
         f"logits and what the loss makes of them are {share:.0%} of the peak: chunk the loss (Inductor's "
         "auto_chunker.enable, or a fused linear cross entropy); compression cannot help there"
+    )
+
+
+def _about_returned_values(document: Document) -> str:
+    returned = [value for value in document["values"] if value["reason"] == "user_output"]
+    nbytes = sum(value["nbytes_after"] for value in returned if value["category"] != "loss")
+    if nbytes <= _MUCH * document["totals"]["saved_after_nbytes"]:
+        return ""
+    return (
+        f"{format_nbytes(nbytes)} of what stays are returned by the model as well, so that nothing can encode them: "
+        "return less (a transformers model returns its keys and values unless it is called with use_cache=False)"
     )
 
 
