@@ -51,7 +51,17 @@ def _compile_quickly(compile_: Any) -> Any:
 
 
 def _run(name: str, output: Path) -> tuple[dict[str, Any], str]:
-    arguments = [name, "--size", "tiny", "--device", "cpu", "--output", str(output)]
+    arguments = [
+        name,
+        "--size",
+        "tiny",
+        "--device",
+        "cpu",
+        "--minutes",
+        "60",
+        "--output",
+        str(output),
+    ]
     assert main(arguments) == 0
     page = (output / f"{name}.md").read_text()
     for picture in re.findall(r"!\[.*?\]\((.*?)\)", page):
