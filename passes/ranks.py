@@ -23,6 +23,7 @@ _MAX_RELATIVE_FLOPS = 1.1
 # the FLOPs of the exact weight gradients, and where there are features enough for a basis to be good. Adapters
 # fail both: a gradient of 8 columns costs less than encoding its input, and one of 8 rows costs nothing anyway.
 _WORTHWHILE_FLOPS = 0.85
+_MIN_WORTHWHILE_FEATURES = 32
 
 
 @dataclass(frozen=True)
@@ -58,7 +59,7 @@ def relative_flops(matrix: Projected, codec: PracCodec) -> float:
 
 def not_worthwhile(matrix: Projected, codec: PracCodec) -> str:
     """Why "auto" takes something else than PRAC for a matrix; empty when PRAC it is."""
-    if matrix.features < _MIN_BLOCK_FEATURES:
+    if matrix.features < _MIN_WORTHWHILE_FEATURES:
         return f"{matrix.features} features are few for PRAC"
     left = relative_flops(matrix, codec)
     return f"PRAC would take {left:.2f} of the exact FLOPs" if left > _WORTHWHILE_FLOPS else ""
