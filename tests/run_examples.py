@@ -12,7 +12,7 @@ from pathlib import Path
 
 import torch
 
-from tests.distributed_workers import without_kernels
+from tests.distributed_workers import leave, without_kernels
 
 EXAMPLES = Path(__file__).parent.parent / "examples"
 
@@ -31,3 +31,4 @@ def run(names: list[str], arguments: list[str]) -> None:
 if __name__ == "__main__":
     separator = sys.argv.index("--")
     run(sys.argv[1:separator], sys.argv[separator + 1 :])
+    leave()

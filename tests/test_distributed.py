@@ -28,6 +28,17 @@ pytestmark = pytest.mark.skipif(
 Both = tuple[dict[str, Any], dict[str, Any]]
 
 
+def _start(rank: int, folder: Path, log: Path) -> subprocess.Popen[bytes]:
+    settings = {"OMP_NUM_THREADS": "1", "TORCHINDUCTOR_COMPILE_THREADS": "1"}
+    with log.open("w") as stderr:
+        return subprocess.Popen(
+            [sys.executable, "-m", workers.__name__, str(rank), str(WORLD), folder, *SCENARIOS],
+            env={**os.environ, **settings, "PYTHONFAULTHANDLER": "1"},
+            cwd=Path(__file__).parent.parent,
+            stderr=stderr,
+        )
+
+
 @pytest.fixture(scope="module")
 def results(tmp_path_factory: pytest.TempPathFactory) -> Any:
     """Every scenario in both processes; a deadlock ends them all instead of hanging."""
@@ -35,25 +46,19 @@ def results(tmp_path_factory: pytest.TempPathFactory) -> Any:
     torch._dynamo.reset()
     with workers.without_kernels():
         workers.save_alone(folder)
-    processes = [
-        subprocess.Popen(
-            [sys.executable, "-m", workers.__name__, str(rank), str(WORLD), folder, *SCENARIOS],
-            env={**os.environ, "OMP_NUM_THREADS": "1", "TORCHINDUCTOR_COMPILE_THREADS": "1"},
-            cwd=Path(__file__).parent.parent,
-            stderr=subprocess.PIPE,
-            text=True,
-        )
-        for rank in range(WORLD)
-    ]
-    errors = []
+    logs = [folder / f"stderr-{rank}" for rank in range(WORLD)]
+    processes = [_start(rank, folder, log) for rank, log in enumerate(logs)]
+    late = ""
     try:
         for process in processes:
-            errors.append(process.communicate(timeout=SECONDS)[1][-2000:])
+            process.wait(timeout=SECONDS)
     except subprocess.TimeoutExpired:
-        errors.append(f"a rank did not come to an end within {SECONDS} s")
+        late = f"a rank did not come to an end within {SECONDS} s"
     finally:
         for process in processes:
             process.kill()
+    codes = [process.wait() for process in processes]
+    errors = "\n".join([late, *(log.read_text()[-4000:] for log in logs)])
     with workers.without_kernels():
         alone = workers.load_alone(folder) if (folder / "two").exists() else {}
 
@@ -61,12 +66,12 @@ def results(tmp_path_factory: pytest.TempPathFactory) -> Any:
         found = []
         for rank in range(WORLD):
             path = folder / f"{name}-{rank}.json"
-            assert path.exists(), "\n".join(errors)
+            assert path.exists(), errors
             found.append(json.loads(path.read_text()))
             assert "error" not in found[-1], found[-1]["error"]
         return found[0], found[1]
 
-    of.alone = alone  # type: ignore[attr-defined]
+    of.alone, of.codes, of.errors = alone, codes, errors  # type: ignore[attr-defined]
     return of
 
 
@@ -86,6 +91,10 @@ def _assert_independent(both: Both) -> None:
     assert first["schedule"] == second["schedule"]
     for what in ("bases", "seeds"):
         assert len(set(first[what]) | set(second[what])) == 2 * len(first[what]) > 0
+
+
+def test_both_ranks_end_without_an_error(results: Any) -> None:
+    assert results.codes == [0, 0], results.errors
 
 
 # -- data parallel ---------------------------------------------------------------------------------
