@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 
 # size -> minutes that a benchmark may take when the user does not say; `tiny` is for tests
-MINUTES = {"tiny": 2.0, "small": 9.0, "paper": 60.0}
+MINUTES = {"tiny": 2.0, "small": 7.0, "paper": 60.0}
 
 
 @dataclass(frozen=True)
