@@ -81,7 +81,8 @@ class PracConfig:
         policy: "linear" (only what weight gradients alone read, by PRAC), "balanced" (the rest as int8),
             "max" (the rest as int4), "paper" (PRAC wherever the paper has it).
         weight_gradient: how a value is stored that only weight-gradient matmuls read. "auto" is PRAC where
-            that saves FLOPs, else nothing where the value follows from stored ones without a matmul.
+            that saves FLOPs, else nothing where the value follows from stored ones without a matmul, else as
+            `input_gradient` says.
         input_gradient: how a value is stored that the input-gradient path reads.
         attention: how query, key, value and result of attention are stored.
         coordinates: how the coordinates of PRAC are stored.
