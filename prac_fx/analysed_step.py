@@ -254,8 +254,8 @@ def _analysed(
 ) -> AnalysedStep:
     if not calls:
         raise ReportError(NO_BACKWARD)
-    if repeated is not None and repeated.alike:
-        check_blocks_alike([call.before.flops for call in calls], repeated)
+    if repeated is not None:
+        check_blocks_alike([call.before.forward_flops for call in calls], repeated)
     values = [value for call in calls for value in _values(call.after)]
     if repeated is not None:
         values = all_values(values, repeated)

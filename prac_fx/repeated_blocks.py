@@ -195,10 +195,10 @@ def _moved(value: PlannedValue, repeated: Repeated, middle: int) -> PlannedValue
 
 
 def check_blocks_alike(flops: Sequence[Mapping[str, int]], repeated: Repeated) -> None:
-    """The middle block must compute what the last one does.
+    """The middle block must compute what the last one does, in forward: what is computed again in backward may differ.
 
     Args:
-        flops: of plain Inductor's graphs, by module path.
+        flops: of plain Inductor's forward graphs, by module path.
         repeated: the blocks.
 
     Raises:

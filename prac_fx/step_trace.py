@@ -71,7 +71,8 @@ class PlannedGraph:
         facts: of the joint graph.
         forward: what Inductor would allocate.
         backward: likewise.
-        flops: of matmuls, convolutions and attention in both, by module path.
+        forward_flops: of matmuls, convolutions and attention in the forward graph, by module path.
+        flops: of both.
         plan: what our passes decide; None when they were not asked.
         rewritten: what they made; None for plain Inductor.
         refused: why the graph cannot be rewritten; None when it can.
@@ -80,6 +81,7 @@ class PlannedGraph:
     facts: JointFacts
     forward: GraphPlan
     backward: GraphPlan
+    forward_flops: Mapping[str, int]
     flops: Mapping[str, int]
     plan: Plan | None = None
     rewritten: PartitionedGraph | None = None
@@ -235,6 +237,7 @@ class _Observer:
         self.facts: JointFacts | None = None
         self.forward: GraphPlan | None = None
         self.backward: GraphPlan | None = None
+        self.forward_flops: Counter[str] = Counter()
         self.flops: Counter[str] = Counter()
 
     def look(
@@ -247,8 +250,10 @@ class _Observer:
         """In the place of `compile_fx_inner`."""
         if self.facts is None:
             raise _NoBackward
-        self.flops += graph_flops(gm.graph)
+        flops = graph_flops(gm.graph)
+        self.flops += flops
         if self.forward is None:
+            self.forward_flops = flops
             run = gm.forward
             self.forward = plan_graph(gm, example_inputs, **options)
             return make_boxed_func(run)
@@ -260,7 +265,15 @@ class _Observer:
         assert self.facts is not None
         assert self.forward is not None
         assert self.backward is not None
-        return PlannedGraph(self.facts, self.forward, self.backward, self.flops, plan, rewritten)
+        return PlannedGraph(
+            self.facts,
+            self.forward,
+            self.backward,
+            self.forward_flops,
+            self.flops,
+            plan,
+            rewritten,
+        )
 
 
 class _PlainPartitioner(CustomPartitionerFn):

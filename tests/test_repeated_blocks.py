@@ -254,3 +254,30 @@ def test_other_ways_share_the_few_blocks_and_the_plain_graphs(few: MemoryReport)
     assert row.note == ""
     assert row.saved_nbytes is not None
     assert few.saved_after_nbytes < row.saved_nbytes < few.saved_before_nbytes
+
+
+def test_checkpointed_blocks_are_analysed_by_a_few_too(
+    few: MemoryReport, caplog: pytest.LogCaptureFixture
+) -> None:
+    # backward does not compute the end of the last block again, as it does that of the others
+    from prac_fx.alternatives import Way, analyse_way
+
+    torch._dynamo.reset()
+    step = analysed_step.Step(Deep(), (torch.arange(1024) % 96,), {})
+    row = analyse_way(Way("checkpoint per block", checkpointed=True), step, {}, few.step)
+    assert row.note == ""
+    assert "blocks are analysed" not in caplog.text
+    # each block keeps its input
+    inputs = BLOCKS * 1024 * 64 * 4
+    assert row.saved_nbytes == pytest.approx(inputs + 1024 * 96 * 4, rel=0.15)
+
+
+def test_blocks_among_which_a_budget_chooses_are_averaged(few: MemoryReport) -> None:
+    from prac_fx.alternatives import Way, analyse_way
+
+    torch._dynamo.reset()
+    step = analysed_step.Step(Deep(), (torch.arange(1024) % 96,), {})
+    row = analyse_way(Way("budget 0.5", budget=0.5), step, {}, few.step)
+    assert row.note.startswith(f"averaged over 4 of {BLOCKS} blocks")
+    assert row.saved_nbytes is not None
+    assert row.saved_nbytes < few.saved_before_nbytes
