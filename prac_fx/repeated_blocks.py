@@ -23,7 +23,16 @@ from typing import Any
 from torch import Tensor, nn
 
 from prac_fx.passes.plan import PlannedValue
-from prac_fx.step_memory import CATEGORIES, Category, Event, Live, StepMemory, StepPlan, highest
+from prac_fx.step_memory import (
+    CATEGORIES,
+    Category,
+    Event,
+    Live,
+    Phase,
+    StepMemory,
+    StepPlan,
+    highest,
+)
 
 ANALYSED = 4
 MIDDLE = 2
@@ -229,6 +238,8 @@ def all_blocks(step: StepPlan, repeated: Repeated) -> StepMemory:
     cuts = _cuts(events, repeated)
     copies = _copies(len(events), cuts, repeated)
     found = [_event(events, one, cuts, repeated) for one in copies]
+    if any(nbytes < 0 for event in found for nbytes in event.nbytes.values()):
+        raise CannotMultiplyError("its blocks do not each leave the same behind")
     at = highest(found)
     live = _live(step, events, copies[at], found[at], repeated)
     return StepMemory(tuple(found), tuple(sorted(live, key=lambda one: (-one.nbytes, one.what))))
@@ -278,24 +289,24 @@ def _cuts(events: Sequence[Event], repeated: Repeated) -> _Cuts:
 
 
 def _starts(
-    events: Sequence[Event], repeated: Repeated, phase: str, order: Sequence[int]
+    events: Sequence[Event], repeated: Repeated, phase: Phase, order: Sequence[int]
 ) -> list[int]:
-    """The first event of each block in a pass."""
-    blocks = [
-        repeated.block_of(event.origin.module) if event.phase == phase else None for event in events
-    ]
-    if phase == "backward":
-        # what is computed again may come earlier than the gradients of its block
-        held = [event.nbytes["gradients"] for event in events]
-        with_gradient = [
-            number if before < after else None
-            for number, before, after in zip(blocks, [0, *held], held, strict=False)
-        ]
-        if all(number in with_gradient for number in order):
-            blocks = with_gradient
-    if not all(number in blocks for number in order):
+    """The same event of each block in a pass: the one that adds most to what stays.
+
+    Not just the first one: what depends on no activation, or is computed again, may run long before its block does.
+    """
+    kept: Category = "saved" if phase == "forward" else "gradients"
+    held = [0, *(event.nbytes[kept] for event in events)]
+    found: dict[int, tuple[int, int]] = {}
+    for index, event in enumerate(events):
+        block = repeated.block_of(event.origin.module)
+        if event.phase == phase and block is not None:
+            added = held[index + 1] - held[index]
+            if block not in found or added > found[block][0]:
+                found[block] = added, index
+    if not all(number in found for number in order):
         raise CannotMultiplyError(f"the {phase} pass does not name its blocks")
-    starts = [blocks.index(number) for number in order]
+    starts = [found[number][1] for number in order]
     if starts != sorted(starts):
         raise CannotMultiplyError(f"the {phase} pass does not run its blocks in order")
     return starts
@@ -356,6 +367,8 @@ def _live(
         kept = saved if position < holding else gradients if copied.backward else []
         found += [replace(one, module=repeated.moved(one.module, number)) for one in kept]
     listed = {c: sum(one.nbytes for one in found if one.category == c) for c in CATEGORIES}
+    if repeated.alike and any(listed[c] > nbytes for c, nbytes in event.nbytes.items()):
+        raise CannotMultiplyError("its blocks do not each leave the same behind")
     return found + [
         Live("other", category, repeated.module, nbytes - listed[category])
         for category, nbytes in event.nbytes.items()
