@@ -59,7 +59,7 @@ def _points(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
             "gradient": row["gradient"],
             "saved": row["saved_nbytes"] / plain["saved_nbytes"],
             "peak": row["peak_nbytes"] / plain["peak_nbytes"],
-            "time": row["ratio"],
+            "time": 1.0 if row is plain else row["ratio"],
         }
         for row in rows
     ]

@@ -221,7 +221,7 @@ def body(record: dict[str, Any]) -> str:
     """A table per model, compile times, and the paper's tables where their models were run."""
     parts = [
         f"{record['dtype']}. In brackets: over plain Inductor's. Step time: quartiles of the ratio of a step to the plain one "
-        "right before it. Total: peak, parameters, AdamW's moments, buffers, inputs and state of the bases."
+        "right before it; plain Inductor's against itself shows the noise of the machine. Total: peak, parameters, AdamW's moments, buffers, inputs and state of the bases."
     ]
     models: dict[str, list[dict[str, Any]]] = {}
     for row in record["rows"]:

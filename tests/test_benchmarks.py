@@ -86,6 +86,7 @@ def test_memory_time_and_frontier(tmp_path: Path) -> None:
     assert {point["method"] for point in record["models"]["LLaMA"]} == {
         *("inductor", "eager", "prac balanced")
     }
+    assert record["models"]["LLaMA"][0]["time"] == 1
     assert "![LLaMA](frontier_llama.svg)" in page
 
 
