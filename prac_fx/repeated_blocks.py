@@ -235,7 +235,15 @@ def all_blocks(step: StepPlan, repeated: Repeated) -> StepMemory:
         CannotMultiplyError: the events of the blocks are not in the order of the blocks.
     """
     events = step.events()
-    cuts = _cuts(events, repeated)
+    try:
+        return _all_blocks(step, events, _cuts(events, repeated, by_most=True), repeated)
+    except CannotMultiplyError:  # such as checkpointed blocks, which hardly keep anything
+        return _all_blocks(step, events, _cuts(events, repeated, by_most=False), repeated)
+
+
+def _all_blocks(
+    step: StepPlan, events: Sequence[Event], cuts: _Cuts, repeated: Repeated
+) -> StepMemory:
     copies = _copies(len(events), cuts, repeated)
     found = [_event(events, one, cuts, repeated) for one in copies]
     if any(nbytes < 0 for event in found for nbytes in event.nbytes.values()):
@@ -279,9 +287,9 @@ class _Cuts:
     blocks: int
 
 
-def _cuts(events: Sequence[Event], repeated: Repeated) -> _Cuts:
-    there = _starts(events, repeated, "forward", range(ANALYSED))
-    back = _starts(events, repeated, "backward", range(ANALYSED)[::-1])
+def _cuts(events: Sequence[Event], repeated: Repeated, by_most: bool) -> _Cuts:
+    there = _starts(events, repeated, "forward", range(ANALYSED), by_most)
+    back = _starts(events, repeated, "backward", range(ANALYSED)[::-1], by_most)
     forward, backward = (there[MIDDLE], there[-1]), (back[1], back[2])  # the last block comes first
     if repeated.alike:
         return _Cuts(forward, backward, forward, backward, 1)
@@ -289,11 +297,11 @@ def _cuts(events: Sequence[Event], repeated: Repeated) -> _Cuts:
 
 
 def _starts(
-    events: Sequence[Event], repeated: Repeated, phase: Phase, order: Sequence[int]
+    events: Sequence[Event], repeated: Repeated, phase: Phase, order: Sequence[int], by_most: bool
 ) -> list[int]:
-    """The same event of each block in a pass: the one that adds most to what stays.
+    """The same event of each block in a pass: the one that adds most to what stays, or the first one.
 
-    Not just the first one: what depends on no activation, or is computed again, may run long before its block does.
+    What depends on no activation, or is computed again, may run long before its block does.
     """
     kept: Category = "saved" if phase == "forward" else "gradients"
     held = [0, *(event.nbytes[kept] for event in events)]
@@ -301,7 +309,7 @@ def _starts(
     for index, event in enumerate(events):
         block = repeated.block_of(event.origin.module)
         if event.phase == phase and block is not None:
-            added = held[index + 1] - held[index]
+            added = held[index + 1] - held[index] if by_most else 0
             if block not in found or added > found[block][0]:
                 found[block] = added, index
     if not all(number in found for number in order):
