@@ -49,7 +49,7 @@ def _set(data: Any, path: tuple[str | int, ...], value: object) -> Any:
         (("totals", "logits_nbytes"), -1, "totals.logits_nbytes: expected a whole number, 0 or more"),
         (("totals", "logits_nbytes"), True, "totals.logits_nbytes: expected a whole number"),
         (("totals", "logits_nbytes"), 1.0, "totals.logits_nbytes: expected a whole number"),
-        (("totals", "optimizer"), None, "totals.optimizer: expected text, got None"),
+        (("totals", "optimizer"), 3, "totals.optimizer: expected text, got 3"),
         (("model", "repeated"), {"module": "m"}, "model.repeated.analysed is missing"),
         (("model",), [], "model: expected an object, got []"),
         (("values",), {}, "values: expected a list, got {}"),
