@@ -50,7 +50,13 @@ def _parser() -> argparse.ArgumentParser:
         help="for each benchmark, about; default: "
         + ", ".join(f"{minutes:g} ({size})" for size, minutes in MINUTES.items()),
     )
-    parser.add_argument("--only", nargs="*", default=[], metavar="MODEL", help="these models")
+    parser.add_argument(
+        "--only",
+        nargs="*",
+        default=[],
+        metavar="NAME",
+        help="these models, or variants of convergence",
+    )
     return parser
 
 

@@ -21,7 +21,7 @@ class Settings:
         device: where models run.
         output: folder of JSON files and pages.
         minutes: the benchmark stops taking up new work after so long; what it has by then is written.
-        only: names of models to run, in this order; empty for all.
+        only: names of models to run, in this order, or of variants to train; empty for all.
         started: clock at the start, for `minutes`.
     """
 
