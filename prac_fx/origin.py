@@ -43,7 +43,7 @@ def origin_of(node: fx.Node) -> Origin:
     """Origin of a joint-graph node from the metadata that Dynamo and AOTAutograd left on it."""
     # a view that AOTAutograd made for backward knows no module; the value it is a view of does
     if not node.meta.get("nn_module_stack"):
-        node = without_views(node)
+        node = _known(without_views(node))
     path, kind = _module_stack(node) or ("", "")
     module = clean_path(path)
     frames = _FRAME.findall(node.meta.get("stack_trace") or "")
@@ -51,6 +51,14 @@ def origin_of(node: fx.Node) -> Origin:
     file, line = frames[-1] if frames else ("", 0)
     op = str(node.target).removeprefix("aten.") if node.op == "call_function" else node.op
     return Origin(module, op, file, int(line), kind)
+
+
+def _known(node: fx.Node) -> fx.Node:
+    """The nearest node up the graph that knows where it comes from: what passes of torch add does not."""
+    known = ("nn_module_stack", "fwd_nn_module_stack", "stack_trace")
+    while not any(node.meta.get(key) for key in known) and node.all_input_nodes:
+        node = node.all_input_nodes[0]
+    return node
 
 
 def _module_stack(node: fx.Node) -> tuple[str, str] | None:

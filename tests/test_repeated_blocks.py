@@ -13,6 +13,8 @@ import torch
 from torch import Tensor, nn
 
 from prac_fx import analysed_step
+from prac_fx.alternatives import Way, analyse_way, ways_to_train, without_values
+from prac_fx.config import PracConfig
 from prac_fx.memory_report import MemoryReport, report_step
 from prac_fx.passes.plan import PlannedValue
 from prac_fx.repeated_blocks import Repeated, identical_blocks, with_few_blocks
@@ -242,9 +244,6 @@ def test_a_model_that_counts_its_blocks_is_analysed_whole_and_says_so(
 
 
 def test_other_ways_share_the_few_blocks_and_the_plain_graphs(few: MemoryReport) -> None:
-    from prac_fx.alternatives import Way, analyse_way
-    from prac_fx.config import PracConfig
-
     torch._dynamo.reset()
     step = analysed_step.Step(Deep(), (torch.arange(1024) % 96,), {})
     way = Way("other", config=PracConfig(min_nbytes=0, policy="linear"))
@@ -260,8 +259,6 @@ def test_checkpointed_blocks_are_analysed_by_a_few_too(
     few: MemoryReport, caplog: pytest.LogCaptureFixture
 ) -> None:
     # backward does not compute the end of the last block again, as it does that of the others
-    from prac_fx.alternatives import Way, analyse_way
-
     torch._dynamo.reset()
     step = analysed_step.Step(Deep(), (torch.arange(1024) % 96,), {})
     row = analyse_way(Way("checkpoint per block", checkpointed=True), step, {}, few.step)
@@ -273,11 +270,23 @@ def test_checkpointed_blocks_are_analysed_by_a_few_too(
 
 
 def test_blocks_among_which_a_budget_chooses_are_averaged(few: MemoryReport) -> None:
-    from prac_fx.alternatives import Way, analyse_way
-
     torch._dynamo.reset()
     step = analysed_step.Step(Deep(), (torch.arange(1024) % 96,), {})
     row = analyse_way(Way("budget 0.5", budget=0.5), step, {}, few.step)
     assert row.note.startswith(f"averaged over 4 of {BLOCKS} blocks")
     assert row.saved_nbytes is not None
     assert row.saved_nbytes < few.saved_before_nbytes
+
+
+def test_what_torch_adds_belongs_to_the_block_that_it_is_computed_from(few: MemoryReport) -> None:
+    """The fp8 pass makes its nodes without a note of where they come from."""
+    fp8 = next(way for way in ways_to_train(PracConfig()) if way.name == "fp8 activations")
+    step = without_values(analysed_step.Step(Deep(), (torch.arange(8192) % 96,), {}))
+    rows = []
+    for at_least in (8, BLOCKS + 1):
+        torch._dynamo.reset()
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(analysed_step, "_MANY_BLOCKS", at_least)
+            rows.append(analyse_way(fp8, step, {}, few.step))
+    assert rows[0].note == rows[1].note == ""
+    assert rows[0].saved_nbytes == rows[1].saved_nbytes
