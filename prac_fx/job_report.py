@@ -16,6 +16,7 @@ import errno
 import json
 import os
 import tempfile
+import warnings
 from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -27,7 +28,7 @@ import torch.fx as fx
 from torch import Tensor, nn
 
 from prac_fx.config import PracConfig
-from prac_fx.errors import PracOptionError
+from prac_fx.errors import PracOptionError, PracWarning
 from prac_fx.memory import size_hint, storage_nbytes
 from prac_fx.origin import clean_path, origin_of
 from prac_fx.passes.plan import Plan, PlannedValue
@@ -116,8 +117,7 @@ def report_graph(
         plan: what it was compiled by; None after a fallback.
         fallback: the reason of a fallback.
 
-    Raises:
-        PracOptionError: the file cannot be written any more.
+    If the file cannot be written any more, that is a warning: a full disk is no reason to stop a training run.
     """
     if config.report is None:
         return
@@ -130,9 +130,11 @@ def report_graph(
     try:
         _write_at_once(path, json.dumps(document, indent=2, allow_nan=False) + "\n")
     except OSError as error:
-        raise PracOptionError(
-            f"prac.report={config.report!r}: cannot write: {error.strerror}"
-        ) from error
+        warnings.warn(
+            f"prac.report={config.report!r} was not written: {error.strerror}",
+            PracWarning,
+            stacklevel=2,
+        )
 
 
 def _own_path(report: str) -> Path:

@@ -181,7 +181,8 @@ def test_the_file_appears_whole_or_not_at_all(
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(os, "replace", fail)
-    with pytest.raises(PracOptionError, match="No space left on device"):
+    # training goes on
+    with pytest.warns(PracWarning, match=r"was not written: No space left on device"):
         _train(Sequential(), rows(512), path)
     assert path.read_text() == "the report of the last run"
     assert os.listdir(tmp_path) == ["report.json"]
