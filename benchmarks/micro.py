@@ -11,6 +11,7 @@ the exact weight gradient over that of the factored one.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -42,7 +43,11 @@ def run(settings: Settings) -> Iterator[dict[str, Any]]:
     """Seconds, floors and their ratio for every codec, shape by shape."""
     machine = _Machine(settings)
     rows: list[dict[str, Any]] = []
-    figures = {"dtype": str(settings.dtype), "matmul_gflops_per_s": machine.flops / 1e9}
+    figures = {
+        "dtype": str(settings.dtype),
+        "matmul_gflops_per_s": machine.flops / 1e9,
+        "loads": _loads(SHAPES[settings.size][0][:2], machine, settings),
+    }
     for tokens, features, outputs in SHAPES[settings.size]:
         x = torch.randn(tokens, features, device=settings.device, dtype=settings.dtype)
         dy = torch.randn(tokens, outputs, device=settings.device, dtype=settings.dtype)
@@ -88,6 +93,19 @@ class _Machine:
         seconds = self.time(function)
         floor = max(nbytes / self.bandwidth, flops / self.flops)
         return {"seconds": seconds, "floor": floor, "times_floor": seconds / floor}
+
+
+def _loads(
+    shape: tuple[int, ...], machine: _Machine, settings: Settings
+) -> dict[str, dict[str, float]]:
+    """Seconds of the smallest kernel there is, by what it reads: what loads cost that codecs cannot do without."""
+    found = {}
+    for dtype in (torch.float32, torch.int32, torch.int8):
+        x = torch.ones(shape, dtype=dtype, device=settings.device)
+        kernel = torch.compile(lambda x: x + 1)
+        seconds = machine.time(functools.partial(kernel, x))
+        found[str(dtype).removeprefix("torch.")] = {"seconds": seconds, "nbytes": 2 * x.nbytes}
+    return found
 
 
 def _quantised(name: str, x: Tensor, machine: _Machine) -> dict[str, Any]:
@@ -161,4 +179,13 @@ def body(record: dict[str, Any]) -> str:
         "`exact`: time of the exact weight gradient over encoding plus factored gradient, the whole of what PRAC adds and "
         "saves for one reader. Above 1, PRAC is faster. Several readers (query, key, value) share one encoding."
     )
-    return f"{rates}\n{table}\n\n{notes}\n"
+    loads = ", ".join(
+        f"{name} {one['seconds'] * 1e3:.3f} ms for {one['nbytes'] / 1e6:.1f} MB"
+        for name, one in record["loads"].items()
+    )
+    where = (
+        f"Where the time of quantised codecs goes: `x + 1`, compiled, by the type of x: {loads}. Where integers are slower than "
+        "floats of more bytes, it is how the compiler loads them (for a CPU, Inductor copies each vector of integers through a "
+        "buffer: `Vectorized<int>::loadu` with a count), which no codec can do without."
+    )
+    return f"{rates}\n{table}\n\n{notes}\n\n{where}\n"

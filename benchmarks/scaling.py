@@ -129,6 +129,8 @@ def body(record: dict[str, Any]) -> str:
 
 
 def _compile_table(rows: list[dict[str, Any]]) -> str:
+    if not rows:
+        return "Not run: time was up."
     plain = {row["layers"]: row for row in rows if row["method"] == BASELINE.name}
     lines = [
         [
