@@ -12,11 +12,15 @@ from typing import Any
 
 import pytest
 import torch
+from torch.utils.weak import WeakIdKeyDictionary
 
 from prac_fx.compiled_graphs import CompiledGraph
 from prac_fx.plan_check import _outcomes, check_plans, find_mismatch
 from tests import distributed_workers as workers
+from tests.compiling import compile_prac
 from tests.distributed_workers import SCENARIOS, STEPS
+from tests.models import Sequential, rows
+from tests.uncompiled import no_code_generation
 
 WORLD = 2
 SECONDS = 240
@@ -199,9 +203,16 @@ def test_later_compilations_for_other_batches_are_not_compared() -> None:
     assert find_mismatch(ranks) == ""
 
 
-def test_check_plans_in_a_single_process_has_nothing_to_compare_with() -> None:
-    torch._dynamo.reset()
+def test_check_plans_in_a_single_process_counts_what_was_compiled(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    # earlier tests may have left graphs alive
+    monkeypatch.setattr("prac_fx.compiled_graphs._ALIVE", WeakIdKeyDictionary())
     assert check_plans() == 0
+    compiled = compile_prac(Sequential())
+    with no_code_generation():
+        compiled(rows())
+    assert check_plans() == 1
 
 
 # -- fully sharded ---------------------------------------------------------------------------------
