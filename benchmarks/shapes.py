@@ -62,6 +62,7 @@ PAPER = (
 )
 SMALL = (
     Shape("LLaMA", "llama", 256, 688, 4, 2, 16, 128, 512),
+    Shape("LLaMA, twice as wide", "llama", 512, 1376, 8, 2, 8, 128, 512),
     Shape("GPT-2", "gpt2", 256, 1024, 4, 2, 16, 128, 512),
     Shape("RoBERTa", "roberta", 256, 1024, 4, 2, 16, 128, 512),
     Shape("ViT", "vit", 256, 1024, 4, 2, 32, 64, 10),
