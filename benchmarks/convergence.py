@@ -29,6 +29,7 @@ from benchmarks.record import commit
 from benchmarks.settings import Settings
 from examples.stdlib_text import batches, library_bytes
 from prac_fx.held_memory import all_tensors, held_nbytes
+from prac_fx.noise_report import student_quantile
 
 TITLE = "Convergence: validation loss at the end of training"
 
@@ -50,8 +51,6 @@ OPTIMIZERS = ("adamw", "muon")
 SEEDS = (0, 1, 2)
 WARM_UP = 0.1  # share of the steps
 CURVE_POINTS = 20
-# 97.5% quantiles of Student's t with 1, 2, ... degrees of freedom
-_STUDENT = (12.71, 4.30, 3.18, 2.78, 2.57, 2.45, 2.36, 2.31)
 
 
 @dataclass(frozen=True)
@@ -322,5 +321,5 @@ def _with_interval(values: list[float], sign: str) -> str:
     mean = f"{statistics.fmean(values):{sign}.4f}"
     if len(values) < 2:
         return mean
-    margin = _STUDENT[len(values) - 2] * statistics.stdev(values) / math.sqrt(len(values))
+    margin = student_quantile(len(values) - 1) * statistics.stdev(values) / math.sqrt(len(values))
     return f"{mean} +- {margin:.4f}"
