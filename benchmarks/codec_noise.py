@@ -92,7 +92,7 @@ def error(x: Tensor, options: dict[str, Any], rotate: bool) -> tuple[float, floa
         return math.nan, math.nan  # rotations are for powers of two
     matrix = hadamard(size) if rotate else None
     given = (x.unflatten(-1, (-1, size)) @ matrix).flatten(-2) if rotate else x
-    stored = codec.encode(given, torch.tensor(1), 0)
+    stored = codec.encode(given, *codec.numbers(given, torch.tensor(1)))
     back = codec.decode(stored, x.dtype)
     if matrix is not None:
         back = (back.unflatten(-1, (-1, size)) @ matrix.mT).flatten(-2)

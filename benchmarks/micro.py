@@ -111,7 +111,7 @@ def _loads(
 def _quantised(name: str, x: Tensor, machine: _Machine) -> dict[str, Any]:
     codec = QuantCodec(name, x.shape[1], PracConfig().group_size)  # type: ignore[arg-type]
     seed = torch.tensor(1, device=x.device)
-    encode = torch.compile(lambda x: codec.encode(x, seed, 0))
+    encode = torch.compile(lambda x: codec.encode(x, *codec.numbers(x, seed)))
     decode = torch.compile(lambda *stored: codec.decode(stored, x.dtype))
     stored = encode(x)
     nbytes = x.nbytes + sum(part.nbytes for part in stored)

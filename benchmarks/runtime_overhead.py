@@ -72,7 +72,7 @@ def _plan(sites: int, rounds: bool, device: torch.device) -> Plan:
     return Plan(
         (),
         tuple(
-            Site(f"value_{i}", codec, salt=i, owner=i, owner_name=f"{i}.weight", **common)  # type: ignore[arg-type]
+            Site(f"value_{i}", codec, owner=i, owner_name=f"{i}.weight", **common)  # type: ignore[arg-type]
             for i in range(sites)
         ),
         clones=(),

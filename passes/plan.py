@@ -107,7 +107,6 @@ class Site:
         codec: how it is stored.
         dtype: dtype of the value, of its coordinates and of its basis.
         device: where all of them live.
-        salt: number of the site within the plan; its rounding differs from that of others.
         coordinates: how the coordinates of PRAC are stored; None for as they are.
         layout: of the value, when it is decoded.
         matrix: factored: name of the node that readers see, (m, n) or (E, m, n), up to `transposed`.
@@ -124,7 +123,6 @@ class Site:
     codec: PracCodec | QuantCodec | BitCodec
     dtype: torch.dtype
     device: torch.device
-    salt: int
     coordinates: QuantCodec | None = None
     layout: Layout | None = None
     matrix: str = ""
@@ -143,8 +141,13 @@ class Site:
     @property
     def is_random(self) -> bool:
         """Does its encoding round stochastically?"""
-        quantizer = self.coordinates if isinstance(self.codec, PracCodec) else self.codec
-        return isinstance(quantizer, QuantCodec) and quantizer.is_unbiased
+        return self.quantizer is not None and self.quantizer.is_unbiased
+
+    @property
+    def quantizer(self) -> QuantCodec | None:
+        """What stores the value, or its coordinates, in few bits."""
+        codec = self.coordinates if isinstance(self.codec, PracCodec) else self.codec
+        return codec if isinstance(codec, QuantCodec) else None
 
 
 @dataclass(frozen=True)
@@ -631,7 +634,6 @@ class _Planner:
             "value": root.name,
             "dtype": value.dtype,
             "device": value.device,
-            "salt": len(self.sites),
         }
 
     def _add_prac_site(

@@ -4,7 +4,7 @@ A value that backward multiplies into something else, stored as int8:
 
     before                                      after
     x = ...                                     x = ...
-    out = cos(x)                                coordinates, scales = encode(x, seed)   # must be saved
+    out = cos(x)                                coordinates, scales = encode(x)         # must be saved
     ---- backward ----                          out = cos(x)
     s = sin(x)                                  ---- backward ----
     dx = mul(dy, s)                             decoded = decode(coordinates, scales)   # must be in backward
@@ -18,14 +18,16 @@ removes the decoded value again.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.fx as fx
 from torch import Tensor
 
 from prac_fx.codecs import PracCodec
+from prac_fx.codecs.rounding import column_numbers, row_numbers
 from prac_fx.errors import CannotRewriteError
 from prac_fx.graph_edit import Inliner, fake_result, tensor_value, without_views
 from prac_fx.memory import size_hint
@@ -100,8 +102,7 @@ def rewrite(graph: fx.Graph, plan: Plan, state: State, inline: Inliner) -> list[
         _require(names, nodes)
     _require((*plan.clones, *plan.statistics), nodes)
     backward = classify(graph).backward
-    position = {node: index for index, node in enumerate(graph.nodes)}
-    place = _Place(position, state.seed, inline)
+    place = _Place(graph, plan, state, inline)
     encoded: list[EncodedSite] = []
     decoded: dict[fx.Node, EncodedSite] = {}
     for site in plan.sites:
@@ -132,17 +133,80 @@ def _must_save(node: fx.Node) -> None:
         node.meta["recompute"] = CheckpointPolicy.MUST_SAVE
 
 
-@dataclass(frozen=True)
 class _Place:
-    """Where code for one site goes."""
+    """Where code for one site goes, and the random numbers it rounds with.
 
-    position: Mapping[fx.Node, int]
-    seed: fx.Node | None
-    inline: Inliner
+    Numbers for columns are one table, of which each site has a part to itself. Those for rows are shared by all sites with
+    as many rows, see `rounding`.
+    """
+
+    def __init__(self, graph: fx.Graph, plan: Plan, state: State, inline: Inliner) -> None:
+        self.position = {node: index for index, node in enumerate(graph.nodes)}
+        self.inline = inline
+        self._head = next(node for node in graph.nodes if node.op != "placeholder")
+        # needed only where something rounds stochastically, and then it is there
+        self._seed: Any = state.seed
+        self._columns_used = 0
+        self._columns_in_all = sum(
+            site.quantizer.padded_features
+            for site in plan.sites
+            if site.quantizer and site.is_random
+        )
+        self._tables: dict[tuple[str, int], fx.Node] = {}
 
     def after(self, *nodes: fx.Node | None) -> fx.Node:
         """The node behind the last of these."""
         return max((n for n in nodes if n is not None), key=self.position.__getitem__).next
+
+    def numbers(self, site: Site, value: fx.Node, before: fx.Node) -> list[fx.Node]:
+        """What the quantizer of a site rounds `value` with: numbers for its rows and for its columns."""
+        quantizer = site.quantizer
+        if quantizer is None or not site.is_random:
+            return []
+        used = slice(self._columns_used, self._columns_used + quantizer.padded_features)
+        self._columns_used = used.stop
+        columns = self.inline(
+            lambda table: table[used],
+            [self._table(column_numbers, self._columns_in_all, value)],
+            before=before,
+            tag=_FORWARD,
+            like=value,
+            key=("columns", used.start, used.stop),
+            name="columns",
+        ).result
+        return [self._rows(value, quantizer.features, before), columns]
+
+    def _rows(self, value: fx.Node, features: int, before: fx.Node) -> fx.Node:
+        count = value.meta["val"].numel() // features
+        if isinstance(count, int):
+            return self._table(row_numbers, count, value)
+        return self.inline(
+            lambda x, seed: row_numbers(x.numel() // features, seed),
+            [value, self._seed],
+            before=before,
+            tag=_FORWARD,
+            like=value,
+            key=("rows", features),
+            name="row_numbers",
+        ).result
+
+    def _table(
+        self, numbers: Callable[[int, Tensor], Tensor], count: int, like: fx.Node
+    ) -> fx.Node:
+        """Numbers at the head of the graph, made once."""
+        name = numbers.__name__
+        found = self._tables.get((name, count))
+        if found is None:
+            found = self._tables[name, count] = self.inline(
+                lambda seed: numbers(count, seed),
+                [self._seed],
+                before=self._head,
+                tag=_FORWARD,
+                like=like,
+                key=(name, count),
+                name=name,
+            ).result
+        return found
 
 
 def _factored_site(
@@ -152,7 +216,7 @@ def _factored_site(
     inline, codec = place.inline, site.codec
     assert isinstance(codec, PracCodec)
     matrix = nodes[site.matrix]
-    anchor = place.after(matrix, state.basis, place.seed if site.is_random else None)
+    anchor = place.after(matrix, state.basis)
     if site.transposed:
         matrix = _transpose(inline, matrix, before=anchor, tag=_FORWARD)
     projected = inline(
@@ -211,12 +275,12 @@ def _store_coordinates(
     stored: tuple[fx.Node, ...] = (coordinates,)
     if quantizer is not None:
         stored = place.inline(
-            lambda c, *seed: quantizer.encode(c, seed[0] if seed else None, site.salt),
-            [coordinates, *([place.seed] if site.is_random and place.seed else [])],
+            quantizer.encode,
+            [coordinates, *place.numbers(site, coordinates, anchor)],
             before=anchor,
             tag=_FORWARD,
             like=coordinates,
-            key=("store", quantizer, site.salt),
+            key=("store", quantizer),
             name="stored",
         ).results
     for node in stored:
@@ -245,8 +309,7 @@ def _stored_site(site: Site, state: SiteState | None, value: fx.Node, place: _Pl
     """The encoding in forward of a value that backward decodes as a whole."""
     layout, codec, inline = site.layout, site.codec, place.inline
     assert layout is not None
-    seed = place.seed if site.is_random else None
-    anchor = place.after(value, seed, state.basis if state else None)
+    anchor = place.after(value, state.basis if state else None)
     if isinstance(codec, PracCodec):
         assert state is not None
         matrix = inline(
@@ -270,19 +333,19 @@ def _stored_site(site: Site, state: SiteState | None, value: fx.Node, place: _Pl
         stored = _store_coordinates(site, projected, anchor, place)
         return EncodedSite(site, state, value, matrix, stored, projected)
 
-    def encode(x: Tensor, *seeds: Tensor) -> tuple[Tensor, ...]:
+    def encode(x: Tensor, *numbers: Tensor) -> tuple[Tensor, ...]:
         rows = layout.to_rows(x)
         flat = rows.reshape(-1, layout.features)
-        parts = codec.encode(flat, seeds[0] if seeds else None, site.salt)
+        parts = codec.encode(flat, *numbers)
         return tuple(_as_rows(part, rows) for part in parts)
 
     stored = inline(
         encode,
-        [value, *([seed] if seed is not None else [])],
+        [value, *place.numbers(site, value, anchor)],
         before=anchor,
         tag=_FORWARD,
         like=value,
-        key=("encode", codec, layout, site.salt),
+        key=("encode", codec, layout),
         name="stored",
     ).results
     for node in stored:

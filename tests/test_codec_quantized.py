@@ -13,6 +13,7 @@ from torch.fx.experimental.proxy_tensor import make_fx
 
 from prac_fx.codecs import QuantCodec
 from prac_fx.codecs.quantized import Format
+from prac_fx.codecs.rounding import column_numbers
 
 DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
 FORMATS: list[Format] = ["int8", "int4", "fp8_e4m3", "fp8_e5m2"]
@@ -51,8 +52,12 @@ def _seed(number: int = 5) -> Tensor:
     return torch.tensor(number, dtype=torch.int64)
 
 
-def _decoded(codec: QuantCodec, x: Tensor, seed: int = 5, salt: int = 3) -> Tensor:
-    return codec.decode(codec.encode(x, _seed(seed), salt), x.dtype)
+def _encoded(codec: QuantCodec, x: Tensor, seed: int = 5) -> tuple[Tensor, ...]:
+    return codec.encode(x, *codec.numbers(x, _seed(seed)))
+
+
+def _decoded(codec: QuantCodec, x: Tensor, seed: int = 5) -> Tensor:
+    return codec.decode(_encoded(codec, x, seed), x.dtype)
 
 
 def _groups(x: Tensor, codec: QuantCodec) -> list[Tensor]:
@@ -246,15 +251,22 @@ def test_not_finite(kind: tuple[Format, Options], bad: float, dtype: torch.dtype
 
 
 @pytest.mark.parametrize("kind", UNBIASED_KINDS, ids=_id)
-def test_seed_and_salt(kind: tuple[Format, Options]) -> None:
-    """Same seed and salt, same codes; another of either, other codes. The user's generator is not used."""
+def test_numbers_decide(kind: tuple[Format, Options]) -> None:
+    """Same seed, same codes; another seed, or other columns, other codes. The user's generator is not used."""
     codec = QuantCodec(kind[0], 96, 32, **kind[1])
     x = _randn(30, 96, dtype=torch.float32)
     state = torch.get_rng_state()
-    codes = codec.encode(x, _seed(5), 3)[0]
-    assert torch.equal(codes, codec.encode(x, _seed(5), 3)[0])
-    for seed, salt in [(6, 3), (5, 4), (5 + (1 << 20), 3)]:
-        assert float((codes != codec.encode(x, _seed(seed), salt)[0]).double().mean()) > 0.2
+    codes = _encoded(codec, x)[0]
+    assert torch.equal(codes, _encoded(codec, x)[0])
+    rows, columns = codec.numbers(x, _seed())
+    others = column_numbers(2 * len(columns), _seed())[len(columns) :]
+    for other in (
+        _encoded(codec, x, 6),
+        _encoded(codec, x, 5 + (1 << 20)),
+        codec.encode(x, rows, others),
+        codec.encode(x, rows.flip(0), columns),
+    ):
+        assert float((codes != other[0]).double().mean()) > 0.2
     assert torch.equal(state, torch.get_rng_state())
 
 
@@ -270,12 +282,12 @@ def test_equal_values_round_differently(kind: tuple[Format, Options]) -> None:
         assert abs(float((centred * other).mean() / centred.square().mean())) < 5 / 60
 
 
-def test_seed_is_required() -> None:
+def test_numbers_are_required() -> None:
     x = _randn(2, 16)
-    with pytest.raises(ValueError, match="needs a seed"):
-        QuantCodec("int8", 16, 16).encode(x, None, 0)
+    with pytest.raises(ValueError, match="needs random numbers"):
+        QuantCodec("int8", 16, 16).encode(x)
     for codec in (QuantCodec("int8", 16, 16, stochastic=False), QuantCodec("fp8_e4m3", 16, 16)):
-        codec.encode(x, None, 0)
+        codec.encode(x)
 
 
 # -- layout and sizes -----------------------------------------------------------------------------
@@ -288,7 +300,7 @@ def test_nbytes(kind: tuple[Format, Options], features: int) -> None:
     for dim, dtype in product((-1, -2), DTYPES):
         codec = QuantCodec(kind[0], features, 64, dim=dim, **kind[1])
         x = _randn(3, 5, features, dtype=dtype)
-        stored = codec.encode(x.mT.contiguous() if dim == -2 else x, _seed(), 0)
+        stored = _encoded(codec, x.mT.contiguous() if dim == -2 else x)
         assert len(stored) == (3 if codec.zero_point else 2)
         assert sum(part.nbytes for part in stored) == codec.stored_nbytes(15, dtype.itemsize)
         assert all(part.untyped_storage().nbytes() == part.nbytes for part in stored)
@@ -316,7 +328,7 @@ def test_int4_layout() -> None:
     codec = QuantCodec("int4", 32, 16, stochastic=False)
     numbers = torch.arange(-7, 9).clamp_max(7)
     x = torch.stack([numbers.flip(0), numbers]).flatten().float()
-    codes, largest = codec.encode(x, None, 0)
+    codes, largest = codec.encode(x)
     assert codes.dtype == torch.uint8
     assert largest.tolist() == [7, 7]
     for group, values in enumerate([numbers.flip(0), numbers]):
@@ -362,7 +374,7 @@ def test_any_rank_and_strides(kind: tuple[Format, Options]) -> None:
     flat = _decoded(codec, x)
     assert torch.equal(_decoded(codec, x.view(2, 3, 24)), flat.view(2, 3, 24))
     assert torch.equal(_decoded(codec, x[0]), flat[0])
-    strided = codec.encode(x.mT.contiguous().mT, _seed(), 3)
+    strided = _encoded(codec, x.mT.contiguous().mT)
     assert torch.equal(codec.decode(strided, x.dtype), flat)
 
 
@@ -410,14 +422,14 @@ def test_traces_with_symbolic_sizes(kind: tuple[Format, Options], features: int,
         shape = (3, features, rows) if dim == -2 else (3, rows, features)
         return _randn(*shape, seed=rows, dtype=torch.bfloat16)
 
-    encode = make_fx(lambda x, seed: codec.encode(x, seed, 3), tracing_mode="symbolic")(
-        x(6), _seed()
-    )
+    encode = make_fx(
+        lambda x, seed: codec.encode(x, *codec.numbers(x, seed)), tracing_mode="symbolic"
+    )(x(6), _seed())
     stored = encode(x(11), _seed(8))
-    for found, expected in zip(stored, codec.encode(x(11), _seed(8), 3), strict=True):
+    for found, expected in zip(stored, _encoded(codec, x(11), 8), strict=True):
         assert _same_bits(found, expected)
     decode = make_fx(lambda *s: codec.decode(s, torch.bfloat16), tracing_mode="symbolic")(
-        *codec.encode(x(6), _seed(), 3)
+        *_encoded(codec, x(6))
     )
     assert _same_bits(decode(*stored), codec.decode(stored, torch.bfloat16))
     targets = {str(node.target) for graph in (encode, decode) for node in graph.graph.nodes}
@@ -439,7 +451,7 @@ def test_compiled(codec: QuantCodec) -> None:
 
     @torch.compile(fullgraph=True)
     def both(x: Tensor, seed: Tensor) -> tuple[tuple[Tensor, ...], Tensor]:
-        stored = codec.encode(x, seed, 3)
+        stored = codec.encode(x, *codec.numbers(x, seed))
         return stored, codec.decode(stored, x.dtype)
 
     for rows in (5, 12):
@@ -448,6 +460,6 @@ def test_compiled(codec: QuantCodec) -> None:
         # not dynamic=True, which would also make symbols of the numbers in the codec
         torch._dynamo.mark_dynamic(x, shape.index(rows))
         stored, found = both(x, _seed(rows))
-        expected = codec.encode(x, _seed(rows), 3)
+        expected = _encoded(codec, x, rows)
         assert all(map(_same_bits, stored, expected))
         torch.testing.assert_close(found, codec.decode(expected, x.dtype), rtol=1e-6, atol=0)

@@ -1,4 +1,4 @@
-"""Numbers for stochastic rounding: uniform, uncorrelated, a function of their arguments, and no overflow."""
+"""Numbers for stochastic rounding: uniform, pairwise independent, a function of their arguments, and no overflow."""
 
 from __future__ import annotations
 
@@ -8,87 +8,90 @@ from collections.abc import Callable
 import pytest
 import torch
 from torch import Tensor
+from torch._inductor.utils import run_and_get_code
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from prac_fx.codecs.rounding import row_index, row_key, uniform
+from prac_fx.codecs import QuantCodec
+from prac_fx.codecs.rounding import column_numbers, row_numbers, uniform
 
-SAMPLES, COLUMNS = 100_000, 48
-CPU = torch.device("cpu")
-
-
-def _numbers(rows: Tensor, seed: Tensor, salt: int, columns: range) -> Tensor:
-    """(..., c) in float64."""
-    key = row_key(rows.unsqueeze(-1), seed, salt)
-    return uniform(key, columns).double()
+SAMPLES, VARIABLES = 100_000, 48
+HALF = 2.0**-17  # the mean of the numbers of columns is that much below 1/2
 
 
-def _rows(count: int, first: int = 0) -> Tensor:
-    return row_index((count,), CPU) + first
+Numbers = Callable[[int, Tensor], Tensor]
+
+
+def _over(seeds: Tensor, numbers: Numbers = column_numbers, count: int = VARIABLES) -> Tensor:
+    """(seeds, count) in float64."""
+    return torch.vmap(lambda seed: numbers(count, seed))(seeds).double()
+
+
+def _one(count: int, seed: int) -> Tensor:
+    return column_numbers(count, torch.tensor(seed)).double()
 
 
 # Each returns (samples, variables): how numbers that differ in one thing only vary together.
-def _along_a_row() -> Tensor:
-    return _numbers(_rows(SAMPLES), torch.tensor(3), 0, range(COLUMNS))
+def _along_the_index_over_seeds() -> Tensor:
+    return _over(torch.arange(SAMPLES)) + HALF
 
 
-def _along_a_row_over_seeds() -> Tensor:
-    seeds = torch.arange(SAMPLES).unsqueeze(-1)
-    return _numbers(torch.full((SAMPLES,), 5, dtype=torch.int32), seeds, 0, range(COLUMNS))
+def _along_the_index() -> Tensor:
+    return _one(SAMPLES * VARIABLES, 3).view(SAMPLES, -1) + HALF
 
 
-def _down_a_column() -> Tensor:
-    seeds = torch.arange(SAMPLES).view(-1, 1, 1)
-    return _numbers(_rows(COLUMNS).unsqueeze(0), seeds, 1, range(7, 8)).squeeze(-1)
+def _one_index_over_seeds() -> Tensor:
+    return _over(torch.arange(VARIABLES), count=SAMPLES).mT + HALF
 
 
-def _one_element_over_seeds() -> Tensor:
-    seeds = torch.arange(COLUMNS).view(1, -1, 1)
-    return _numbers(_rows(SAMPLES).unsqueeze(1), seeds, 1, range(7, 8)).squeeze(-1)
-
-
-def _one_element_over_salts() -> Tensor:
-    found = [
-        _numbers(_rows(SAMPLES), torch.tensor(3), salt, range(7, 8)) for salt in range(COLUMNS)
-    ]
-    return torch.cat(found, dim=1)
-
-
-def _far_columns() -> Tensor:
-    """Columns far apart, on both sides of 2^9 and 2^16, and neighbours of those."""
-    starts = [0, 508, 1 << 10, 1 << 15, (1 << 16) - 3, 3 << 16, 1 << 20, 1 << 25]
-    pieces = [range(start, start + 6) for start in starts]
-    found = [_numbers(_rows(SAMPLES), torch.tensor(3), 0, piece) for piece in pieces]
-    return torch.cat(found, dim=1)
-
-
-def _far_rows() -> Tensor:
-    """Rows that differ above bit 16 only."""
-    rows = torch.arange(COLUMNS, dtype=torch.int32) * (1 << 16) + 11
-    seeds = torch.arange(SAMPLES).view(-1, 1, 1)
-    return _numbers(rows.unsqueeze(0), seeds, 1, range(7, 8)).squeeze(-1)
+def _far_indices() -> Tensor:
+    """Indices that differ above bit 16 only."""
+    return _one(VARIABLES << 16, 5).view(VARIABLES, -1).mT + HALF
 
 
 def _high_seed_bits() -> Tensor:
-    seeds = (torch.arange(COLUMNS) << 16).view(1, -1, 1)
-    return _numbers(_rows(SAMPLES).unsqueeze(1), seeds, 1, range(7, 8)).squeeze(-1)
+    return _over(torch.arange(VARIABLES) << 16, count=SAMPLES).mT + HALF
+
+
+def _parts_of_rows_and_columns() -> Tensor:
+    seeds, count = torch.arange(SAMPLES), VARIABLES // 3
+    rows = _over(seeds, row_numbers, count)
+    multipliers = (rows.floor() + 0.0) / 128  # 64 values, mean 1/2
+    multipliers = (multipliers - 0.5) * math.sqrt(64**2 / (64**2 - 1)) + 0.5  # variance 1/12
+    return torch.cat([rows % 1, multipliers, _over(seeds, column_numbers, count) + HALF], dim=1)
+
+
+def _elements_of_a_value() -> Tensor:
+    """6 x 8 elements, out of 14 numbers."""
+    seeds = torch.arange(SAMPLES)
+    rows, columns = _over(seeds, row_numbers, 6), _over(seeds, column_numbers, 8)
+    return uniform(rows.unsqueeze(2), columns.unsqueeze(1)).flatten(1)
+
+
+def _elements_of_two_values() -> Tensor:
+    """Two values with the same numbers for rows: 6 rows of 4 columns each."""
+    seeds = torch.arange(SAMPLES) + 7
+    rows = _over(seeds, row_numbers, 6).unsqueeze(2)
+    columns = _over(seeds, column_numbers, 8).unsqueeze(1)
+    parts = [uniform(rows, columns[..., :4]), uniform(rows, columns[..., 4:])]
+    return torch.cat([part.flatten(1) for part in parts], dim=1)
 
 
 WAYS = [
-    _along_a_row,
-    _along_a_row_over_seeds,
-    _down_a_column,
-    _one_element_over_seeds,
-    _one_element_over_salts,
-    _far_columns,
-    _far_rows,
+    _along_the_index_over_seeds,
+    _along_the_index,
+    _one_index_over_seeds,
+    _far_indices,
     _high_seed_bits,
+    _parts_of_rows_and_columns,
+    _elements_of_a_value,
+    _elements_of_two_values,
 ]
 
 
 @pytest.mark.parametrize("way", WAYS, ids=lambda way: way.__name__.strip("_"))
 def test_moments_and_correlations(way: Callable[[], Tensor]) -> None:
-    """Mean 1/2, variance 1/12, no two variables correlated, and their sum like that of independent ones."""
+    """Mean 1/2, variance 1/12, no two variables correlated."""
     found = way()
     samples, count = found.shape
     centred = (found - 0.5) * math.sqrt(12)
@@ -99,30 +102,30 @@ def test_moments_and_correlations(way: Callable[[], Tensor]) -> None:
     pairs = covariance[torch.ones(count, count).triu(1).bool()] * math.sqrt(samples)
     assert float(pairs.abs().max()) < 5.5
     assert abs(float(pairs.square().mean()) - 1) < 5 * math.sqrt(2 / pairs.numel())
-    # pairs can be fine with an arithmetic progression in each row; its fourth moment is not
-    total = centred.sum(1) / math.sqrt(count)
-    assert abs(float(total.pow(4).mean()) - (3 - 1.2 / count)) < 5 * math.sqrt(96 / samples)
 
 
-def test_low_bits_are_uncorrelated_too() -> None:
-    """The lower half of each number is as good as the number."""
-    found = _along_a_row() * 256 % 1
-    centred = (found - found.mean()) * math.sqrt(12)
-    covariance = (centred.mT @ centred).fill_diagonal_(0) / math.sqrt(SAMPLES)
-    assert float(covariance.abs().max()) < 5.5
+def _line(line: str, seeds: Tensor, count: int) -> Tensor:
+    """(seeds, count): a row or a column of elements, or what they are made of."""
+    rows, columns = _over(seeds, row_numbers, count), _over(seeds, column_numbers, count)
+    if line == "row":
+        return uniform(rows[:, :1], columns)
+    return uniform(rows, columns[:, :1]) if line == "column" else columns + HALF
+
+
+@pytest.mark.parametrize("line", ["row", "column", "numbers"])
+def test_a_line_is_independent(line: str) -> None:
+    """Sums along a row, along a column and of the numbers have the fourth moment of independent ones."""
+    found = _line(line, torch.arange(SAMPLES), VARIABLES)
+    total = ((found - 0.5) * math.sqrt(12)).sum(1) / math.sqrt(VARIABLES)
+    assert abs(float(total.pow(4).mean()) - (3 - 1.2 / VARIABLES)) < 5 * math.sqrt(96 / SAMPLES)
 
 
 @pytest.mark.parametrize("bins", [(1 << 16,), (512, 512), (32, 32, 32)], ids=len)
-@pytest.mark.parametrize("along", ["row", "seed"])
-def test_neighbours_fill_the_cube(bins: tuple[int, ...], along: str) -> None:
+@pytest.mark.parametrize("line", ["row", "column", "numbers"])
+def test_neighbours_fill_the_cube(bins: tuple[int, ...], line: str) -> None:
     """Chi-squared of one number, of two and of three neighbours together."""
     samples = 1 << 20
-    if along == "row":
-        found = _numbers(_rows(samples), torch.tensor(1), 0, range(len(bins)))
-    else:
-        seeds = torch.arange(samples).view(-1, 1, 1) + torch.arange(len(bins)).view(1, -1, 1)
-        rows = torch.zeros(samples, len(bins), dtype=torch.int32)
-        found = _numbers(rows, seeds, 0, range(1)).squeeze(-1)
+    found = _line(line, torch.arange(samples), len(bins))
     cell = torch.zeros(samples, dtype=torch.int64)
     for column, number in enumerate(bins):
         cell = cell * number + (found[:, column] * number).long()
@@ -132,31 +135,41 @@ def test_neighbours_fill_the_cube(bins: tuple[int, ...], along: str) -> None:
     assert abs(float(chi) - cells) < 6 * math.sqrt(2 * cells)
 
 
+def _value(rows: int, columns: int, seed: int = 1) -> tuple[Tensor, Tensor]:
+    step = torch.tensor(seed)
+    return row_numbers(rows, step).unsqueeze(1), column_numbers(columns, step)
+
+
+def test_errors_of_equal_values_have_no_direction() -> None:
+    """A value that is the same everywhere: the largest singular value of its error is that of independent errors."""
+    up = (uniform(*_value(512, 256)) < 0.3).double() - 0.3
+    independent = (torch.rand(512, 256, generator=torch.Generator().manual_seed(0)) < 0.3).double()
+    largest = [float(torch.linalg.matrix_norm(e, 2)) for e in (up, independent - 0.3)]
+    assert largest[0] < 1.5 * largest[1]
+
+
 def test_range() -> None:
-    """Strictly between 0 and 1, in float32, on a grid symmetric about 1/2."""
-    found = uniform(row_key(_rows(1 << 20).unsqueeze(-1), torch.tensor(1), 0), range(1))
+    """Strictly between 0 and 1, in float32, on a grid symmetric about 1/2, and without rounding."""
+    rows, columns = _value(3000, 3000)
+    found = uniform(rows, columns)
     assert found.dtype == torch.float32
     assert float(found.min()) == 2.0**-17
     assert float(found.max()) == 1 - 2.0**-17
+    multiplier = rows.double().floor()
+    assert set(multiplier.flatten().tolist()) == set(range(1, 128, 2))
+    exact = (rows.double() - multiplier + multiplier * columns.double()) % 1
+    assert torch.equal(found.double(), exact)
 
 
-def test_same_arguments_same_numbers() -> None:
-    """A pure function of row, column, seed and salt: also of one row alone."""
-    whole = _numbers(_rows(40), torch.tensor(5), 2, range(20))
-    assert torch.equal(whole, _numbers(_rows(40), torch.tensor(5), 2, range(20)))
-    assert torch.equal(whole[7:9, 3:6], _numbers(_rows(2, 7), torch.tensor(5), 2, range(3, 6)))
-    for seed, salt in [(6, 2), (5, 3), (5 + (1 << 16), 2), (-5, 2), (5, -2)]:
-        other = _numbers(_rows(40), torch.tensor(seed), salt, range(20))
-        assert float((other == whole).double().mean()) < 0.02
-
-
-def test_trailing_dimensions() -> None:
-    """Columns may run along another dimension than the last."""
-    key = row_key(row_index((3, 1, 4), CPU), torch.tensor(5), 0)
-    found = uniform(key, range(6), trailing=1)
-    assert found.shape == (3, 6, 4)
-    flat = uniform(row_key(row_index((3, 4, 1), CPU), torch.tensor(5), 0), range(6))
-    assert torch.equal(found, flat.mT)
+@pytest.mark.parametrize("numbers", [row_numbers, column_numbers])
+def test_same_arguments_same_numbers(numbers: Callable[..., Tensor]) -> None:
+    """A pure function of index and seed; a longer table begins with a shorter one."""
+    seed = torch.tensor(5)
+    whole = numbers(4000, seed)
+    assert torch.equal(whole, numbers(4000, seed))
+    assert torch.equal(whole[:70], numbers(70, seed))
+    for other in (6, 5 + (1 << 16), -5):
+        assert float((numbers(4000, torch.tensor(other)) == whole).double().mean()) < 0.01
 
 
 class _NoOverflow(TorchDispatchMode):
@@ -176,32 +189,27 @@ class _NoOverflow(TorchDispatchMode):
         return found
 
 
-@pytest.mark.parametrize("columns", [range(200), range((1 << 9) - 200, 1 << 9), range(1 << 22)])
-def test_nothing_overflows(columns: range) -> None:
+def test_nothing_overflows() -> None:
     """Signed overflow would be undefined behaviour in compiled code."""
-    if len(columns) > 1000:
-        columns = columns[-200:]
-    ends = torch.tensor([0, 1, 0xFFFF, 0x10000, 0x7FFFFFFF, 0x7FFF0000], dtype=torch.int32)
-    rows = torch.cat([ends, torch.arange(3000, dtype=torch.int32) * 715_827])
     with _NoOverflow() as mode:
         for seed in (0, -1, 0x7FFFFFFFFFFFFFFF, 12345):
-            for salt in range(4):
-                uniform(row_key(rows.unsqueeze(-1), torch.tensor(seed), salt), columns)
-    assert mode.checked > 100
+            row_numbers(1 << 18, torch.tensor(seed))
+            column_numbers(1 << 18, torch.tensor(seed))
+    assert mode.checked > 60
 
 
 def test_generator_state_is_untouched() -> None:
     """The user's random numbers are those of a run without this."""
     before = torch.get_rng_state()
-    _numbers(_rows(10), torch.tensor(5), 2, range(20))
+    _value(10, 20)
     assert torch.equal(before, torch.get_rng_state())
 
 
-def test_traces_with_symbolic_rows() -> None:
-    """The graph of one size gives the numbers of another, out of few operators."""
+def test_traces_with_symbolic_count() -> None:
+    """The graph of one size gives the numbers of another, without random operators."""
 
     def numbers(x: Tensor, seed: Tensor) -> Tensor:
-        return uniform(row_key(row_index((x.shape[0], 1), x.device), seed, 4), range(16))
+        return row_numbers(x.shape[0], seed)
 
     graph = make_fx(numbers, tracing_mode="symbolic")(torch.empty(6, 2), torch.tensor(1))
     x, seed = torch.empty(11, 2), torch.tensor(9)
@@ -210,10 +218,36 @@ def test_traces_with_symbolic_rows() -> None:
 
 
 def test_few_operators_for_each_element() -> None:
-    """What runs for each element (not once for each row) stays cheap."""
-    key = row_key(row_index((4, 1), CPU), torch.tensor(1), 0)
-    graph = make_fx(lambda a, b: uniform((a, b), range(16)))(*key)
-    # arange is the loop index
-    operators = [n for n in graph.graph.nodes if n.op == "call_function" and "arange" not in str(n)]
-    per_element = [n for n in operators if n.meta["val"].numel() == 64]
-    assert len(per_element) <= 17
+    """What runs for each element (not once for each row or column) stays cheap."""
+    codec = QuantCodec("int8", 64, 64)
+    x, seed = torch.ones(48, 64), torch.tensor(1)
+    graph = make_fx(lambda *args: codec.encode(*args))(x, *codec.numbers(x, seed))
+    operators = [node for node in graph.graph.nodes if node.op == "call_function"]
+    views = ("view", "unsqueeze", "squeeze", "alias")
+    per_element = [
+        node.name
+        for node in operators
+        if isinstance(node.meta["val"], Tensor)
+        and node.meta["val"].numel() == x.numel()
+        and not node.name.startswith(views)
+    ]
+    # absolute value, scale, multiplier * column + offset, its fraction in two, add, floor, cast
+    assert len(per_element) == 9, per_element
+
+
+def test_compiled_code_hashes_rows_and_columns_only() -> None:
+    """The tables are written down, whatever the compiler would rather inline: no hash in the loop over elements."""
+    codec = QuantCodec("int8", 64, 64)
+
+    @torch.compile(fullgraph=True)
+    def encode(x: Tensor, seed: Tensor) -> tuple[Tensor, ...]:
+        return codec.encode(x, *codec.numbers(x, seed))
+
+    x, seed = torch.randn(48, 64), torch.tensor(1)
+    stored, (source,) = run_and_get_code(encode, x, seed)
+    expected = codec.encode(x, *codec.numbers(x, seed))
+    assert all(map(torch.equal, stored, expected))
+    kernel = source[source.index('extern "C"') : source.index("''')")]
+    hashes, elements = kernel.split(".abs()", 1)
+    assert hashes.count(">>") > 10
+    assert ">>" not in elements

@@ -34,7 +34,6 @@ def _plan(owners: int, rounds: bool = True, device: str = "cpu") -> Plan:
             CODEC,
             torch.float32,
             torch.device(device),
-            salt=i,
             coordinates=coordinates,
             owner=i,
             owner_name=f"{i}.weight",

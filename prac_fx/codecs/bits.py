@@ -52,13 +52,12 @@ class BitCodec:
         """Short text for tables."""
         return self.name
 
-    def encode(self, x: Tensor, seed: Tensor | None = None, salt: int = 0) -> tuple[Tensor, ...]:
+    def encode(self, x: Tensor, *numbers: Tensor) -> tuple[Tensor, ...]:
         """Eight to a byte.
 
         Args:
             x: (..., n), bool.
-            seed: as for the codecs that round; not used.
-            salt: likewise.
+            numbers: as for the codecs that round; none are needed.
 
         Returns:
             One tensor, (..., w), uint8.

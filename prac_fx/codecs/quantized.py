@@ -26,7 +26,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from prac_fx.codecs.rounding import Key, row_index, row_key, uniform
+from prac_fx.codecs.rounding import column_numbers, row_numbers, uniform
 
 Format = Literal["int8", "int4", "fp8_e4m3", "fp8_e5m2"]
 
@@ -81,6 +81,11 @@ class QuantCodec:
         return self.stochastic and not self._is_float
 
     @property
+    def padded_features(self) -> int:
+        """k g, elements of a row with padding."""
+        return self.groups * self.group_size
+
+    @property
     def groups(self) -> int:
         """k, the number of scales along the quantised dimension."""
         return math.ceil(self.features / self.group_size)
@@ -107,20 +112,32 @@ class QuantCodec:
 
     # -- tensors ----------------------------------------------------------------------------------
 
-    def encode(self, x: Tensor, seed: Tensor | None, salt: int) -> tuple[Tensor, ...]:
+    def numbers(self, x: Tensor, seed: Tensor) -> tuple[Tensor, Tensor]:
+        """What `encode` rounds x with when it is the only value with this seed, an int64 scalar."""
+        rows = row_numbers(x.numel() // self.features, seed)
+        return rows, column_numbers(self.padded_features, seed)
+
+    def encode(
+        self, x: Tensor, rows: Tensor | None = None, columns: Tensor | None = None
+    ) -> tuple[Tensor, ...]:
         """Codes and scales, and offsets with `zero_point`.
 
         Args:
             x: (..., n), or (..., n, m) for `dim` -2; any float dtype.
-            seed: int64 scalar, changes with every step; not used when rounding to nearest.
-            salt: differs between the values of one step.
+            rows: for stochastic rounding, `rounding.row_numbers`, at least one for each (...) or (..., m).
+            columns: likewise `rounding.column_numbers`, `padded_features` that no other value of a step rounds with.
 
         Returns:
             codes: (..., k g), or half that for `int4`, or the same with m behind; int8, uint8 (`int4`, or with
                 `zero_point`) or float8.
             largest: of the absolute values of each group, (..., k) or (..., k, m), dtype of x. With `zero_point`, of
                 the values themselves, and the smallest as a third tensor.
+
+        Raises:
+            ValueError: rounding is stochastic and there are no numbers.
         """
+        if self.is_unbiased and (rows is None or columns is None):
+            raise ValueError("stochastic rounding needs random numbers")
         parts = self._parts(x)
         bounds = self._bounds(parts)
         work = _working(x.dtype)
@@ -129,7 +146,7 @@ class QuantCodec:
         if low is not None:
             scaled = [part - low for part in scaled]
         factor = self._levels * _MARGIN / span
-        codes = self._codes([part * factor for part in scaled], seed, salt)
+        codes = self._codes([part * factor for part in scaled], rows, columns)
         codes = codes.flatten(self._at, self._at + 1)
         return (codes, *(bound.squeeze(self.dim) for bound in bounds))
 
@@ -157,7 +174,7 @@ class QuantCodec:
 
     def stored_nbytes(self, rows: int, itemsize: int) -> int:
         """Bytes stored for `rows` times n elements (`rows` is the product of all other sizes) of `itemsize` bytes."""
-        codes = self.groups * self.group_size // (2 if self.format == "int4" else 1)
+        codes = self.padded_features // (2 if self.format == "int4" else 1)
         bounds = self.groups * (2 if self.zero_point else 1)
         return rows * (codes + bounds * itemsize)
 
@@ -181,7 +198,7 @@ class QuantCodec:
 
     @property
     def _padding(self) -> int:
-        return self.groups * self.group_size - self.features
+        return self.padded_features - self.features
 
     @property
     def _at(self) -> int:
@@ -226,35 +243,29 @@ class QuantCodec:
             return None, largest.clamp_min(_SMALLEST)
         return others[0], (largest - others[0]).clamp_min(_SMALLEST)
 
-    def _codes(self, scaled: list[Tensor], seed: Tensor | None, salt: int) -> Tensor:
+    def _codes(self, scaled: list[Tensor], rows: Tensor | None, columns: Tensor | None) -> Tensor:
         """Rounded and packed, (..., k, g [, m]) or (..., k, g / 2 [, m])."""
         if self._is_float:
             return scaled[0].to(_FLOAT8[self.format])
-        rounded = self._rounded(scaled, seed, salt)
+        if self.stochastic and rows is not None and columns is not None:
+            numbers = self._uniform(rows, columns, scaled[0].shape)
+            rounded = [(part + u).floor() for part, u in zip(scaled, numbers, strict=True)]
+        else:
+            rounded = [part.round() for part in scaled]
         if self.format == "int8":
             return rounded[0].to(torch.uint8 if self.zero_point else torch.int8)
         low, high = rounded
         bias = 0 if self.zero_point else _BIAS * 17
         return (high * 16.0 + low + bias).to(torch.uint8)
 
-    def _rounded(self, scaled: list[Tensor], seed: Tensor | None, salt: int) -> list[Tensor]:
-        if not self.stochastic:
-            return [part.round() for part in scaled]
-        if seed is None:
-            raise ValueError("stochastic rounding needs a seed")
-        key = self._key(scaled[0], seed, salt)
-        width = scaled[0].shape[self.dim]
-        columns = [range(i * width, (i + 1) * width) for i in range(len(scaled))]
-        return [
-            (part + uniform(key, numbers, -1 - self.dim)).floor()
-            for part, numbers in zip(scaled, columns, strict=True)
-        ]
-
-    def _key(self, part: Tensor, seed: Tensor, salt: int) -> Key:
-        """One key for each group, (..., k, 1 [, m])."""
-        shape = list(part.shape)
-        shape[self.dim] = 1
-        return row_key(row_index(tuple(shape), part.device), seed, salt)
+    def _uniform(self, rows: Tensor, columns: Tensor, shape: Sequence[int]) -> list[Tensor]:
+        """u for each part of shape (..., k, g) or (..., k, g / 2), with m behind for `dim` -2."""
+        trailing = list(shape[len(shape) + self.dim + 1 :])
+        leading = list(shape[: self._at])
+        count = math.prod(leading) * math.prod(trailing)
+        rows = rows[:count].view(*leading, 1, 1, *trailing)
+        columns = columns.view(self.groups, -1, shape[self.dim], *[1] * len(trailing))
+        return [uniform(rows, part) for part in columns.unbind(1)]
 
     def _integers(self, codes: Tensor) -> Tensor:
         """Codes by group, (..., k, g [, m])."""

@@ -1,19 +1,23 @@
-"""Uniform numbers for stochastic rounding, as plain index arithmetic.
+"""Uniform numbers for stochastic rounding, out of a few numbers for each row and each column of a value.
 
-Every element of a value gets a number that depends on its row, its column, a seed tensor and a salt, and on
-nothing else: no generator state is read or moved, and a compiler can fuse the arithmetic into the kernel that
-rounds. In two steps, since a row is shared by many elements:
+The element at (row, column) rounds with u = frac(a[row] + m[row] b[column]): a and b are uniform on the multiples of
+2^-16, m is odd. A rotation modulo 1 (Cranley and Patterson 1976), by another step in each row. What that gives:
 
-1. `row_key`: a keyed Feistel network on two 16-bit words, once for each row. It gives (step, offset).
-2. `uniform`: v = step * column / 2^6 + offset mod 2^16, then two rounds of xor-shift and multiply, for each element.
-   The column is mixed in once more, for the few rows whose step is so small that v repeats.
+- u is exactly uniform, also given all numbers of all other sites, which may share a and m: b[column] alone makes it
+  so, because multiplying with an odd number permutes the grid. So what is rounded has the right mean, whatever it is
+  multiplied with.
+- Any two elements of a value are independent, and so are all elements of a row and all elements of a column. So any
+  weighted sum of rounding errors has the variance of independent roundings, and each element of a weight gradient
+  X^T dY, a sum down a column, has their whole distribution.
+- m keeps two columns from having the same phase difference in all rows: otherwise errors of values that are much the
+  same everywhere would be matrices of low rank.
 
-Step 2 is a bijection of `offset`, so each number is exactly uniform over the keys; `step` has more bits than v, so
-two columns of a row are independent but for its rounding (multiply-shift hashing, Dietzfelbinger 1996), and the
-xor-shifts break the arithmetic progression that is left within a row.
+An element costs a few float operations, where a hash of its own would cost some twenty integer ones, in kernels that
+are otherwise a handful of instructions.
 
-All of it is int32 arithmetic on words of 16 bits with multipliers below 2^15: no product or sum reaches 2^31,
-because signed overflow is undefined in the C++ that compilers emit.
+The numbers themselves are a hash of their index, a seed tensor and a salt: a Feistel network on two 16-bit words. No
+generator state is read or moved. All of it is int32 arithmetic on words of 16 bits with multipliers below 2^15: no
+product or sum reaches 2^31, because signed overflow is undefined in the C++ that compilers emit.
 """
 
 from __future__ import annotations
@@ -22,64 +26,64 @@ import torch
 from torch import Tensor
 
 _WORD = 0xFFFF
-_STEP = (1 << 22) - 1
-_EXTRA_BITS = 6  # of a step, more than 16: as many as columns of a row have in common
-_COLUMN_BITS = 9  # times a step, this is below 2^31
-_STEP_MULTIPLIER = 0x5F17
 _SEED_MULTIPLIERS = (0x6C8F, 0x5A2D, 0x7931, 0x4B75)
-_ROW_MULTIPLIERS = (0x7A35, 0x52D9, 0x6E4B, 0x6193)
-_SCRAMBLE = (0x5D2B, 0x6CB5)
-
-Key = tuple[Tensor, Tensor]
+_INDEX_MULTIPLIERS = (0x7A35, 0x52D9, 0x6E4B, 0x6193)  # run through twice
+_MULTIPLIER_BITS = 0x3F  # m = 2 bits + 1 is below 2^7
 
 
-def row_index(shape: tuple[int, ...], device: torch.device) -> Tensor:
-    """Consecutive numbers in the given shape, int32. Sizes may be symbolic; fewer than 2^31 rows."""
-    count = 1
-    for size in shape:
-        count = count * size
-    return torch.arange(count, dtype=torch.int32, device=device).view(shape)
-
-
-def row_key(rows: Tensor, seed: Tensor, salt: int) -> Key:
-    """What the elements of one row share.
+def row_numbers(count: int, seed: Tensor) -> Tensor:
+    """m + a for each row: the whole part is the multiplier, the fraction the offset.
 
     Args:
-        rows: number of the row, int32, not negative.
+        count: how many, below 2^31; may be symbolic. More of them begin with the same ones.
         seed: int64 scalar, changes with every step; its low 32 bits count.
-        salt: differs between the values of one step.
 
     Returns:
-        A step of 22 bits and an offset of 16 bits, int32, shape of `rows`.
+        Multiples of 2^-16 plus 2^-17, float32, shape (count,).
     """
-    words = _seed_words(seed, salt)
-    low, high = (rows & _WORD) ^ words[0], (rows >> 16) ^ words[1]
-    for multiplier, word in zip(_ROW_MULTIPLIERS, words, strict=True):
-        low, high = _feistel(low, high, multiplier, word)
-    return _step(low), high
+    low, high = _hash(count, seed, salt=0)
+    multiplier = (low & _MULTIPLIER_BITS) * 2 + 1
+    return _written_down(high.to(torch.float32) * 2.0**-16 + 2.0**-17 + multiplier)
 
 
-def uniform(key: Key, columns: range, trailing: int = 0) -> Tensor:
-    """Numbers in (0, 1), 2^16 different ones with mean 1/2.
+def column_numbers(count: int, seed: Tensor) -> Tensor:
+    """b for each column; arguments as for `row_numbers`.
+
+    Returns:
+        Multiples of 2^-16 in [0, 1), float32, shape (count,).
+    """
+    _, high = _hash(count, seed, salt=1)
+    return _written_down(high.to(torch.float32) * 2.0**-16)
+
+
+def uniform(rows: Tensor, columns: Tensor) -> Tensor:
+    """u for each element, in (0, 1): 2^16 different numbers with mean 1/2.
 
     Args:
-        key: what `row_key` returned, shape (..., 1) or (..., 1, m).
-        columns: consecutive columns of the row, c of them. Cheapest while their numbers are below 512.
-        trailing: dimensions of the key behind that of the columns.
+        rows: `row_numbers`, in a shape that broadcasts against `columns`.
+        columns: `column_numbers`, likewise.
 
     Returns:
-        float32, shape (..., c) or (..., c, m).
+        float32.
     """
-    step, offset = key
-    column = torch.arange(columns.start, columns.stop, dtype=torch.int32, device=step.device)
-    column = column.view(-1, *[1] * trailing)
-    if columns.stop > 1 << _COLUMN_BITS:
-        step, offset = _far_key(step, offset, column >> _COLUMN_BITS)
-        column = column & ((1 << _COLUMN_BITS) - 1)
-    bits = (((step * column) >> _EXTRA_BITS) + offset) & _WORD
-    bits = ((bits ^ (bits >> 8) ^ column) * _SCRAMBLE[0]) & _WORD
-    bits = ((bits ^ (bits >> 7)) * _SCRAMBLE[1]) & _WORD
-    return bits.to(torch.float32) * 2.0**-16 + 2.0**-17
+    multiplier = rows.floor()
+    total = (rows - multiplier) + multiplier * columns  # exact: a multiple of 2^-17 below 2^7
+    return total - total.floor()
+
+
+def _written_down(numbers: Tensor) -> Tensor:
+    """A strided view needs memory to look at, so compilers store the table instead of hashing for each element."""
+    return numbers.as_strided(numbers.shape, (1,))
+
+
+def _hash(count: int, seed: Tensor, salt: int) -> tuple[Tensor, Tensor]:
+    """Two 16-bit words for each of `count` indices, int32: a bijection of the index, keyed by seed and salt."""
+    words = _seed_words(seed, salt)
+    index = torch.arange(count, dtype=torch.int32, device=seed.device)
+    low, high = (index & _WORD) ^ words[0], (index >> 16) ^ words[1]
+    for multiplier, word in zip(_INDEX_MULTIPLIERS * 2, words + words[::-1], strict=True):
+        low, high = _feistel(low, high, multiplier, word)
+    return low, high
 
 
 def _seed_words(seed: Tensor, salt: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -102,20 +106,9 @@ def _salt_words(salt: int) -> tuple[int, int, int, int]:
     return mixed & _WORD, mixed >> 16 & _WORD, mixed >> 32 & _WORD, mixed >> 48
 
 
-def _feistel(low: Tensor, high: Tensor, multiplier: int, word: Tensor | int) -> Key:
+def _feistel(
+    low: Tensor, high: Tensor, multiplier: int, word: Tensor | int
+) -> tuple[Tensor, Tensor]:
     """One round: a bijection of (low, high), which stay 16-bit words."""
     # the middle of the product: its ends depend on few bits
     return high ^ (((low * multiplier + word) >> 8) & _WORD), low
-
-
-def _step(word: Tensor) -> Tensor:
-    """22 bits out of 16, such that the upper and the lower 16 take (nearly) all values."""
-    return (word * _STEP_MULTIPLIER) & _STEP
-
-
-def _far_key(step: Tensor, offset: Tensor, block: Tensor) -> Key:
-    """The key of another stretch of columns. Its cost falls on each element, but only of very long rows."""
-    low, high = (step & _WORD) ^ (block & _WORD), offset ^ (block >> 16)
-    for multiplier in _ROW_MULTIPLIERS:
-        low, high = _feistel(low, high, multiplier, 0x3C6F)
-    return _step(low), high
