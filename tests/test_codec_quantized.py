@@ -306,47 +306,76 @@ def test_nbytes(kind: tuple[Format, Options], features: int) -> None:
         assert all(part.untyped_storage().nbytes() == part.nbytes for part in stored)
 
 
+PER_WORD = {"int8": 4, "int4": 8, "fp8_e4m3": 1, "fp8_e5m2": 1}
+
+
 @pytest.mark.parametrize("name", FORMATS)
 def test_groups(name: Format) -> None:
-    """At most `group` elements in each, little padding, no group of padding alone."""
-    sizes = [*range(1, 140), 512, 4096, 5461]
-    for features, group in product(sizes, [2, 4, 8, 13, 64, 100, 128, 10_000]):
+    """At most `group` elements in each, whole words, little padding, no group of padding alone."""
+    unit = PER_WORD[name]
+    sizes = [*range(1, 140), 512, 1376, 4096, 5461]
+    for features, group in product(sizes, [8, 13, 64, 100, 128, 10_000]):
         codec = QuantCodec(name, features, group)
         k, g = codec.groups, codec.group_size
-        assert g <= group
+        assert g <= max(group, unit)
+        assert g % unit == 0
         assert (k - 1) * g < features <= k * g
-        assert g % 2 == 0 or name != "int4"
-        # a divisor of the features, or else padded to whole eights
-        assert features % g == 0 or g % 8 == 0 or min(features, group) < 8
-        divisors = list(range(min(group, features) // 2 + 1, min(group, features) + 1))
-        if any(features % d == 0 and (d % 2 == 0 or name != "int4") for d in divisors):
+        most = min(group, features)
+        if any(features % d == 0 and d % unit == 0 for d in range(most // 2 + 1, most + 1)):
             assert k * g == features
 
 
-def test_int4_layout() -> None:
-    """A byte holds element i of a group in its low half and i + g / 2 in its high half, 8 being zero."""
-    codec = QuantCodec("int4", 32, 16, stochastic=False)
-    numbers = torch.arange(-7, 9).clamp_max(7)
-    x = torch.stack([numbers.flip(0), numbers]).flatten().float()
-    codes, largest = codec.encode(x)
-    assert codes.dtype == torch.uint8
-    assert largest.tolist() == [7, 7]
-    for group, values in enumerate([numbers.flip(0), numbers]):
-        expected = (values[:8] + 8) | ((values[8:] + 8) << 4)
-        assert codes[8 * group : 8 * group + 8].tolist() == expected.tolist()
-    torch.testing.assert_close(codec.decode((codes, largest), x.dtype), x, rtol=1e-5, atol=0)
+@pytest.mark.parametrize(
+    ("name", "features", "expected"),
+    [
+        ("int8", 1376, 32),  # 43 x 32: vectors of words matter more than few scales
+        ("int8", 768, 128),
+        ("int8", 1600, 64),
+        ("int8", 100, 100),
+        ("int8", 5461, 128),  # prime: padded
+        ("int4", 1376, 128),  # 64 does not divide it: padded
+        ("int4", 1600, 64),
+        ("int4", 96, 96),
+    ],
+)
+def test_group_of_usual_widths(name: Format, features: int, expected: int) -> None:
+    assert QuantCodec(name, features, 128).group_size == expected
+
+
+@pytest.mark.parametrize("name", ["int8", "int4"])
+def test_layout_of_words(name: Format) -> None:
+    """Word i of a group of g holds the elements i, i + g / p, i + 2 g / p ..., the first in its lowest bits."""
+    per_word, largest = PER_WORD[name], LEVELS[name]
+    bits = 32 // per_word
+    codec = QuantCodec(name, 64, 32, stochastic=False)
+    numbers = torch.arange(64) % (2 * largest + 1) - largest
+    numbers[[0, 40]] = torch.tensor([largest, -largest])
+    x = numbers.float()
+    words, bounds = codec.encode(x)
+    assert words.dtype == torch.int32
+    assert bounds.tolist() == [largest, largest]
+    codes = (numbers + (1 << (bits - 1))).view(2, per_word, 32 // per_word)
+    for group, word in product(range(2), range(32 // per_word)):
+        expected = sum(int(codes[group, j, word]) << (bits * j) for j in range(per_word))
+        found = int(words[group * (32 // per_word) + word]) % (1 << 32)
+        assert found == expected
+    torch.testing.assert_close(codec.decode((words, bounds), x.dtype), x, rtol=1e-5, atol=0)
 
 
 @pytest.mark.parametrize("zero_point", [False, True])
-def test_int4_pack_round_trip(zero_point: bool) -> None:
-    """All pairs of codes survive the byte."""
-    values = torch.arange(16) if zero_point else torch.arange(-7, 8)
-    x = torch.cartesian_prod(values, values).float()
-    # the ends of the range in every group
-    x = torch.cat([x, torch.tensor([[values[0], values[-1]]]).float().expand_as(x)], dim=1)
-    x = x[:, [0, 2, 1, 3]]
-    codec = QuantCodec("int4", 4, 4, stochastic=False, zero_point=zero_point)
-    torch.testing.assert_close(_decoded(codec, x), x, rtol=1e-5, atol=0)
+@pytest.mark.parametrize("name", ["int8", "int4"])
+def test_pack_round_trip(name: Format, zero_point: bool) -> None:
+    """All codes survive in all places of a word, whatever is beside them."""
+    levels = {"int8": 255, "int4": 15}[name]
+    values = (
+        torch.arange(levels + 1) if zero_point else torch.arange(-LEVELS[name], LEVELS[name] + 1)
+    )
+    generator = torch.Generator().manual_seed(0)
+    columns = [values[torch.randperm(len(values), generator=generator)] for _ in range(14)]
+    ends = [torch.full_like(values, int(end)) for end in (values[0], values[-1])]
+    x = torch.stack([*columns[:3], ends[0], *columns[3:], ends[1]], dim=1).float()
+    codec = QuantCodec(name, 16, 16, stochastic=False, zero_point=zero_point)
+    torch.testing.assert_close(_decoded(codec, x), x, rtol=1e-5, atol=1e-6)
 
 
 @pytest.mark.parametrize("features", [5, 16, 40])
@@ -394,7 +423,8 @@ def test_names() -> None:
         (("int2", 8, 8), {}, "unknown format"),
         (("int8", 8, 8), {"dim": 0}, "dim must be"),
         (("int8", 0, 8), {}, "cannot make groups"),
-        (("int4", 8, 1), {}, "cannot make groups"),
+        (("int4", 8, 4), {}, "cannot make groups"),
+        (("int8", 8, 3), {}, "cannot make groups"),
         (("fp8_e5m2", 8, 8), {"zero_point": True}, "integer formats"),
     ],
 )

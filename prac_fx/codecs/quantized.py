@@ -10,16 +10,17 @@ is exact, and both sides make the scale out of that. A scale rounded to bfloat16
 leave out a cast to bfloat16 and back, and then one side would use what the other never sees. The float8
 formats round to nearest.
 
-Layout: codes lie like x. In `int4` a byte holds element i of a group (low half) and element i + g / 2 (high half),
-so both halves of a group are read in order. Encoding runs over (..., k, g) or (..., k, g / 2), reduction and
-pointwise alike, and what the reduction returns is stored as it is, so that a compiler can make it one loop
-over the groups; decoding is pointwise.
+Layout: float8 codes lie like x. Integer codes are packed in words of p, 4 for `int8` and 8 for `int4`: word i of a
+group holds its elements i, i + g / p, i + 2 g / p and so on, so each p-th of a group is read in order. Encoding runs
+over (..., k, g) or (..., k, g / p), reduction and pointwise alike, and what the reduction returns is stored as it is,
+so that a compiler can make it one loop over the groups; decoding is pointwise.
 """
 
 from __future__ import annotations
 
+import functools
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -27,6 +28,7 @@ import torch
 from torch import Tensor
 
 from prac_fx.codecs.rounding import column_numbers, row_numbers, uniform
+from prac_fx.codecs.words import WORD_BITS, packed, unpacked
 
 Format = Literal["int8", "int4", "fp8_e4m3", "fp8_e5m2"]
 
@@ -34,7 +36,8 @@ _FLOAT8 = {"fp8_e4m3": torch.float8_e4m3fn, "fp8_e5m2": torch.float8_e5m2}
 # largest code that is used, either side of zero
 _SYMMETRIC_LEVELS = {"int8": 127, "int4": 7, "fp8_e4m3": 448, "fp8_e5m2": 57344}
 _OFFSET_LEVELS = {"int8": 255, "int4": 15}
-_BIAS = 8  # int4 codes -7..7 are stored as 1..15
+_BITS = {"int8": 8, "int4": 4}
+_VECTOR = 8  # words that a CPU reads at once
 _MARGIN = 1 - 2.0**-18  # keeps a code in range whatever float32 rounds, and u < 1 - 2^-18
 _SMALLEST = 2.0**-110  # span of a group, so that its reciprocal times the levels is finite
 
@@ -92,17 +95,18 @@ class QuantCodec:
 
     @property
     def group_size(self) -> int:
-        """g: the largest divisor of n from half of `group` to `group`, a multiple of 8 if there is one.
+        """g: a divisor of n up to `group`, if a good one exists.
 
-        Without such a divisor, groups as equal as can be; rows are then padded, which costs a little time.
+        For integers the largest that makes whole vectors of words, down to a quarter of `group`; else the largest
+        that makes whole words, down to half of it. Without such a divisor, groups as equal as can be; rows are then
+        padded, which costs a little time.
         """
         most = min(self.group, self.features)
-        step = 2 if self.format == "int4" else 1
-        for unit in (8, step):
-            for size in range(most // unit * unit, most // 2, -unit):
+        for step, least in ((self._unit * _VECTOR, max(most // 4 - 1, 0)), (self._unit, most // 2)):
+            for size in range(most // step * step, least, -step):
                 if self.features % size == 0:
                     return size
-        groups = math.ceil(self.features / self._most)
+        groups = math.ceil(self.features / (self.group // self._unit * self._unit))
         return _round_up(math.ceil(self.features / groups), self._unit)
 
     def describe(self) -> str:
@@ -128,8 +132,7 @@ class QuantCodec:
             columns: likewise `rounding.column_numbers`, `padded_features` that no other value of a step rounds with.
 
         Returns:
-            codes: (..., k g), or half that for `int4`, or the same with m behind; int8, uint8 (`int4`, or with
-                `zero_point`) or float8.
+            codes: (..., k g) float8, or words, (..., k g / p) int32; or the same with m behind.
             largest: of the absolute values of each group, (..., k) or (..., k, m), dtype of x. With `zero_point`, of
                 the values themselves, and the smallest as a third tensor.
 
@@ -164,7 +167,7 @@ class QuantCodec:
         bounds = [bound.unsqueeze(self.dim).to(_working(dtype)) for bound in stored[1:]]
         low, span = self._span(bounds)
         scale = span * (1 / (self._levels * _MARGIN))
-        values = self._integers(stored[0]).to(_working(dtype)) * scale
+        values = self._numbers(stored[0]).to(_working(dtype)) * scale
         if low is not None:
             values = values + low
         values = values.flatten(self._at, self._at + 1)
@@ -174,7 +177,7 @@ class QuantCodec:
 
     def stored_nbytes(self, rows: int, itemsize: int) -> int:
         """Bytes stored for `rows` times n elements (`rows` is the product of all other sizes) of `itemsize` bytes."""
-        codes = self.padded_features // (2 if self.format == "int4" else 1)
+        codes = self.padded_features * _BITS.get(self.format, 8) // 8
         bounds = self.groups * (2 if self.zero_point else 1)
         return rows * (codes + bounds * itemsize)
 
@@ -186,15 +189,8 @@ class QuantCodec:
 
     @property
     def _unit(self) -> int:
-        """What g is a multiple of."""
-        if min(self.features, self.group) >= 8:
-            return 8
-        return 2 if self.format == "int4" else 1
-
-    @property
-    def _most(self) -> int:
-        """`group`, rounded down so that g stays within it."""
-        return self.group // self._unit * self._unit
+        """p, elements that are stored together; g is a multiple of it."""
+        return 1 if self._is_float else WORD_BITS // _BITS[self.format]
 
     @property
     def _padding(self) -> int:
@@ -206,18 +202,21 @@ class QuantCodec:
         return self.dim - 1
 
     @property
+    def _bias(self) -> int:
+        """What is added to a code to make it count from zero."""
+        return 0 if self.zero_point else 1 << (_BITS[self.format] - 1)
+
+    @property
     def _levels(self) -> int:
         levels = _OFFSET_LEVELS if self.zero_point else _SYMMETRIC_LEVELS
         return levels[self.format]
 
     def _parts(self, x: Tensor) -> list[Tensor]:
-        """The elements by group, (..., k, g [, m]), or for `int4` the halves of the groups, (..., k, g / 2 [, m])."""
+        """The elements by group and place in a word, p times (..., k, g / p [, m])."""
         if self._padding:
             x = self._padded(x)
-        if self.format != "int4":
-            return [_split(x, self.dim, (self.groups, self.group_size))]
-        halves = _split(x, self.dim, (self.groups, 2, self.group_size // 2))
-        return list(halves.unbind(self._at))
+        parts = _split(x, self.dim, (self.groups, self._unit, self.group_size // self._unit))
+        return list(parts.unbind(self._at))
 
     def _padded(self, x: Tensor) -> Tensor:
         if not self.zero_point:
@@ -230,10 +229,10 @@ class QuantCodec:
         """What is stored besides the codes, each (..., k, 1 [, m]); NaN if there is one in the group."""
         if not self.zero_point:
             sizes = [part.abs() for part in parts]
-            return [_fold(torch.maximum, sizes).amax(self.dim, keepdim=True)]
+            return [functools.reduce(torch.maximum, sizes).amax(self.dim, keepdim=True)]
         return [
-            _fold(torch.maximum, parts).amax(self.dim, keepdim=True),
-            _fold(torch.minimum, parts).amin(self.dim, keepdim=True),
+            functools.reduce(torch.maximum, parts).amax(self.dim, keepdim=True),
+            functools.reduce(torch.minimum, parts).amin(self.dim, keepdim=True),
         ]
 
     def _span(self, bounds: list[Tensor]) -> tuple[Tensor | None, Tensor]:
@@ -244,7 +243,7 @@ class QuantCodec:
         return others[0], (largest - others[0]).clamp_min(_SMALLEST)
 
     def _codes(self, scaled: list[Tensor], rows: Tensor | None, columns: Tensor | None) -> Tensor:
-        """Rounded and packed, (..., k, g [, m]) or (..., k, g / 2 [, m])."""
+        """Rounded and packed, (..., k, g / p [, m])."""
         if self._is_float:
             return scaled[0].to(_FLOAT8[self.format])
         if self.stochastic and rows is not None and columns is not None:
@@ -252,14 +251,10 @@ class QuantCodec:
             rounded = [(part + u).floor() for part, u in zip(scaled, numbers, strict=True)]
         else:
             rounded = [part.round() for part in scaled]
-        if self.format == "int8":
-            return rounded[0].to(torch.uint8 if self.zero_point else torch.int8)
-        low, high = rounded
-        bias = 0 if self.zero_point else _BIAS * 17
-        return (high * 16.0 + low + bias).to(torch.uint8)
+        return packed([part + self._bias for part in rounded], _BITS[self.format])
 
     def _uniform(self, rows: Tensor, columns: Tensor, shape: Sequence[int]) -> list[Tensor]:
-        """u for each part of shape (..., k, g) or (..., k, g / 2), with m behind for `dim` -2."""
+        """u for each part of shape (..., k, g / p), with m behind for `dim` -2."""
         trailing = list(shape[len(shape) + self.dim + 1 :])
         leading = list(shape[: self._at])
         count = math.prod(leading) * math.prod(trailing)
@@ -267,15 +262,12 @@ class QuantCodec:
         columns = columns.view(self.groups, -1, shape[self.dim], *[1] * len(trailing))
         return [uniform(rows, part) for part in columns.unbind(1)]
 
-    def _integers(self, codes: Tensor) -> Tensor:
-        """Codes by group, (..., k, g [, m])."""
-        if self.format != "int4":
-            return _split(codes, self.dim, (self.groups, self.group_size))
-        halves = _split(codes, self.dim, (self.groups, 1, self.group_size // 2))
-        shift = torch.arange(0, 8, 4, dtype=torch.int32, device=codes.device)
-        nibbles: Tensor = (halves.to(torch.int32) >> shift.view(2, *[1] * -self.dim)) & 15
-        nibbles = nibbles.flatten(self._at, self._at + 1)
-        return nibbles if self.zero_point else nibbles - _BIAS
+    def _numbers(self, codes: Tensor) -> Tensor:
+        """What the codes stand for, before scaling, by group, (..., k, g [, m])."""
+        codes = _split(codes, self.dim, (self.groups, self.group_size // self._unit))
+        if self._is_float:
+            return codes
+        return unpacked(codes, _BITS[self.format], self.dim) - self._bias
 
 
 def _working(dtype: torch.dtype) -> torch.dtype:
@@ -286,10 +278,6 @@ def _split(x: Tensor, dim: int, sizes: tuple[int, ...]) -> Tensor:
     """A view with `sizes` in the place of dimension `dim`, which is negative."""
     at = x.dim() + dim
     return x.view(*x.shape[:at], *sizes, *x.shape[at + 1 :])
-
-
-def _fold(function: Callable[[Tensor, Tensor], Tensor], parts: list[Tensor]) -> Tensor:
-    return parts[0] if len(parts) == 1 else function(parts[0], parts[1])
 
 
 def _round_up(number: int, unit: int) -> int:
