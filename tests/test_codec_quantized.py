@@ -320,9 +320,7 @@ def test_groups(name: Format) -> None:
         assert g <= max(group, unit)
         assert g % unit == 0
         assert (k - 1) * g < features <= k * g
-        most = min(group, features)
-        if any(features % d == 0 and d % unit == 0 for d in range(most // 2 + 1, most + 1)):
-            assert k * g == features
+        assert 16 * (k * g - features) <= features or k * g - features < k * unit
 
 
 @pytest.mark.parametrize(
@@ -331,7 +329,9 @@ def test_groups(name: Format) -> None:
         ("int8", 1376, 32),  # 43 x 32: vectors of words matter more than few scales
         ("int8", 768, 128),
         ("int8", 1600, 64),
+        ("int8", 688, 64),  # 2% padding
         ("int8", 100, 100),
+        ("int8", 80, 80),
         ("int8", 5461, 128),  # prime: padded
         ("int4", 1376, 128),  # 64 does not divide it: padded
         ("int4", 1600, 64),

@@ -38,6 +38,7 @@ _SYMMETRIC_LEVELS = {"int8": 127, "int4": 7, "fp8_e4m3": 448, "fp8_e5m2": 57344}
 _OFFSET_LEVELS = {"int8": 255, "int4": 15}
 _BITS = {"int8": 8, "int4": 4}
 _VECTOR = 8  # words that a CPU reads at once
+_BOUND_BYTES = 4  # of a scale, where bytes of groups are compared
 _MARGIN = 1 - 2.0**-18  # keeps a code in range whatever float32 rounds, and u < 1 - 2^-18
 _SMALLEST = 2.0**-110  # span of a group, so that its reciprocal times the levels is finite
 
@@ -95,19 +96,24 @@ class QuantCodec:
 
     @property
     def group_size(self) -> int:
-        """g: a divisor of n up to `group`, if a good one exists.
+        """g, a multiple of p up to `group`.
 
-        For integers the largest that makes whole vectors of words, down to a quarter of `group`; else the largest
-        that makes whole words, down to half of it. Without such a divisor, groups as equal as can be; rows are then
-        padded, which costs a little time.
+        In this order: the largest that divides n and makes whole vectors of words, down to a quarter of `group`; what makes
+        whole vectors and takes fewest bytes, with up to a sixteenth of padding; the largest that divides n, down to
+        half of `group`; groups as equal as can be.
         """
-        most = min(self.group, self.features)
-        for step, least in ((self._unit * _VECTOR, max(most // 4 - 1, 0)), (self._unit, most // 2)):
-            for size in range(most // step * step, least, -step):
-                if self.features % size == 0:
-                    return size
-        groups = math.ceil(self.features / (self.group // self._unit * self._unit))
-        return _round_up(math.ceil(self.features / groups), self._unit)
+        n, most, unit = self.features, min(self.group, self.features), self._unit
+        vectors = range(unit * _VECTOR, self.group + 1, unit * _VECTOR)
+        whole = [g for g in vectors if n % g == 0 and 4 * g >= most]
+        little = [g for g in vectors if 16 * (_round_up(n, g) - n) <= n]
+        divisors = [g for g in range(unit, most + 1, unit) if n % g == 0 and 2 * g > most]
+        if whole or not (little or divisors):
+            groups = math.ceil(n / (self.group // unit * unit))
+            return whole[-1] if whole else _round_up(math.ceil(n / groups), unit)
+        if not little:
+            return divisors[-1]
+        bits = _BITS.get(self.format, 8)
+        return min(little, key=lambda g: math.ceil(n / g) * (g * bits // 8 + _BOUND_BYTES))
 
     def describe(self) -> str:
         """Short text for tables, such as `int8/128` or `int4/64 nearest`."""
