@@ -170,13 +170,16 @@ class QuantCodec:
             stored: what `encode` returned.
             dtype: that of x.
         """
-        bounds = [bound.unsqueeze(self.dim).to(_working(dtype)) for bound in stored[1:]]
-        low, span = self._span(bounds)
+        codes, *bounds = stored
+        work = _working(dtype)
+        each = [bound.unsqueeze(self.dim).unsqueeze(self.dim).to(work) for bound in bounds]
+        low, span = self._span(each)
         scale = span * (1 / (self._levels * _MARGIN))
-        values = self._numbers(stored[0]).to(_working(dtype)) * scale
+        values = self._numbers(codes).to(work) * scale
         if low is not None:
             values = values + low
-        values = values.flatten(self._at, self._at + 1)
+        # from (k, p, g / p) at once: compilers do not simplify the index of one view of another
+        values = values.flatten(self._at - 1, self._at + 1)
         if self._padding:
             values = values.narrow(self.dim, 0, self.features)
         return values.to(dtype).contiguous()
@@ -269,10 +272,10 @@ class QuantCodec:
         return [uniform(rows, part) for part in columns.unbind(1)]
 
     def _numbers(self, codes: Tensor) -> Tensor:
-        """What the codes stand for, before scaling, by group, (..., k, g [, m])."""
+        """What the codes stand for, before scaling, by group and place in a word, (..., k, p, g / p [, m])."""
         codes = _split(codes, self.dim, (self.groups, self.group_size // self._unit))
         if self._is_float:
-            return codes
+            return codes.unsqueeze(self._at)
         return unpacked(codes, _BITS[self.format], self.dim) - self._bias
 
 

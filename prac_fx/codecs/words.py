@@ -33,12 +33,12 @@ def packed(codes: Sequence[Tensor], bits: int) -> Tensor:
 
 
 def unpacked(words: Tensor, bits: int, dim: int) -> Tensor:
-    """The codes of words, those of one place in the word after those of the place before.
+    """The codes of words.
 
     Args:
         words: what `packed` returned.
         bits: the same.
-        dim: the codes of dimension `dim`, which is negative, take p times its size.
+        dim: negative; a dimension of p, the place in the word, is inserted before this one.
 
     Returns:
         int32, in [0, 2^bits).
@@ -46,7 +46,7 @@ def unpacked(words: Tensor, bits: int, dim: int) -> Tensor:
     shifts = torch.arange(0, WORD_BITS, bits, dtype=torch.int32, device=words.device)
     shifts = shifts.view(-1, *[1] * -dim)
     codes: Tensor = (_read_as_floats(words).unsqueeze(dim - 1) >> shifts) & ((1 << bits) - 1)
-    return codes.flatten(dim - 1, dim)
+    return codes
 
 
 def _sixteen_bits(codes: Sequence[Tensor], bits: int) -> Tensor:
