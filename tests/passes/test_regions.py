@@ -83,22 +83,37 @@ primals_2: 512x64
 primals_3: 64x64
 primals_4: 64x64
 primals_5: 8x64
-stored: 512x64
+stored: 512x16
 stored_1: 512x1
 tangents_1: scalar
 expand_1 = expand(tangents_1, [512, 8]) -> 512x8
 permute_1 = permute(expand_1, [1, 0]) -> 8x512
-view_1 = view(stored, [-1, 64]) -> 512x64  # backward
+view_1 = view(stored, [-1, 16]) -> 512x16  # backward
 view_2 = view(stored_1, [-1, 1]) -> 512x1  # backward
 unsqueeze_1 = unsqueeze(view_2, -1) -> 512x1x1  # backward
-clamp_min_1 = clamp_min(unsqueeze_1, 7.703719777548943e-34) -> 512x1x1  # backward
-mul_1 = mul(clamp_min_1, 0.007874045785132422) -> 512x1x1  # backward
-view_3 = view(view_1, [512, 1, 64]) -> 512x1x64  # backward
-convert_element_type_1 = convert_element_type(view_3, torch.float32) -> 512x1x64  # backward
-mul_2 = mul(convert_element_type_1, mul_1) -> 512x1x64  # backward
-view_4 = view(mul_2, [512, 64]) -> 512x64  # backward
-view_5 = view(view_4, [512, 64]) -> 512x64  # backward
-decoded = permute(view_5, [0, 1]) -> 512x64  # backward
+unsqueeze_2 = unsqueeze(unsqueeze_1, -1) -> 512x1x1x1  # backward
+clamp_min_1 = clamp_min(unsqueeze_2, 7.703719777548943e-34) -> 512x1x1x1  # backward
+mul_1 = mul(clamp_min_1, 0.007874045785132422) -> 512x1x1x1  # backward
+view_3 = view(view_1, [512, 1, 16]) -> 512x1x16  # backward
+iota_1 = iota(4, start=0, step=8, dtype=torch.int32, device=cpu, requires_grad=False) -> 4  # backward
+view_4 = view(iota_1, [-1, 1]) -> 4x1  # backward
+view_5 = view(view_3, torch.uint8) -> 512x1x64  # backward
+alias_1 = alias(view_5) -> 512x1x64  # backward
+view_6 = view(alias_1, [-1]) -> 32768  # backward
+view_7 = view(view_6, torch.float32) -> 8192  # backward
+alias_2 = alias(view_7) -> 8192  # backward
+view_8 = view(alias_2, [512, 1, 16]) -> 512x1x16  # backward
+view_9 = view(view_8, torch.int32) -> 512x1x16  # backward
+alias_3 = alias(view_9) -> 512x1x16  # backward
+unsqueeze_3 = unsqueeze(alias_3, -2) -> 512x1x1x16  # backward
+__rshift___1 = __rshift__(unsqueeze_3, view_4) -> 512x1x4x16  # backward
+bitwise_and_1 = bitwise_and(__rshift___1, 255) -> 512x1x4x16  # backward
+sub_1 = sub(bitwise_and_1, 128) -> 512x1x4x16  # backward
+convert_element_type_1 = convert_element_type(sub_1, torch.float32) -> 512x1x4x16  # backward
+mul_2 = mul(convert_element_type_1, mul_1) -> 512x1x4x16  # backward
+view_10 = view(mul_2, [512, 64]) -> 512x64  # backward
+view_11 = view(view_10, [512, 64]) -> 512x64  # backward
+decoded = permute(view_11, [0, 1]) -> 512x64  # backward
 permute_2 = permute(primals_3, [1, 0]) -> 64x64
 mm_1 = mm(decoded, permute_2) -> 512x64  # backward
 sin_1 = sin(mm_1) -> 512x64  # backward
