@@ -18,9 +18,8 @@ so that a compiler can make it one loop over the groups; decoding is pointwise.
 
 from __future__ import annotations
 
-import functools
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -107,13 +106,15 @@ class QuantCodec:
         whole = [g for g in vectors if n % g == 0 and 4 * g >= most]
         little = [g for g in vectors if 16 * (_round_up(n, g) - n) <= n]
         divisors = [g for g in range(unit, most + 1, unit) if n % g == 0 and 2 * g > most]
-        if whole or not (little or divisors):
-            groups = math.ceil(n / (self.group // unit * unit))
-            return whole[-1] if whole else _round_up(math.ceil(n / groups), unit)
-        if not little:
+        if whole:
+            return whole[-1]
+        if little:
+            bits = _BITS.get(self.format, 8)
+            return min(little, key=lambda g: math.ceil(n / g) * (g * bits // 8 + _BOUND_BYTES))
+        if divisors:
             return divisors[-1]
-        bits = _BITS.get(self.format, 8)
-        return min(little, key=lambda g: math.ceil(n / g) * (g * bits // 8 + _BOUND_BYTES))
+        groups = math.ceil(n / (self.group // unit * unit))
+        return _round_up(math.ceil(n / groups), unit)
 
     def describe(self) -> str:
         """Short text for tables, such as `int8/128` or `int4/64 nearest`."""
@@ -147,17 +148,15 @@ class QuantCodec:
         """
         if self.is_unbiased and (rows is None or columns is None):
             raise ValueError("stochastic rounding needs random numbers")
-        parts = self._parts(x)
-        bounds = self._bounds(parts)
-        work = _working(x.dtype)
-        low, span = self._span([bound.to(work) for bound in bounds])
-        scaled = [part.to(work) for part in parts]
-        if low is not None:
-            scaled = [part - low for part in scaled]
-        factor = self._levels * _MARGIN / span
-        codes = self._codes([part * factor for part in scaled], rows, columns)
-        codes = codes.flatten(self._at, self._at + 1)
-        return (codes, *(bound.squeeze(self.dim) for bound in bounds))
+        whole = self.features // self.group_size * self.group_size
+        pieces = [self._encoded(x.narrow(self.dim, 0, whole), rows, columns)] if whole else []
+        if self._padding:
+            # by itself: compilers compare each index of padded values with the end
+            last = self._padded(x.narrow(self.dim, whole, self.features - whole))
+            pieces.append(self._encoded(last, rows, None if columns is None else columns[whole:]))
+        if len(pieces) == 1:
+            return pieces[0]
+        return tuple(torch.cat(parts, self.dim) for parts in zip(*pieces, strict=True))
 
     def decode(self, stored: Sequence[Tensor], dtype: torch.dtype) -> Tensor:
         """What stands for x, in the shape that was encoded.
@@ -220,29 +219,42 @@ class QuantCodec:
         levels = _OFFSET_LEVELS if self.zero_point else _SYMMETRIC_LEVELS
         return levels[self.format]
 
-    def _parts(self, x: Tensor) -> list[Tensor]:
-        """The elements by group and place in a word, p times (..., k, g / p [, m])."""
-        if self._padding:
-            x = self._padded(x)
-        parts = _split(x, self.dim, (self.groups, self._unit, self.group_size // self._unit))
-        return list(parts.unbind(self._at))
-
     def _padded(self, x: Tensor) -> Tensor:
+        """A group out of fewer elements."""
         if not self.zero_point:
             return torch.constant_pad_nd(x, [0, 0] * (-1 - self.dim) + [0, self._padding])
         # zeros would widen the range of the group
-        index = torch.arange(self.features + self._padding, device=x.device)
-        return x.index_select(self.dim, index.clamp_max(self.features - 1))
+        index = torch.arange(self.group_size, device=x.device)
+        return x.index_select(self.dim, index.clamp_max(self.group_size - self._padding - 1))
 
-    def _bounds(self, parts: list[Tensor]) -> list[Tensor]:
+    def _encoded(
+        self, x: Tensor, rows: Tensor | None, columns: Tensor | None
+    ) -> tuple[Tensor, ...]:
+        """`encode` for whole groups."""
+        places = (-1, self._unit, self.group_size // self._unit)
+        parts = _split(x, self.dim, places)  # (..., k, p, g / p [, m])
+        bounds = self._bounds(parts)
+        work = _working(x.dtype)
+        low, span = self._span([bound.unsqueeze(self._at).to(work) for bound in bounds])
+        scaled = parts.to(work)
+        if low is not None:
+            scaled = scaled - low
+        codes = self._codes(scaled * (self._levels * _MARGIN / span), rows, columns)
+        codes = codes.flatten(self._at, self._at + 1)
+        return (codes, *(bound.squeeze(self.dim) for bound in bounds))
+
+    def _bounds(self, parts: Tensor) -> list[Tensor]:
         """What is stored besides the codes, each (..., k, 1 [, m]); NaN if there is one in the group."""
         if not self.zero_point:
-            sizes = [part.abs() for part in parts]
-            return [functools.reduce(torch.maximum, sizes).amax(self.dim, keepdim=True)]
-        return [
-            functools.reduce(torch.maximum, parts).amax(self.dim, keepdim=True),
-            functools.reduce(torch.minimum, parts).amin(self.dim, keepdim=True),
-        ]
+            return [self._extreme(parts.abs(), torch.amax)]
+        return [self._extreme(parts, torch.amax), self._extreme(parts, torch.amin)]
+
+    def _extreme(self, parts: Tensor, of: Callable[..., Tensor]) -> Tensor:
+        """Of each group: by halves over the places, so that the loop over the rest is that of packing."""
+        while parts.shape[self._at] > 1:
+            halves = (2, parts.shape[self._at] // 2)
+            parts = of(_split(parts, self._at, halves), self._at - 1)
+        return of(parts.squeeze(self._at), self.dim, keepdim=True)
 
     def _span(self, bounds: list[Tensor]) -> tuple[Tensor | None, Tensor]:
         """What code zero stands for (None: zero), and the distance from there to the largest code."""
@@ -251,25 +263,25 @@ class QuantCodec:
             return None, largest.clamp_min(_SMALLEST)
         return others[0], (largest - others[0]).clamp_min(_SMALLEST)
 
-    def _codes(self, scaled: list[Tensor], rows: Tensor | None, columns: Tensor | None) -> Tensor:
+    def _codes(self, scaled: Tensor, rows: Tensor | None, columns: Tensor | None) -> Tensor:
         """Rounded and packed, (..., k, g / p [, m])."""
         if self._is_float:
-            return scaled[0].to(_FLOAT8[self.format])
+            return scaled.squeeze(self._at).to(_FLOAT8[self.format])
         if self.stochastic and rows is not None and columns is not None:
-            numbers = self._uniform(rows, columns, scaled[0].shape)
-            rounded = [(part + u).floor() for part, u in zip(scaled, numbers, strict=True)]
+            rounded = (scaled + self._uniform(rows, columns, scaled.shape)).floor()
         else:
-            rounded = [part.round() for part in scaled]
-        return packed([part + self._bias for part in rounded], _BITS[self.format])
+            rounded = scaled.round()
+        return packed(rounded + self._bias, _BITS[self.format], self._at)
 
-    def _uniform(self, rows: Tensor, columns: Tensor, shape: Sequence[int]) -> list[Tensor]:
-        """u for each part of shape (..., k, g / p), with m behind for `dim` -2."""
-        trailing = list(shape[len(shape) + self.dim + 1 :])
-        leading = list(shape[: self._at])
-        count = math.prod(leading) * math.prod(trailing)
-        rows = rows[:count].view(*leading, 1, 1, *trailing)
-        columns = columns.view(self.groups, -1, shape[self.dim], *[1] * len(trailing))
-        return [uniform(rows, part) for part in columns.unbind(1)]
+    def _uniform(self, rows: Tensor, columns: Tensor, shape: Sequence[int]) -> Tensor:
+        """u in the shape of the parts, (..., k, p, g / p [, m])."""
+        at = len(shape) + self._at - 1
+        leading, of_row, trailing = shape[:at], shape[at : at + 3], shape[at + 3 :]
+        rows = rows[: math.prod(leading) * math.prod(trailing)]
+        columns = columns[: math.prod(of_row)]
+        return uniform(
+            rows.view(*leading, 1, 1, 1, *trailing), columns.view(*of_row, *[1] * len(trailing))
+        )
 
     def _numbers(self, codes: Tensor) -> Tensor:
         """What the codes stand for, before scaling, by group and place in a word, (..., k, p, g / p [, m])."""

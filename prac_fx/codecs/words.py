@@ -9,27 +9,30 @@ the caller's choice; it takes those that lie g / p apart, so that each p-th of a
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 import torch
 from torch import Tensor
 
 WORD_BITS = 32
 
 
-def packed(codes: Sequence[Tensor], bits: int) -> Tensor:
+def packed(codes: Tensor, bits: int, dim: int) -> Tensor:
     """Words of codes.
 
     Args:
-        codes: p tensors of one shape, whole numbers in [0, 2^bits), float32 or float64.
+        codes: whole numbers in [0, 2^bits), float32 or float64.
         bits: 4 or 8.
+        dim: negative; the dimension of p, the place in the word, which is left out of the result.
 
     Returns:
-        int32, the shape of one of them.
+        int32.
     """
-    middle = len(codes) // 2
-    low, high = (_sixteen_bits(half, bits) for half in (codes[:middle], codes[middle:]))
-    return low | (high << (WORD_BITS // 2))
+    half = WORD_BITS // 2
+    at = codes.dim() + dim
+    parts = codes.view(*codes.shape[:at], 2, half // bits, *codes.shape[at + 1 :])
+    # codes of half a word are put together as floats, which is exact and cheaper than converting each
+    weights = (1 << _places(half, bits, dim, codes.device)).to(codes.dtype)
+    halves = (parts * weights).sum(dim).to(torch.int32)
+    return (halves << _places(WORD_BITS, half, dim, codes.device)).sum(dim, dtype=torch.int32)
 
 
 def unpacked(words: Tensor, bits: int, dim: int) -> Tensor:
@@ -43,18 +46,15 @@ def unpacked(words: Tensor, bits: int, dim: int) -> Tensor:
     Returns:
         int32, in [0, 2^bits).
     """
-    shifts = torch.arange(0, WORD_BITS, bits, dtype=torch.int32, device=words.device)
-    shifts = shifts.view(-1, *[1] * -dim)
+    shifts = _places(WORD_BITS, bits, dim - 1, words.device)
     codes: Tensor = (_read_as_floats(words).unsqueeze(dim - 1) >> shifts) & ((1 << bits) - 1)
     return codes
 
 
-def _sixteen_bits(codes: Sequence[Tensor], bits: int) -> Tensor:
-    """Put together as floats, which is exact and cheaper than converting each code."""
-    total = codes[-1]
-    for code in reversed(codes[:-1]):
-        total = total * float(1 << bits) + code
-    return total.to(torch.int32)
+def _places(stop: int, step: int, dim: int, device: torch.device) -> Tensor:
+    """0, step, ... below `stop`, along dimension `dim`, which is negative."""
+    numbers = torch.arange(0, stop, step, dtype=torch.int32, device=device)
+    return numbers.view(-1, *[1] * (-1 - dim))
 
 
 def _read_as_floats(words: Tensor) -> Tensor:
