@@ -88,6 +88,7 @@ REASONS = {
     "cannot_rewrite": "the rewritten graph failed a check, so plain Inductor compiles this graph",
     "checkpointed": "inside a checkpointed region: backward computes it again",
     "memory_budget": "torch's activation_memory_budget has backward compute it again",
+    "layout_copy": "a copy of an input that Inductor makes for convolutions, in another memory layout",
     "offloaded": "torch's activation offloading moves it to the host",
 }
 

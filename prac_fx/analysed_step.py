@@ -16,7 +16,7 @@ from prac_fx.errors import ReportError
 from prac_fx.memory import storage_nbytes
 from prac_fx.optimizer_memory import OptimizerMemory, optimizer_memory
 from prac_fx.passes.plan import PlannedValue
-from prac_fx.planned_values import values_after, values_refused
+from prac_fx.planned_values import layout_copies, values_after, values_refused
 from prac_fx.repeated_blocks import (
     Repeated,
     all_blocks,
@@ -256,7 +256,7 @@ def _analysed(
         raise ReportError(NO_BACKWARD)
     if repeated is not None:
         check_blocks_alike([call.before.forward_flops for call in calls], repeated)
-    values = [value for call in calls for value in _values(call.after)]
+    values = [value for call in calls for value in _values(call)]
     if repeated is not None:
         values = all_values(values, repeated)
     constants = tensors.live()
@@ -295,14 +295,16 @@ def _handed_over(graph: PlannedGraph) -> Mapping[str, int]:
     return found
 
 
-def _values(graph: PlannedGraph) -> list[PlannedValue]:
+def _values(call: Call) -> list[PlannedValue]:
+    graph = call.after
     if graph.plan is None:
         return []
+    copies = layout_copies(call.before.forward, graph.forward, graph.facts.num_results)
     if graph.rewritten is not None:
-        return values_after(graph.plan, graph.rewritten)
+        return values_after(graph.plan, graph.rewritten) + copies
     if graph.refused is not None:
-        return values_refused(graph.plan, graph.refused)
-    return list(graph.plan.values)
+        return values_refused(graph.plan, graph.refused) + copies
+    return [*graph.plan.values, *copies]
 
 
 def _live_tensor(name: str, category: Category, tensor: Tensor) -> Live:

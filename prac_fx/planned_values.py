@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import replace
 
+from prac_fx.inductor_plan import GraphPlan, Value
 from prac_fx.passes.partition import PartitionedGraph
 from prac_fx.passes.plan import Plan, PlannedValue, row_without_readers
 
@@ -33,6 +35,46 @@ def values_after(plan: Plan, rewritten: PartitionedGraph) -> list[PlannedValue]:
         for one in saved.values()
         if not one.is_input
     ]
+
+
+def layout_copies(before: GraphPlan, after: GraphPlan, num_results: int) -> list[PlannedValue]:
+    """Rows of the copies of inputs that Inductor saves for backward instead of the inputs themselves.
+
+    Where a graph has convolutions, it may turn them and what they read to another memory layout (channels last), parameters
+    and inputs included; source: `GraphLowering.decide_layout_opt` in torch/_inductor/graph.py.
+
+    Args:
+        before: forward graph of plain Inductor.
+        after: of our backend.
+        num_results: outputs of both that the caller receives; the others are saved.
+    """
+    copies = {name: value.nbytes for name, value in _saved_copies(after, num_results)}
+    return [
+        PlannedValue(
+            name=f"{name}_copy",
+            allocated_by=f"{name}_copy",
+            shape=tuple(map(str, value.shape)),
+            dtype=value.dtype,
+            role="-",
+            origin=value.origin,
+            read_by=(),
+            decision="keep",
+            reason="layout_copy",
+            detail="",
+            nbytes_before=value.nbytes,
+            nbytes_after=copies.get(name, 0),
+        )
+        for name, value in _saved_copies(before, num_results)
+    ]
+
+
+def _saved_copies(plan: GraphPlan, num_results: int) -> Iterator[tuple[str, Value]]:
+    """The input that each is a copy of, and the copy."""
+    allocated = {name: value for kernel in plan.kernels for name, value in kernel.allocated.items()}
+    inputs = {value.name for value in plan.inputs.values()}
+    for pair in plan.outputs[num_results:]:
+        if pair is not None and pair[0] in inputs and pair[1] in allocated:
+            yield pair[0], allocated[pair[1]]
 
 
 def values_refused(plan: Plan, why: str) -> list[PlannedValue]:
