@@ -16,6 +16,8 @@ from prac_fx.analysed_step import AnalysedStep, analyse_step, tensors_of
 from prac_fx.config import POLICIES, PracConfig
 from prac_fx.dynamo_backend import PracBackend
 from prac_fx.eager_memory import eager_step
+from prac_fx.errors import PracError, ReportError
+from prac_fx.forked_map import forked_map
 from prac_fx.meta_model import as_fake
 from prac_fx.optimizer_memory import optimizer_memory
 from prac_fx.repeated_blocks import ANALYSED
@@ -143,6 +145,7 @@ def compare_alternatives(
     config: PracConfig,
     patches: Mapping[str, Any],
     progress: Progress,
+    processes: int = 1,
 ) -> list[Alternative]:
     """Analyse every way on fake copies of the model, so that nothing is computed.
 
@@ -152,14 +155,21 @@ def compare_alternatives(
         config: the user's options.
         patches: Inductor's.
         progress: called with what is done next, steps done, and steps in all.
+        processes: how many of them work at a time.
     """
     ways = ways_to_train(config)
     faked = without_values(step)
-    rows = []
-    for number, way in enumerate(ways):
-        progress(way.name, number + 1, len(ways) + 1)
-        rows.append(_known(way, analysed, config) or analyse_way(way, faked, patches, analysed))
-    return rows
+    known = {way.name: _known(way, analysed, config) for way in ways}
+    unknown = [way for way in ways if known[way.name] is None]
+
+    def show(way: Way, done: int) -> None:
+        progress(way.name, done + 1, len(unknown) + 1)
+
+    found = forked_map(
+        lambda way: analyse_way(way, faked, patches, analysed), unknown, processes, show
+    )
+    rows = known | {row.name: row for row in found}
+    return [row for row in rows.values() if row is not None]
 
 
 def analyse_way(
@@ -179,6 +189,8 @@ def analyse_way(
             budget=way.budget,
             plain=analysed if is_same and way.config is not None else None,
         )
+    except PracError as error:
+        return Alternative(way, note=str(error))
     except Exception as error:  # torch's own, for one: the other rows are still worth having
         inner = getattr(error, "inner_exception", error)
         text = f"{type(inner).__name__}: {inner}".partition("\n")[0]
@@ -256,11 +268,11 @@ def checkpointed(step: Step) -> Step:
     """The step with every block of the model in `torch.utils.checkpoint`; the user's model stays as it is.
 
     Raises:
-        ValueError: the model has no list of blocks.
+        ReportError: the model has no list of blocks.
     """
     model = step.model
     if not isinstance(model, nn.Module) or not blocks_of(model):
-        raise ValueError("the model has no list of equal blocks to checkpoint")
+        raise ReportError("the model has no list of equal blocks to checkpoint")
     tensors = [*model.parameters(), *model.buffers()]
     copied = copy.deepcopy(model, {id(tensor): tensor for tensor in tensors})
     for block in blocks_of(copied):

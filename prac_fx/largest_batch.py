@@ -9,6 +9,7 @@ from typing import Any
 
 from prac_fx.alternatives import Alternative, Progress, analyse_way, without_values
 from prac_fx.analysed_step import AnalysedStep
+from prac_fx.forked_map import forked_map
 from prac_fx.meta_model import batch_size, resized
 from prac_fx.step_trace import Step
 
@@ -23,6 +24,7 @@ def largest_batches(
     patches: Mapping[str, Any],
     limit_nbytes: int,
     progress: Progress,
+    processes: int = 1,
 ) -> list[Alternative]:
     """Rows with the largest batch whose estimated peak is at most `limit_nbytes`; 0 where not even one fits.
 
@@ -33,27 +35,30 @@ def largest_batches(
         patches: Inductor's.
         limit_nbytes: what must suffice.
         progress: called with what is done next, steps done, and steps in all.
+        processes: how many rows are searched at a time.
 
     Raises:
         ReportError: the inputs have no batch dimension.
     """
     start = batch_size(step.args, step.kwargs)
     faked = without_values(step)
-    found = []
-    for number, row in enumerate(rows):
-        progress(f"largest batch, {row.name}", number, len(rows))
-        if row.peak_nbytes is None:
-            found.append(row)
-            continue
 
-        def peak(batch: int, row: Alternative = row) -> int | None:
+    def searched(row: Alternative) -> Alternative:
+        if row.peak_nbytes is None:
+            return row
+
+        def peak(batch: int) -> int | None:
             model, args, kwargs = resized(faked.model, faked.args, faked.kwargs, batch)
             sized = replace(faked, model=model, args=args, kwargs=kwargs)
             return analyse_way(row.way, sized, patches, analysed).peak_nbytes
 
         batch = largest_that_fits(peak, start, row.peak_nbytes, limit_nbytes)
-        found.append(replace(row, largest_batch=batch))
-    return found
+        return replace(row, largest_batch=batch)
+
+    def show(row: Alternative, done: int) -> None:
+        progress(f"largest batch, {row.name}", done, len(rows))
+
+    return forked_map(searched, rows, processes, show)
 
 
 def largest_that_fits(

@@ -125,6 +125,7 @@ def report_step(
     alternatives: bool = False,
     measure: bool = False,
     progress: Progress | None = None,
+    processes: int = 1,
 ) -> MemoryReport:
     """All that the memory report can say of one training step.
 
@@ -142,6 +143,7 @@ def report_step(
         alternatives: also analyse the other ways to train.
         measure: run real steps, too, of plain Inductor, `backend="prac"` and eagerly.
         progress: called with what is done next, steps done, and steps in all.
+        processes: how many alternatives are analysed at a time, in forked processes; see `prac_fx.forked_map`.
 
     Raises:
         PracOptionError: a bad option.
@@ -158,9 +160,9 @@ def report_step(
     analysed = analyse_step(step, config, patches, optimizer)
     rows: list[Alternative] = []
     if alternatives or fits is not None or measure:
-        rows = compare_alternatives(step, analysed, config, patches, show)
+        rows = compare_alternatives(step, analysed, config, patches, show, processes)
     if fits is not None:
-        rows = largest_batches(step, analysed, rows, patches, fits, show)
+        rows = largest_batches(step, analysed, rows, patches, fits, show, processes)
     measured_on = ""
     if measure:
         rows, measured_on = measure_alternatives(step, analysed, rows, patches, show)

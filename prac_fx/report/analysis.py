@@ -14,6 +14,7 @@ from typing import Any
 from torch import nn
 
 from prac_fx.errors import PracError, ReportError
+from prac_fx.forked_map import usable_processes
 from prac_fx.memory_report import report_step
 from prac_fx.meta_model import build_model
 from prac_fx.report.document import Document
@@ -33,6 +34,7 @@ class Analysis:
         alternatives: also what other ways to train would take.
         measure: also run real steps.
         fake: build without memory for tensors; None for only if they would not fit.
+        processes: how many alternatives are analysed at a time; None for as many as help.
     """
 
     optimizer: str = "adamw"
@@ -43,6 +45,7 @@ class Analysis:
     alternatives: bool = True
     measure: bool = False
     fake: bool | None = None
+    processes: int | None = None
 
     @classmethod
     def flags(cls) -> tuple[str, ...]:
@@ -80,6 +83,7 @@ def analyse(path: Path, options: dict[str, Any], analysis: Analysis) -> Document
             alternatives=analysis.alternatives,
             measure=analysis.measure,
             progress=progress,
+            processes=analysis.processes or usable_processes(),
         )
     return report.as_document()
 

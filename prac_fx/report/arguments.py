@@ -122,6 +122,12 @@ def _add_analysis_flags(group: argparse._ArgumentGroup) -> None:
         default=None,
         help="build() without memory for its tensors (default: if they would not fit)",
     )
+    group.add_argument(
+        "--processes",
+        type=int,
+        metavar="N",
+        help="that analyse the alternatives (default: one for each core, up to 4)",
+    )
 
 
 # -- checks that need no work ------------------------------------------------------------------------
@@ -134,7 +140,7 @@ def _check(arguments: argparse.Namespace) -> None:
     if arguments.top < 0:
         raise ReportError(f"--top {arguments.top}: expected a number of rows, 0 for all")
     arguments.format = arguments.format or _format_of(arguments.output)
-    for name in ("batch", "seq"):
+    for name in ("batch", "seq", "processes"):
         size = getattr(arguments, name)
         if size is not None and size < 1:
             raise ReportError(f"--{name} {size}: expected a whole number above zero")
