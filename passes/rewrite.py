@@ -18,16 +18,15 @@ removes the decoded value again.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Mapping
+import itertools
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 import torch.fx as fx
 from torch import Tensor
 
 from prac_fx.codecs import PracCodec
-from prac_fx.codecs.rounding import column_numbers, row_numbers
 from prac_fx.errors import CannotRewriteError
 from prac_fx.graph_edit import Inliner, fake_result, tensor_value, without_views
 from prac_fx.memory import size_hint
@@ -102,7 +101,7 @@ def rewrite(graph: fx.Graph, plan: Plan, state: State, inline: Inliner) -> list[
         _require(names, nodes)
     _require((*plan.clones, *plan.statistics), nodes)
     backward = classify(graph).backward
-    place = _Place(graph, plan, state, inline)
+    place = _Place(graph, state.seed, inline)
     encoded: list[EncodedSite] = []
     decoded: dict[fx.Node, EncodedSite] = {}
     for site in plan.sites:
@@ -134,79 +133,33 @@ def _must_save(node: fx.Node) -> None:
 
 
 class _Place:
-    """Where code for one site goes, and the random numbers it rounds with.
+    """Where code for one site goes, and the random numbers it rounds with."""
 
-    Numbers for columns are one table, of which each site has a part to itself. Those for rows are shared by all sites with
-    as many rows, see `rounding`.
-    """
-
-    def __init__(self, graph: fx.Graph, plan: Plan, state: State, inline: Inliner) -> None:
+    def __init__(self, graph: fx.Graph, seed: fx.Node | None, inline: Inliner) -> None:
         self.position = {node: index for index, node in enumerate(graph.nodes)}
         self.inline = inline
-        self._head = next(node for node in graph.nodes if node.op != "placeholder")
-        # needed only where something rounds stochastically, and then it is there
-        self._seed: Any = state.seed
-        self._columns_used = 0
-        self._columns_in_all = sum(
-            site.quantizer.padded_features
-            for site in plan.sites
-            if site.quantizer and site.is_random
-        )
-        self._tables: dict[tuple[str, int], fx.Node] = {}
+        self._seed = seed
+        self._salts = itertools.count()
 
     def after(self, *nodes: fx.Node | None) -> fx.Node:
         """The node behind the last of these."""
         return max((n for n in nodes if n is not None), key=self.position.__getitem__).next
 
-    def numbers(self, site: Site, value: fx.Node, before: fx.Node) -> list[fx.Node]:
+    def numbers(self, site: Site, value: fx.Node, before: fx.Node) -> tuple[fx.Node, ...]:
         """What the quantizer of a site rounds `value` with: numbers for its rows and for its columns."""
         quantizer = site.quantizer
-        if quantizer is None or not site.is_random:
-            return []
-        used = slice(self._columns_used, self._columns_used + quantizer.padded_features)
-        self._columns_used = used.stop
-        columns = self.inline(
-            lambda table: table[used],
-            [self._table(column_numbers, self._columns_in_all, value)],
-            before=before,
-            tag=_FORWARD,
-            like=value,
-            key=("columns", used.start, used.stop),
-            name="columns",
-        ).result
-        return [self._rows(value, quantizer.features, before), columns]
-
-    def _rows(self, value: fx.Node, features: int, before: fx.Node) -> fx.Node:
-        count = value.meta["val"].numel() // features
-        if isinstance(count, int):
-            return self._table(row_numbers, count, value)
+        if quantizer is None or self._seed is None or not site.is_random:
+            return ()
+        salt = next(self._salts)
         return self.inline(
-            lambda x, seed: row_numbers(x.numel() // features, seed),
+            lambda x, seed: quantizer.numbers(x, seed, salt),
             [value, self._seed],
             before=before,
             tag=_FORWARD,
             like=value,
-            key=("rows", features),
-            name="row_numbers",
-        ).result
-
-    def _table(
-        self, numbers: Callable[[int, Tensor], Tensor], count: int, like: fx.Node
-    ) -> fx.Node:
-        """Numbers at the head of the graph, made once."""
-        name = numbers.__name__
-        found = self._tables.get((name, count))
-        if found is None:
-            found = self._tables[name, count] = self.inline(
-                lambda seed: numbers(count, seed),
-                [self._seed],
-                before=self._head,
-                tag=_FORWARD,
-                like=like,
-                key=(name, count),
-                name=name,
-            ).result
-        return found
+            key=("numbers", quantizer, salt),
+            name="numbers",
+        ).results
 
 
 def _factored_site(

@@ -13,27 +13,35 @@ from torch.fx.experimental.proxy_tensor import make_fx
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from prac_fx.codecs import QuantCodec
-from prac_fx.codecs.rounding import _INDEX_MULTIPLIERS, column_numbers, row_numbers, uniform
+from prac_fx.codecs.rounding import _MULTIPLIERS, rounding_table, uniform
+from prac_fx.rounding_state import step_number
 
 SAMPLES, VARIABLES = 100_000, 48
 HALF = 2.0**-17  # the mean of the numbers of columns is that much below 1/2
 
 
-Numbers = Callable[[int, Tensor], Tensor]
+def _seeds(count: int) -> Tensor:
+    """Those of the first steps of a run."""
+    return torch.tensor([step_number(0, step) for step in range(count)])
 
 
-def _over(seeds: Tensor, numbers: Numbers = column_numbers, count: int = VARIABLES) -> Tensor:
-    """(seeds, count) in float64."""
-    return torch.vmap(lambda seed: numbers(count, seed))(seeds).double()
+def _tables(seeds: Tensor, rows: int, columns: int, salt: int = 0) -> list[Tensor]:
+    """(seeds, rows) and (seeds, columns), float64."""
+    found = torch.vmap(lambda seed: rounding_table(rows, columns, seed, salt))(seeds)
+    return [part.double() for part in found]
+
+
+def _over(seeds: Tensor, count: int = VARIABLES) -> Tensor:
+    return _tables(seeds, 0, count)[1]
 
 
 def _one(count: int, seed: int) -> Tensor:
-    return column_numbers(count, torch.tensor(seed)).double()
+    return rounding_table(0, count, _seeds(seed + 1)[seed])[1].double()
 
 
 # Each returns (samples, variables): how numbers that differ in one thing only vary together.
 def _along_the_index_over_seeds() -> Tensor:
-    return _over(torch.arange(SAMPLES)) + HALF
+    return _over(_seeds(SAMPLES)) + HALF
 
 
 def _along_the_index() -> Tensor:
@@ -41,7 +49,7 @@ def _along_the_index() -> Tensor:
 
 
 def _one_index_over_seeds() -> Tensor:
-    return _over(torch.arange(VARIABLES), count=SAMPLES).mT + HALF
+    return _over(_seeds(VARIABLES), count=SAMPLES).mT + HALF
 
 
 def _far_indices() -> Tensor:
@@ -49,32 +57,23 @@ def _far_indices() -> Tensor:
     return _one(VARIABLES << 16, 5).view(VARIABLES, -1).mT + HALF
 
 
-def _high_seed_bits() -> Tensor:
-    return _over(torch.arange(VARIABLES) << 16, count=SAMPLES).mT + HALF
+def _one_index_over_salts() -> Tensor:
+    seed = _seeds(1)[0]
+    tables = [rounding_table(0, SAMPLES, seed, salt)[1].double() for salt in range(VARIABLES)]
+    return torch.stack(tables, dim=1) + HALF
 
 
 def _parts_of_rows_and_columns() -> Tensor:
-    seeds, count = torch.arange(SAMPLES), VARIABLES // 3
-    rows = _over(seeds, row_numbers, count)
-    multipliers = (rows.floor() + 0.0) / 128  # 64 values, mean 1/2
+    rows, columns = _tables(_seeds(SAMPLES), VARIABLES // 3, VARIABLES // 3)
+    multipliers = rows.floor() / 128  # 64 values, mean 1/2
     multipliers = (multipliers - 0.5) * math.sqrt(64**2 / (64**2 - 1)) + 0.5  # variance 1/12
-    return torch.cat([rows % 1, multipliers, _over(seeds, column_numbers, count) + HALF], dim=1)
+    return torch.cat([rows % 1, multipliers, columns + HALF], dim=1)
 
 
 def _elements_of_a_value() -> Tensor:
     """6 x 8 elements, out of 14 numbers."""
-    seeds = torch.arange(SAMPLES)
-    rows, columns = _over(seeds, row_numbers, 6), _over(seeds, column_numbers, 8)
+    rows, columns = _tables(_seeds(SAMPLES), 6, 8)
     return uniform(rows.unsqueeze(2), columns.unsqueeze(1)).flatten(1)
-
-
-def _elements_of_two_values() -> Tensor:
-    """Two values with the same numbers for rows: 6 rows of 4 columns each."""
-    seeds = torch.arange(SAMPLES) + 7
-    rows = _over(seeds, row_numbers, 6).unsqueeze(2)
-    columns = _over(seeds, column_numbers, 8).unsqueeze(1)
-    parts = [uniform(rows, columns[..., :4]), uniform(rows, columns[..., 4:])]
-    return torch.cat([part.flatten(1) for part in parts], dim=1)
 
 
 WAYS = [
@@ -82,10 +81,9 @@ WAYS = [
     _along_the_index,
     _one_index_over_seeds,
     _far_indices,
-    _high_seed_bits,
     _parts_of_rows_and_columns,
     _elements_of_a_value,
-    _elements_of_two_values,
+    _one_index_over_salts,
 ]
 
 
@@ -106,7 +104,7 @@ def test_moments_and_correlations(way: Callable[[], Tensor]) -> None:
 
 def _line(line: str, seeds: Tensor, count: int) -> Tensor:
     """(seeds, count): a row or a column of elements, or what they are made of."""
-    rows, columns = _over(seeds, row_numbers, count), _over(seeds, column_numbers, count)
+    rows, columns = _tables(seeds, count, count)
     if line == "row":
         return uniform(rows[:, :1], columns)
     return uniform(rows, columns[:, :1]) if line == "column" else columns + HALF
@@ -115,7 +113,7 @@ def _line(line: str, seeds: Tensor, count: int) -> Tensor:
 @pytest.mark.parametrize("line", ["row", "column", "numbers"])
 def test_a_line_is_independent(line: str) -> None:
     """Sums along a row, along a column and of the numbers have the fourth moment of independent ones."""
-    found = _line(line, torch.arange(SAMPLES), VARIABLES)
+    found = _line(line, _seeds(SAMPLES), VARIABLES)
     total = ((found - 0.5) * math.sqrt(12)).sum(1) / math.sqrt(VARIABLES)
     assert abs(float(total.pow(4).mean()) - (3 - 1.2 / VARIABLES)) < 5 * math.sqrt(96 / SAMPLES)
 
@@ -125,7 +123,7 @@ def test_a_line_is_independent(line: str) -> None:
 def test_neighbours_fill_the_cube(bins: tuple[int, ...], line: str) -> None:
     """Chi-squared of one number, of two and of three neighbours together."""
     samples = 1 << 20
-    found = _line(line, torch.arange(samples), len(bins))
+    found = _line(line, _seeds(samples), len(bins))
     cell = torch.zeros(samples, dtype=torch.int64)
     for column, number in enumerate(bins):
         cell = cell * number + (found[:, column] * number).long()
@@ -136,8 +134,8 @@ def test_neighbours_fill_the_cube(bins: tuple[int, ...], line: str) -> None:
 
 
 def _value(rows: int, columns: int, seed: int = 1) -> tuple[Tensor, Tensor]:
-    step = torch.tensor(seed)
-    return row_numbers(rows, step).unsqueeze(1), column_numbers(columns, step)
+    of_rows, of_columns = rounding_table(rows, columns, _seeds(seed + 1)[seed])
+    return of_rows.unsqueeze(1), of_columns
 
 
 def test_errors_of_equal_values_have_no_direction() -> None:
@@ -161,31 +159,32 @@ def test_range() -> None:
     assert torch.equal(found.double(), exact)
 
 
-@pytest.mark.parametrize("numbers", [row_numbers, column_numbers])
-def test_same_arguments_same_numbers(numbers: Callable[..., Tensor]) -> None:
-    """A pure function of index and seed; a longer table begins with a shorter one."""
-    seed = torch.tensor(5)
-    whole = numbers(4000, seed)
-    assert torch.equal(whole, numbers(4000, seed))
-    assert torch.equal(whole[:70], numbers(70, seed))
-    for other in (6, 5 + (1 << 16), -5):
-        assert float((numbers(4000, torch.tensor(other)) == whole).double().mean()) < 0.01
+def test_same_arguments_same_numbers() -> None:
+    """A pure function of index, seed and salt; columns, and the first rows, do not depend on how many rows there are."""
+    first, second = _seeds(2)
+    rows, columns = rounding_table(2000, 2000, first, 1)
+    assert torch.equal(rows, rounding_table(2000, 2000, first, 1)[0])
+    few, same = rounding_table(70, 2000, first, 1)
+    assert torch.equal(few, rows[:70])
+    assert torch.equal(same, columns)
+    for seed, salt in [(second, 1), (first, 2), (first ^ (1 << 40), 1), (first ^ 1, 1)]:
+        others = rounding_table(2000, 2000, seed, salt)
+        for one, other in zip((rows, columns), others, strict=True):
+            assert float((other % 1 == one % 1).double().mean()) < 0.01
 
 
 class _NoOverflow(TorchDispatchMode):
-    """Repeats int32 arithmetic in int64 and compares."""
+    """Repeats products and sums of integers in floats of double precision and compares."""
 
     checked = 0
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):  # type: ignore[no-untyped-def]
         found = func(*args, **(kwargs or {}))
         if func.overloadpacket in (torch.ops.aten.mul, torch.ops.aten.add):
-            wide = [
-                a.long() if isinstance(a, Tensor) and a.dtype == torch.int32 else a for a in args
-            ]
-            if found.dtype == torch.int32:
+            if found.dtype == torch.int64:
                 self.checked += 1
-                assert torch.equal(func(*wide), found.long())
+                wide = [a.double() if isinstance(a, Tensor) else a for a in args]
+                torch.testing.assert_close(func(*wide), found.double(), rtol=1e-12, atol=0)
         return found
 
 
@@ -193,9 +192,9 @@ def test_nothing_overflows() -> None:
     """Signed overflow would be undefined behaviour in compiled code."""
     with _NoOverflow() as mode:
         for seed in (0, -1, 0x7FFFFFFFFFFFFFFF, 12345):
-            row_numbers(1 << 18, torch.tensor(seed))
-            column_numbers(1 << 18, torch.tensor(seed))
-    assert mode.checked > 60
+            for salt in range(4):
+                rounding_table(1 << 18, 100, torch.tensor(seed), salt)
+    assert mode.checked >= 4 * 4 * 4
 
 
 def test_generator_state_is_untouched() -> None:
@@ -209,7 +208,7 @@ def test_traces_with_symbolic_count() -> None:
     """The graph of one size gives the numbers of another, without random operators."""
 
     def numbers(x: Tensor, seed: Tensor) -> Tensor:
-        return row_numbers(x.shape[0], seed)
+        return torch.cat(rounding_table(x.shape[0], 5, seed))
 
     graph = make_fx(numbers, tracing_mode="symbolic")(torch.empty(6, 2), torch.tensor(1))
     x, seed = torch.empty(11, 2), torch.tensor(9)
@@ -249,6 +248,6 @@ def test_compiled_code_hashes_rows_and_columns_only() -> None:
     assert all(map(torch.equal, stored, expected))
     kernel = source[source.index('extern "C"') : source.index("''')")]
     hashes, elements = kernel.split(".abs()", 1)
-    multiplier = str(_INDEX_MULTIPLIERS[0])
+    multiplier = str(_MULTIPLIERS[0])
     assert multiplier in hashes
     assert multiplier not in elements
