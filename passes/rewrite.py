@@ -18,8 +18,7 @@ removes the decoded value again.
 
 from __future__ import annotations
 
-import itertools
-from collections.abc import Collection, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 
 import torch
@@ -27,6 +26,7 @@ import torch.fx as fx
 from torch import Tensor
 
 from prac_fx.codecs import PracCodec
+from prac_fx.codecs.rounding import column_numbers, row_numbers
 from prac_fx.errors import CannotRewriteError
 from prac_fx.graph_edit import Inliner, fake_result, tensor_value, without_views
 from prac_fx.memory import size_hint
@@ -101,7 +101,7 @@ def rewrite(graph: fx.Graph, plan: Plan, state: State, inline: Inliner) -> list[
         _require(names, nodes)
     _require((*plan.clones, *plan.statistics), nodes)
     backward = classify(graph).backward
-    place = _Place(graph, state.seed, inline)
+    place = _Place(graph, plan, state, inline)
     encoded: list[EncodedSite] = []
     decoded: dict[fx.Node, EncodedSite] = {}
     for site in plan.sites:
@@ -133,13 +133,21 @@ def _must_save(node: fx.Node) -> None:
 
 
 class _Place:
-    """Where code for one site goes, and the random numbers it rounds with."""
+    """Where code for one site goes, and the random numbers it rounds with.
 
-    def __init__(self, graph: fx.Graph, seed: fx.Node | None, inline: Inliner) -> None:
+    A site has its own stretch of the table for columns. The tables for rows, one for each number of rows, are longer by
+    the number of sites: each begins one further on. See `rounding` for both.
+    """
+
+    def __init__(self, graph: fx.Graph, plan: Plan, state: State, inline: Inliner) -> None:
         self.position = {node: index for index, node in enumerate(graph.nodes)}
         self.inline = inline
-        self._seed = seed
-        self._salts = itertools.count()
+        self._head = next(node for node in graph.nodes if node.op != "placeholder")
+        self._seed = state.seed
+        random = [site.quantizer for site in plan.sites if site.quantizer and site.is_random]
+        self._sites, self._columns = len(random), sum(one.padded_features for one in random)
+        self._sites_done = self._columns_done = 0
+        self._tables: dict[tuple[str, int], fx.Node] = {}
 
     def after(self, *nodes: fx.Node | None) -> fx.Node:
         """The node behind the last of these."""
@@ -147,19 +155,49 @@ class _Place:
 
     def numbers(self, site: Site, value: fx.Node, before: fx.Node) -> tuple[fx.Node, ...]:
         """What the quantizer of a site rounds `value` with: numbers for its rows and for its columns."""
-        quantizer = site.quantizer
-        if quantizer is None or self._seed is None or not site.is_random:
+        quantizer, seed = site.quantizer, self._seed
+        if quantizer is None or seed is None or not site.is_random:
             return ()
-        salt = next(self._salts)
+        features, columns = quantizer.features, quantizer.padded_features
+        row, column = self._sites_done, self._columns_done
+        self._sites_done, self._columns_done = row + 1, column + columns
+        count = value.meta["val"].numel() // features
+        tables = [self._table(column_numbers, self._columns, seed, value)]
+        if isinstance(count, int):
+            tables.append(self._table(row_numbers, count + self._sites, seed, value))
+
+        def stretches(x: Tensor, seed: Tensor, *tables: Tensor) -> tuple[Tensor, Tensor]:
+            rows = x.numel() // features
+            # with a symbolic number of rows, a table of its own
+            of_rows = tables[1] if len(tables) > 1 else row_numbers(rows + row, seed)
+            return of_rows[row : row + rows], tables[0][column : column + columns]
+
         return self.inline(
-            lambda x, seed: quantizer.numbers(x, seed, salt),
-            [value, self._seed],
+            stretches,
+            [value, seed, *tables],
             before=before,
             tag=_FORWARD,
             like=value,
-            key=("numbers", quantizer, salt),
+            key=("numbers", features, row, column),
             name="numbers",
         ).results
+
+    def _table(
+        self, numbers: Callable[[int, Tensor], Tensor], count: int, seed: fx.Node, like: fx.Node
+    ) -> fx.Node:
+        """A table at the head of the graph, made once."""
+        name = numbers.__name__
+        if (name, count) not in self._tables:
+            self._tables[name, count] = self.inline(
+                lambda seed: numbers(count, seed),
+                [seed],
+                before=self._head,
+                tag=_FORWARD,
+                like=like,
+                key=(name, count),
+                name=name,
+            ).result
+        return self._tables[name, count]
 
 
 def _factored_site(

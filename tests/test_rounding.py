@@ -13,7 +13,7 @@ from torch.fx.experimental.proxy_tensor import make_fx
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from prac_fx.codecs import QuantCodec
-from prac_fx.codecs.rounding import _MULTIPLIERS, rounding_table, uniform
+from prac_fx.codecs.rounding import _MULTIPLIERS, column_numbers, row_numbers, uniform
 from prac_fx.rounding_state import step_number
 
 SAMPLES, VARIABLES = 100_000, 48
@@ -25,18 +25,21 @@ def _seeds(count: int) -> Tensor:
     return torch.tensor([step_number(0, step) for step in range(count)])
 
 
-def _tables(seeds: Tensor, rows: int, columns: int, salt: int = 0) -> list[Tensor]:
+def _tables(seeds: Tensor, rows: int, columns: int) -> list[Tensor]:
     """(seeds, rows) and (seeds, columns), float64."""
-    found = torch.vmap(lambda seed: rounding_table(rows, columns, seed, salt))(seeds)
-    return [part.double() for part in found]
+
+    def both(seed: Tensor) -> tuple[Tensor, Tensor]:
+        return row_numbers(rows, seed), column_numbers(columns, seed)
+
+    return [part.double() for part in torch.vmap(both)(seeds)]
 
 
 def _over(seeds: Tensor, count: int = VARIABLES) -> Tensor:
-    return _tables(seeds, 0, count)[1]
+    return _tables(seeds, 1, count)[1]
 
 
 def _one(count: int, seed: int) -> Tensor:
-    return rounding_table(0, count, _seeds(seed + 1)[seed])[1].double()
+    return column_numbers(count, _seeds(seed + 1)[seed]).double()
 
 
 # Each returns (samples, variables): how numbers that differ in one thing only vary together.
@@ -57,12 +60,6 @@ def _far_indices() -> Tensor:
     return _one(VARIABLES << 16, 5).view(VARIABLES, -1).mT + HALF
 
 
-def _one_index_over_salts() -> Tensor:
-    seed = _seeds(1)[0]
-    tables = [rounding_table(0, SAMPLES, seed, salt)[1].double() for salt in range(VARIABLES)]
-    return torch.stack(tables, dim=1) + HALF
-
-
 def _parts_of_rows_and_columns() -> Tensor:
     rows, columns = _tables(_seeds(SAMPLES), VARIABLES // 3, VARIABLES // 3)
     multipliers = rows.floor() / 128  # 64 values, mean 1/2
@@ -76,6 +73,14 @@ def _elements_of_a_value() -> Tensor:
     return uniform(rows.unsqueeze(2), columns.unsqueeze(1)).flatten(1)
 
 
+def _elements_of_two_values() -> Tensor:
+    """6 x 4 elements each, the rows of the second one further on in the same table."""
+    rows, columns = _tables(_seeds(SAMPLES), 7, 8)
+    first = uniform(rows[:, :6].unsqueeze(2), columns[:, :4].unsqueeze(1))
+    second = uniform(rows[:, 1:].unsqueeze(2), columns[:, 4:].unsqueeze(1))
+    return torch.cat([first.flatten(1), second.flatten(1)], dim=1)
+
+
 WAYS = [
     _along_the_index_over_seeds,
     _along_the_index,
@@ -83,7 +88,7 @@ WAYS = [
     _far_indices,
     _parts_of_rows_and_columns,
     _elements_of_a_value,
-    _one_index_over_salts,
+    _elements_of_two_values,
 ]
 
 
@@ -134,8 +139,8 @@ def test_neighbours_fill_the_cube(bins: tuple[int, ...], line: str) -> None:
 
 
 def _value(rows: int, columns: int, seed: int = 1) -> tuple[Tensor, Tensor]:
-    of_rows, of_columns = rounding_table(rows, columns, _seeds(seed + 1)[seed])
-    return of_rows.unsqueeze(1), of_columns
+    step = _seeds(seed + 1)[seed]
+    return row_numbers(rows, step).unsqueeze(1), column_numbers(columns, step)
 
 
 def test_errors_of_equal_values_have_no_direction() -> None:
@@ -159,18 +164,15 @@ def test_range() -> None:
     assert torch.equal(found.double(), exact)
 
 
-def test_same_arguments_same_numbers() -> None:
-    """A pure function of index, seed and salt; columns, and the first rows, do not depend on how many rows there are."""
-    first, second = _seeds(2)
-    rows, columns = rounding_table(2000, 2000, first, 1)
-    assert torch.equal(rows, rounding_table(2000, 2000, first, 1)[0])
-    few, same = rounding_table(70, 2000, first, 1)
-    assert torch.equal(few, rows[:70])
-    assert torch.equal(same, columns)
-    for seed, salt in [(second, 1), (first, 2), (first ^ (1 << 40), 1), (first ^ 1, 1)]:
-        others = rounding_table(2000, 2000, seed, salt)
-        for one, other in zip((rows, columns), others, strict=True):
-            assert float((other % 1 == one % 1).double().mean()) < 0.01
+@pytest.mark.parametrize("numbers", [row_numbers, column_numbers])
+def test_same_arguments_same_numbers(numbers: Callable[..., Tensor]) -> None:
+    """A pure function of index and seed; a longer table begins with a shorter one."""
+    seed, other = _seeds(2)
+    whole = numbers(4000, seed)
+    assert torch.equal(whole, numbers(4000, seed))
+    assert torch.equal(whole[:70], numbers(70, seed))
+    for changed in (other, seed ^ 1, seed ^ (1 << 40)):
+        assert float((numbers(4000, changed) % 1 == whole % 1).double().mean()) < 0.01
 
 
 class _NoOverflow(TorchDispatchMode):
@@ -192,9 +194,9 @@ def test_nothing_overflows() -> None:
     """Signed overflow would be undefined behaviour in compiled code."""
     with _NoOverflow() as mode:
         for seed in (0, -1, 0x7FFFFFFFFFFFFFFF, 12345):
-            for salt in range(4):
-                rounding_table(1 << 18, 100, torch.tensor(seed), salt)
-    assert mode.checked >= 4 * 4 * 4
+            row_numbers(1 << 18, torch.tensor(seed))
+            column_numbers(1 << 18, torch.tensor(seed))
+    assert mode.checked >= 4 * 7
 
 
 def test_generator_state_is_untouched() -> None:
@@ -208,7 +210,7 @@ def test_traces_with_symbolic_count() -> None:
     """The graph of one size gives the numbers of another, without random operators."""
 
     def numbers(x: Tensor, seed: Tensor) -> Tensor:
-        return torch.cat(rounding_table(x.shape[0], 5, seed))
+        return row_numbers(x.shape[0], seed)
 
     graph = make_fx(numbers, tracing_mode="symbolic")(torch.empty(6, 2), torch.tensor(1))
     x, seed = torch.empty(11, 2), torch.tensor(9)
@@ -248,6 +250,6 @@ def test_compiled_code_hashes_rows_and_columns_only() -> None:
     assert all(map(torch.equal, stored, expected))
     kernel = source[source.index('extern "C"') : source.index("''')")]
     hashes, elements = kernel.split(".abs()", 1)
-    multiplier = str(_MULTIPLIERS[0])
+    multiplier = str(_MULTIPLIERS[0][0])
     assert multiplier in hashes
     assert multiplier not in elements

@@ -26,7 +26,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from prac_fx.codecs.rounding import rounding_table, uniform
+from prac_fx.codecs.rounding import column_numbers, row_numbers, uniform
 from prac_fx.codecs.words import WORD_BITS, packed, unpacked
 
 Format = Literal["int8", "int4", "fp8_e4m3", "fp8_e5m2"]
@@ -123,9 +123,10 @@ class QuantCodec:
 
     # -- tensors ----------------------------------------------------------------------------------
 
-    def numbers(self, x: Tensor, seed: Tensor, salt: int = 0) -> tuple[Tensor, Tensor]:
-        """What `encode` rounds x with: arguments for `rounding.rounding_table`."""
-        return rounding_table(x.numel() // self.features, self.padded_features, seed, salt)
+    def numbers(self, x: Tensor, seed: Tensor) -> tuple[Tensor, Tensor]:
+        """What `encode` rounds x with, if no other value has the same seed, an int64 scalar."""
+        rows = row_numbers(x.numel() // self.features, seed)
+        return rows, column_numbers(self.padded_features, seed)
 
     def encode(
         self, x: Tensor, rows: Tensor | None = None, columns: Tensor | None = None
@@ -134,8 +135,8 @@ class QuantCodec:
 
         Args:
             x: (..., n), or (..., n, m) for `dim` -2; any float dtype.
-            rows: for stochastic rounding, one number of a `rounding.rounding_table` for each (...) or (..., m).
-            columns: likewise, `padded_features` of them.
+            rows: for stochastic rounding, `rounding.row_numbers`, one for each (...) or (..., m).
+            columns: likewise `rounding.column_numbers`, `padded_features` that no other value of a step rounds with.
 
         Returns:
             codes: (..., k g) float8, or words, (..., k g / p) int32; or the same with m behind.

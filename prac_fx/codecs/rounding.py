@@ -14,10 +14,12 @@ The element at (row, column) rounds with u = frac(a[row] + m[row] b[column]): a 
 An element costs a few float operations, where a hash of its own would cost some twenty integer ones, in kernels that
 are otherwise a handful of instructions.
 
-The numbers themselves are a hash of their index, a seed tensor and a salt. No generator state is read or moved. Each
-value has a table of its own: compilers fuse kernels that read the same memory, and would put off the encoding of every
-layer until that of the last one. All of it is arithmetic on 32-bit words in int64, with multipliers below 2^31: no
-product reaches 2^63, because signed overflow is undefined in the C++ that compilers emit.
+The numbers themselves are a hash of their index and a seed tensor. No generator state is read or moved. All of it is
+arithmetic on 32-bit words in int64, with multipliers below 2^31: no product reaches 2^63, because signed overflow is
+undefined in the C++ that compilers emit.
+
+Values share tables, but no two of them the same stretch: columns have stretches of their own, those of rows may overlap.
+Compilers fuse kernels that read the very same memory, and would put off the encoding of every layer until the last one.
 """
 
 from __future__ import annotations
@@ -27,41 +29,40 @@ from torch import Tensor
 
 _MASK = 0xFFFF_FFFF
 _SHIFTS = (16, 15, 16)
-_MULTIPLIERS = (0x7FEB352D, 0x5C6BF5A7, 0x68E31DA5)
-_GOLDEN = 0x9E3779B97F4A7C15  # 2^64 over the golden ratio
+_MULTIPLIERS = ((0x7FEB352D, 0x5C6BF5A7, 0x68E31DA5), (0x6C8E9CF5, 0x7A3D70A5, 0x53C5E9B7))
 _ODD = 0x3F  # m is twice those bits plus one, below 2^7
 
 
-def rounding_table(rows: int, columns: int, seed: Tensor, salt: int = 0) -> tuple[Tensor, Tensor]:
-    """What the elements of one value round with.
+def row_numbers(count: int, seed: Tensor) -> Tensor:
+    """m + a for each row: the whole part is the multiplier, the fraction the offset.
 
     Args:
-        rows: of the value; may be symbolic. Rows and columns together are below 2^32.
-        columns: of the value.
+        count: how many, below 2^31; may be symbolic. More of them begin with the same ones.
         seed: int64 scalar of random bits, others in every step (`prac_fx.rounding_state.step_number`).
-        salt: tells values with the same seed apart.
 
     Returns:
-        m + a for each row, the whole part being the multiplier and the fraction the offset, a multiple of 2^-16 plus 2^-17;
-        and b for each column, a multiple of 2^-16 in [0, 1). Both float32.
+        Multiples of 2^-16 plus 2^-17, float32, shape (count,).
     """
-    # the columns come first, so that those of a value do not depend on how many rows it has
-    index = torch.arange(columns + rows, dtype=torch.int64, device=seed.device)
-    words = _hash(index, seed, salt)
-    fraction = (words >> 16).to(torch.float32)
-    multiplier = (((words & _ODD) << 17) + 0x1_0000).to(torch.float32)
-    numbers = torch.where(index < columns, fraction, fraction + multiplier + 0.5)
-    # a strided view needs memory to look at, so compilers store the table instead of hashing for each element
-    table = (numbers * 2.0**-16).as_strided((columns + rows,), (1,))
-    return table[columns:], table[:columns]
+    words = _hash(count, seed, 0)
+    multiplier = ((words & _ODD) << 17) + 0x1_0000
+    return _written_down((multiplier + (words >> 16)).to(torch.float32) * 2.0**-16 + 2.0**-17)
+
+
+def column_numbers(count: int, seed: Tensor) -> Tensor:
+    """b for each column; arguments as for `row_numbers`.
+
+    Returns:
+        Multiples of 2^-16 in [0, 1), float32, shape (count,).
+    """
+    return _written_down((_hash(count, seed, 1) >> 16).to(torch.float32) * 2.0**-16)
 
 
 def uniform(rows: Tensor, columns: Tensor) -> Tensor:
     """u for each element, in (0, 1): 2^16 different numbers with mean 1/2.
 
     Args:
-        rows: of a `rounding_table`, in a shape that broadcasts against `columns`.
-        columns: of it, too.
+        rows: `row_numbers`, in a shape that broadcasts against `columns`.
+        columns: `column_numbers`.
 
     Returns:
         float32.
@@ -71,22 +72,18 @@ def uniform(rows: Tensor, columns: Tensor) -> Tensor:
     return total - total.floor()
 
 
-def _hash(index: Tensor, seed: Tensor, salt: int) -> Tensor:
-    """A 32-bit word for each index: a bijection, keyed by seed and salt (xor-shift and multiply, as in MurmurHash3)."""
-    mixed = _mixed(salt)
-    words = index ^ ((seed ^ mixed) & _MASK)
-    key = ((seed >> 31) ^ (mixed >> 32)) & _MASK
-    for number, (shift, multiplier) in enumerate(zip(_SHIFTS, _MULTIPLIERS, strict=True)):
+def _written_down(numbers: Tensor) -> Tensor:
+    """A strided view needs memory to look at, so compilers store the table instead of hashing for each element."""
+    return numbers.as_strided(numbers.shape, (1,))
+
+
+def _hash(count: int, seed: Tensor, table: int) -> Tensor:
+    """A 32-bit word for each index: a bijection, keyed by seed and table (xor-shift and multiply, as in MurmurHash3)."""
+    index = torch.arange(count, dtype=torch.int64, device=seed.device)
+    words = index ^ ((seed ^ table) & _MASK)
+    key = (seed >> 31) & _MASK
+    for number, (shift, multiplier) in enumerate(zip(_SHIFTS, _MULTIPLIERS[table], strict=True)):
         words = ((words ^ (words >> shift)) * multiplier) & _MASK
         if not number:
             words = words ^ key
     return words ^ (words >> 16)
-
-
-def _mixed(salt: int) -> int:
-    """63 bits of a Python number (SplitMix64; Steele, Lea, Flood 2014)."""
-    mask = (1 << 64) - 1
-    mixed = (salt + 1) * _GOLDEN & mask
-    mixed = (mixed ^ (mixed >> 30)) * 0xBF58476D1CE4E5B9 & mask
-    mixed = (mixed ^ (mixed >> 27)) * 0x94D049BB133111EB & mask
-    return (mixed ^ (mixed >> 31)) >> 1
