@@ -184,8 +184,7 @@ def body(record: dict[str, Any]) -> str:
         for name, one in record["loads"].items()
     )
     where = (
-        f"Where the time of quantised codecs goes: `x + 1`, compiled, by the type of x: {loads}. Where integers are slower than "
-        "floats of more bytes, it is how the compiler loads them (for a CPU, Inductor copies each vector of integers through a "
-        "buffer: `Vectorized<int>::loadu` with a count), which no codec can do without."
+        f"What loads cost: `x + 1`, compiled, by the type of x: {loads}. For a CPU, Inductor copies each vector of integers through "
+        "a buffer (`Vectorized<int>::loadu` with a count); the integer codecs are read as float32 words instead."
     )
     return f"{rates}\n{table}\n\n{notes}\n\n{where}\n"
