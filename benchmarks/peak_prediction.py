@@ -48,7 +48,7 @@ def _sized(size: str) -> list[Shape]:
     for shape in shapes(size):
         if shape.family not in _FAMILIES:
             continue
-        if size == "paper":
+        if size == "paper" or shape.hidden >= 512:
             found.append(shape)
             continue
         wide = {"hidden": 512, "intermediate": 4 * 512, "heads": 8, "batch": 2 * shape.batch}

@@ -388,7 +388,8 @@ def test_flags_and_options_mix(capsys: pytest.CaptureFixture[str], encodable: st
 def test_missing_file(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
     path = str(tmp_path / "nowhere.py")
     assert _error(capsys, path) == f"{path}: no such file"
-    assert _error(capsys, str(tmp_path)) == f"{tmp_path}: no such file"
+    expected = f"{tmp_path}: a folder; give a file with a function build() in it"
+    assert _error(capsys, str(tmp_path)) == expected
 
 
 @pytest.mark.parametrize(

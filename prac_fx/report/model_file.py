@@ -41,8 +41,10 @@ def import_build(path: Path) -> Callable[[], object]:
     """Import the file and find its `build`.
 
     Raises:
-        ReportError: no such file, it cannot be imported, or it has no function `build`.
+        ReportError: no such file, a folder, it cannot be imported, or it has no function `build`.
     """
+    if path.is_dir():
+        raise ReportError(f"{path}: a folder; give a file with a function build() in it")
     if not path.is_file():
         raise ReportError(f"{path}: no such file")
     # as `python model.py` would: the file may import its neighbours
