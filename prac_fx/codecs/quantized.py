@@ -36,8 +36,7 @@ _FLOAT8 = {"fp8_e4m3": torch.float8_e4m3fn, "fp8_e5m2": torch.float8_e5m2}
 _SYMMETRIC_LEVELS = {"int8": 127, "int4": 7, "fp8_e4m3": 448, "fp8_e5m2": 57344}
 _OFFSET_LEVELS = {"int8": 255, "int4": 15}
 _BITS = {"int8": 8, "int4": 4}
-_VECTOR = 8  # words that a CPU reads at once
-_BOUND_BYTES = 4  # of a scale, where bytes of groups are compared
+_VECTORS = (16, 8)  # words that CPUs read at once (AVX-512, AVX2)
 _MARGIN = 1 - 2.0**-18  # keeps a code in range whatever float32 rounds, and u < 1 - 2^-18
 _SMALLEST = 2.0**-110  # span of a group, so that its reciprocal times the levels is finite
 
@@ -97,24 +96,28 @@ class QuantCodec:
     def group_size(self) -> int:
         """g, a multiple of p up to `group`.
 
-        In this order: the largest that divides n and makes whole vectors of words, down to a quarter of `group`; what makes
-        whole vectors and takes fewest bytes, with up to a sixteenth of padding; the largest that divides n, down to
-        half of `group`; groups as equal as can be.
+        Vectors of words must be whole for a CPU to read them at once: first those of 64 bytes, then those of 32. Of such sizes the
+        largest that divides n, down to a quarter of `group`, else the one that takes fewest bytes, with up to a sixteenth of
+        padding. Where there is none, the largest divisor of n, down to half of `group`, else groups as equal as can be.
         """
         n, most, unit = self.features, min(self.group, self.features), self._unit
-        vectors = range(unit * _VECTOR, self.group + 1, unit * _VECTOR)
-        whole = [g for g in vectors if n % g == 0 and 4 * g >= most]
-        little = [g for g in vectors if 16 * (_round_up(n, g) - n) <= n]
+        for vector in _VECTORS:
+            sizes = range(unit * vector, self.group + 1, unit * vector)
+            whole = [g for g in sizes if n % g == 0 and 4 * g >= most]
+            if whole:
+                return whole[-1]
+            little = [g for g in sizes if 16 * (_round_up(n, g) - n) <= n]
+            if little:
+                return min(little, key=self._row_nbytes)
         divisors = [g for g in range(unit, most + 1, unit) if n % g == 0 and 2 * g > most]
-        if whole:
-            return whole[-1]
-        if little:
-            bits = _BITS.get(self.format, 8)
-            return min(little, key=lambda g: math.ceil(n / g) * (g * bits // 8 + _BOUND_BYTES))
         if divisors:
             return divisors[-1]
         groups = math.ceil(n / (self.group // unit * unit))
         return _round_up(math.ceil(n / groups), unit)
+
+    def _row_nbytes(self, size: int) -> int:
+        """Bytes of a row in groups of that size, with scales of float32."""
+        return math.ceil(self.features / size) * (size * _BITS.get(self.format, 8) // 8 + 4)
 
     def describe(self) -> str:
         """Short text for tables, such as `int8/128` or `int4/64 nearest`."""
