@@ -249,7 +249,8 @@ def test_compiled_code_hashes_rows_and_columns_only() -> None:
     expected = codec.encode(x, *codec.numbers(x, seed))
     assert all(map(torch.equal, stored, expected))
     kernel = source[source.index('extern "C"') : source.index("''')")]
-    hashes, elements = kernel.split(".abs()", 1)
-    multiplier = str(_MULTIPLIERS[0][0])
-    assert multiplier in hashes
-    assert multiplier not in elements
+    loops = kernel.split("for(int64_t x0=")[1:]
+    hashing = [loop for loop in loops if str(_MULTIPLIERS[0][0]) in loop]
+    rounding = [loop for loop in loops if ".floor()" in loop]
+    assert len(hashing) == len(rounding) == 1
+    assert hashing != rounding
