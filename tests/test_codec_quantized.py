@@ -471,6 +471,7 @@ def test_traces_with_symbolic_sizes(kind: tuple[Format, Options], features: int,
 
 COMPILED = [
     QuantCodec("int8", 256, 128),
+    QuantCodec("int8", 688, 128),
     QuantCodec("int4", 100, 64, dim=-2, zero_point=True),
     QuantCodec("fp8_e4m3", 256, 128),
 ]

@@ -108,7 +108,8 @@ class QuantCodec:
                 return whole[-1]
             little = [g for g in sizes if 16 * (_round_up(n, g) - n) <= n]
             if little:
-                return min(little, key=self._row_nbytes)
+                fewest = min([self._row_nbytes(g) for g in little])  # no key: Dynamo traces this
+                return next(g for g in little if self._row_nbytes(g) == fewest)
         divisors = [g for g in range(unit, most + 1, unit) if n % g == 0 and 2 * g > most]
         if divisors:
             return divisors[-1]
