@@ -111,8 +111,8 @@ def _loads(
 def _quantised(name: str, x: Tensor, machine: _Machine) -> dict[str, Any]:
     codec = QuantCodec(name, x.shape[1], PracConfig().group_size)  # type: ignore[arg-type]
     seed = torch.tensor(1, device=x.device)
-    encode = torch.compile(lambda x: codec.encode(x, *codec.numbers(x, seed)))
-    decode = torch.compile(lambda *stored: codec.decode(stored, x.dtype))
+    encode = torch.compile(lambda x: codec.encode(x, *codec.numbers(x, seed)), dynamic=False)
+    decode = torch.compile(lambda *stored: codec.decode(stored, x.dtype), dynamic=False)
     stored = encode(x)
     nbytes = x.nbytes + sum(part.nbytes for part in stored)
     return {
@@ -129,9 +129,9 @@ def _projected(blocks: int, x: Tensor, dy: Tensor, machine: _Machine) -> dict[st
     generator = seeded_generator(x.device, "micro")
     q1, q2 = initial_basis(codec.basis_shape, rank // blocks, torch.float32, generator)
     basis = join_basis(q1, q2).to(x.dtype)
-    encode = torch.compile(codec.encode)
-    gradient = torch.compile(codec.weight_gradient)
-    exact = torch.compile(lambda x, dy: x.mT.mm(dy))
+    encode = torch.compile(codec.encode, dynamic=False)
+    gradient = torch.compile(codec.weight_gradient, dynamic=False)
+    exact = torch.compile(lambda x, dy: x.mT.mm(dy), dynamic=False)
     stored = encode(x, basis)
     encode_flops = codec.flops(tokens, 0)
     found = {
