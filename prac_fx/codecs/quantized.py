@@ -27,7 +27,7 @@ import torch
 from torch import Tensor
 
 from prac_fx.codecs.rounding import column_numbers, row_numbers, uniform
-from prac_fx.codecs.words import WORD_BITS, packed, unpacked
+from prac_fx.codecs.words import WORD_BITS, packed, split, unpacked
 
 Format = Literal["int8", "int4", "fp8_e4m3", "fp8_e5m2"]
 
@@ -236,7 +236,7 @@ class QuantCodec:
     ) -> tuple[Tensor, ...]:
         """`encode` for whole groups."""
         places = (-1, self._unit, self.group_size // self._unit)
-        parts = _split(x, self.dim, places)  # (..., k, p, g / p [, m])
+        parts = split(x, self.dim, places)  # (..., k, p, g / p [, m])
         bounds = self._bounds(parts)
         work = _working(x.dtype)
         low, span = self._span([bound.unsqueeze(self._at).to(work) for bound in bounds])
@@ -257,7 +257,7 @@ class QuantCodec:
         """Of each group: by halves over the places, so that the loop over the rest is that of packing."""
         while parts.shape[self._at] > 1:
             halves = (2, parts.shape[self._at] // 2)
-            parts = of(_split(parts, self._at, halves), self._at - 1)
+            parts = of(split(parts, self._at, halves), self._at - 1)
         return of(parts.squeeze(self._at), self.dim, keepdim=True)
 
     def _span(self, bounds: list[Tensor]) -> tuple[Tensor | None, Tensor]:
@@ -288,7 +288,7 @@ class QuantCodec:
 
     def _numbers(self, codes: Tensor) -> Tensor:
         """What the codes stand for, before scaling, by group and place in a word, (..., k, p, g / p [, m])."""
-        codes = _split(codes, self.dim, (self.groups, self.group_size // self._unit))
+        codes = split(codes, self.dim, (self.groups, self.group_size // self._unit))
         if self._is_float:
             return codes.unsqueeze(self._at)
         return unpacked(codes, _BITS[self.format], self.dim) - self._bias
@@ -296,12 +296,6 @@ class QuantCodec:
 
 def _working(dtype: torch.dtype) -> torch.dtype:
     return torch.float64 if dtype == torch.float64 else torch.float32
-
-
-def _split(x: Tensor, dim: int, sizes: tuple[int, ...]) -> Tensor:
-    """A view with `sizes` in the place of dimension `dim`, which is negative."""
-    at = x.dim() + dim
-    return x.view(*x.shape[:at], *sizes, *x.shape[at + 1 :])
 
 
 def _round_up(number: int, unit: int) -> int:

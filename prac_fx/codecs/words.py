@@ -27,8 +27,7 @@ def packed(codes: Tensor, bits: int, dim: int) -> Tensor:
         int32.
     """
     half = WORD_BITS // 2
-    at = codes.dim() + dim
-    parts = codes.view(*codes.shape[:at], 2, half // bits, *codes.shape[at + 1 :])
+    parts = split(codes, dim, (2, half // bits))
     # codes of half a word are put together as floats, which is exact and cheaper than converting each
     weights = (1 << _places(half, bits, dim, codes.device)).to(codes.dtype)
     halves = (parts * weights).sum(dim).to(torch.int32)
@@ -49,6 +48,12 @@ def unpacked(words: Tensor, bits: int, dim: int) -> Tensor:
     shifts = _places(WORD_BITS, bits, dim - 1, words.device)
     codes: Tensor = (_read_as_floats(words).unsqueeze(dim - 1) >> shifts) & ((1 << bits) - 1)
     return codes
+
+
+def split(x: Tensor, dim: int, sizes: tuple[int, ...]) -> Tensor:
+    """A view with `sizes` in the place of dimension `dim`, which is negative."""
+    at = x.dim() + dim
+    return x.view(*x.shape[:at], *sizes, *x.shape[at + 1 :])
 
 
 def _places(stop: int, step: int, dim: int, device: torch.device) -> Tensor:
