@@ -185,7 +185,14 @@ def train(run: Run, training: Training, device: torch.device) -> dict[str, Any]:
 
 def runs_in_order() -> Iterator[Run]:
     """What is worth knowing first: policies on three seeds, then Muon and accumulation, then the other variants."""
-    policies = ("plain Inductor", "balanced", "max", "max, zero point", "linear")
+    policies = (
+        "plain Inductor",
+        "balanced",
+        "max",
+        "max, zero point",
+        "max, attention int8",
+        "linear",
+    )
     for seed, name in itertools.product(SEEDS, policies):
         yield Run(name, seed)
     for seed, name in itertools.product(SEEDS, policies[:3]):
