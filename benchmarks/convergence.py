@@ -43,6 +43,7 @@ VARIANTS: dict[str, dict[str, Any] | None] = {
     "balanced, all recomputed": {"prac.policy": "balanced", "prac.weight_gradient": "recompute"},
     "max, zero point": {"prac.policy": "max", "prac.zero_point": True},
     "max, attention int8": {"prac.policy": "max", "prac.attention": "int8"},
+    "max, query and key int4": {"prac.policy": "max", "prac.query_key": "int4"},
     "linear, tail every step": {"prac.policy": "linear", "prac.tail_every": 1},
     "balanced, nearest": {"prac.policy": "balanced", "prac.rounding": "nearest"},
     "max, nearest": {"prac.policy": "max", "prac.rounding": "nearest"},
@@ -185,14 +186,7 @@ def train(run: Run, training: Training, device: torch.device) -> dict[str, Any]:
 
 def runs_in_order() -> Iterator[Run]:
     """What is worth knowing first: policies on three seeds, then Muon and accumulation, then the other variants."""
-    policies = (
-        "plain Inductor",
-        "balanced",
-        "max",
-        "max, zero point",
-        "max, attention int8",
-        "linear",
-    )
+    policies = ("plain Inductor", "balanced", "max", "linear", "max, query and key int4")
     for seed, name in itertools.product(SEEDS, policies):
         yield Run(name, seed)
     for seed, name in itertools.product(SEEDS, policies[:3]):

@@ -66,7 +66,7 @@ REASONS = {
     "loss_intermediate": "after the last parameter, such as logits: noise would enter every gradient",
     "input_gradient_reads_it": "the input-gradient path reads it, and prac.input_gradient is exact",
     "also_read_elsewhere": "a weight gradient reads it, but so does something that needs it exact",
-    "attention_reads_it": "the attention backward reads it, and prac.attention is exact",
+    "attention_reads_it": "the attention backward reads it, and prac.attention (query and key: prac.query_key) is exact",
     "weight_gradient_reads_it": "only weight gradients read it, and prac.weight_gradient is exact",
     "rule": "a rule of prac.rules keeps it exact",
     "feeds_recomputed": "a matmul or a checkpointed region is computed again from it",
@@ -383,6 +383,8 @@ class _Planner:
             if refused is not None:
                 return refused
             part, reason = "checkpoint_inputs", "feeds_recomputed"
+        elif any(reader.kind == "query_key" for reader in role.readers):
+            part, reason = "query_key", "attention_reads_it"
         elif any(reader.kind == "attention" for reader in role.readers):
             part, reason = "attention", "attention_reads_it"
         else:

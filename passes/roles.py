@@ -36,9 +36,12 @@ MATMULS: dict[object, tuple[int, int]] = {
 
 # What an attention backward may read as an estimate; all else it reads (logsumexp, bias, seeds) is exact.
 # Names of the aten operators' arguments, and their positions in flex_attention_backward.
-_ATTENTION_OPERANDS = ("query", "key", "value", "out")
+_QUERY_KEY = ("query", "key")
+_ATTENTION_OPERANDS = (*_QUERY_KEY, "value", "out")
 
-Kind = Literal["weight_gradient", "attention", "attention_statistic", "derived", "other"]
+Kind = Literal[
+    "weight_gradient", "query_key", "attention", "attention_statistic", "derived", "other"
+]
 Role = Literal["W", "A", "W+A", "-"]
 
 
@@ -48,7 +51,7 @@ class Reader:
 
     Attributes:
         node: the backward node.
-        kind: "weight_gradient"; "attention" for its query, key, value or result; "attention_statistic" for what
+        kind: "weight_gradient"; "query_key" for that of attention, "attention" for its value or result, "attention_statistic" for what
             else it reads; "derived" when it reads something that backward first computes again from the
             value; "other".
         side: for a weight gradient, which matrix of the matmul the value is: 0 (left, the value
@@ -206,7 +209,7 @@ def _reader(
     gradients: _Gradients,
 ) -> Reader:
     kind = _attention_kind(node, operand) if "attention" in str(node.target) else "other"
-    if kind == "attention" or (kind == "attention_statistic" and is_view):
+    if kind in ("query_key", "attention") or (kind == "attention_statistic" and is_view):
         return Reader(node, kind, operand)
     if not is_view:
         return Reader(node, "derived", operand)
@@ -223,7 +226,10 @@ def _attention_kind(node: fx.Node, operand: fx.Node) -> Kind:
     encodable = [given.get(name) for name in _ATTENTION_OPERANDS]
     others = [arg for arg in (*node.args, *node.kwargs.values()) if arg not in encodable]
     is_operand = operand in encodable and not any(operand is other for other in others)
-    return "attention" if is_operand else "attention_statistic"
+    if not is_operand:
+        return "attention_statistic"
+    is_query_key = any(operand is given.get(name) for name in _QUERY_KEY)
+    return "query_key" if is_query_key else "attention"
 
 
 def _role(readers: list[Reader]) -> Role:

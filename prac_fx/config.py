@@ -22,6 +22,7 @@ PARTS: Mapping[str, tuple[str, ...]] = {
     "weight_gradient": ("auto", "prac", "recompute", *QUANTIZED, "exact"),
     "input_gradient": ("prac", *QUANTIZED, "exact"),
     "attention": (*QUANTIZED, "exact"),
+    "query_key": (*QUANTIZED, "exact"),
     "coordinates": (*QUANTIZED, "exact"),
     "checkpoint_inputs": (*QUANTIZED, "exact"),
 }
@@ -33,24 +34,28 @@ POLICIES: Mapping[str, Mapping[str, Any]] = {
         "weight_gradient": "prac",
         "input_gradient": "exact",
         "attention": "exact",
+        "query_key": "exact",
         "coordinates": "exact",
     },
     "balanced": {
         "weight_gradient": "auto",
         "input_gradient": "int8",
         "attention": "int8",
+        "query_key": "int8",
         "coordinates": "int8",
     },
     "max": {
         "weight_gradient": "auto",
         "input_gradient": "int4",
         "attention": "int4",
+        "query_key": "int8",
         "coordinates": "int4",
     },
     "paper": {
         "weight_gradient": "prac",
         "input_gradient": "prac",
         "attention": "exact",
+        "query_key": "exact",
         "coordinates": "exact",
         "principal": {"weight_gradient": 0.3, "input_gradient": 0.2},
         "random": {"weight_gradient": 0.3, "input_gradient": 0.2},
@@ -84,7 +89,9 @@ class PracConfig:
             that saves FLOPs, else nothing where the value follows from stored ones without a matmul, else as
             `input_gradient` says.
         input_gradient: how a value is stored that the input-gradient path reads.
-        attention: how query, key, value and result of attention are stored.
+        attention: how value and result of attention are stored.
+        query_key: how query and key of attention are stored. Backward takes the exponential of their product, so
+            their errors weigh more than others': 4 bits there bias the gradients. What is also a value counts here.
         coordinates: how the coordinates of PRAC are stored.
         checkpoint_inputs: how a value is stored from which backward computes a checkpointed region again, or what
             `activation_memory_budget` has it compute again. "exact" by default. With a codec backward computes the
@@ -129,6 +136,7 @@ class PracConfig:
     weight_gradient: str | None = None
     input_gradient: str | None = None
     attention: str | None = None
+    query_key: str | None = None
     coordinates: str | None = None
     checkpoint_inputs: str | None = None
     rules: tuple[tuple[str, str], ...] = ()

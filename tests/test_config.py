@@ -321,6 +321,7 @@ CHANGES: dict[str, Any] = {
     "weight_gradient": "int8",
     "input_gradient": "fp8_e4m3",
     "attention": "exact",
+    "query_key": "exact",
     "coordinates": "exact",
     "checkpoint_inputs": "int8",
     "rules": (("*.mlp.*", "int4"),),

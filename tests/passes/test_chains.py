@@ -339,7 +339,7 @@ def test_attention_operands_keep_their_layout(fused: bool) -> None:
 
 
 def test_attention_can_stay_exact() -> None:
-    traced = trace(Attention(), inputs(), **BALANCED, attention="exact")
+    traced = trace(Attention(), inputs(), **BALANCED, attention="exact", query_key="exact")
     kept = [value for value in traced.plan.values if value.reason == "attention_reads_it"]
     assert len(kept) == 4
 
