@@ -18,9 +18,9 @@ from prac_fx.dynamo_backend import PracBackend
 from prac_fx.eager_memory import eager_step
 from prac_fx.errors import PracError, ReportError
 from prac_fx.forked_map import forked_map
+from prac_fx.memory_budgets import DEPTHS, analyse_budget
 from prac_fx.meta_model import as_fake
 from prac_fx.optimizer_memory import optimizer_memory
-from prac_fx.repeated_blocks import ANALYSED
 from prac_fx.step_trace import Step
 from prac_fx.torch_compat import FakeTensorMode, compile_fx, functorch_config
 
@@ -160,7 +160,7 @@ def compare_alternatives(
     ways = ways_to_train(config)
     faked = without_values(step)
     known = {way.name: _known(way, analysed, config) for way in ways}
-    unknown = [way for way in ways if known[way.name] is None]
+    unknown = sorted((way for way in ways if known[way.name] is None), key=_effort)
 
     def show(way: Way, done: int) -> None:
         progress(way.name, done + 1, len(unknown) + 1)
@@ -172,22 +172,32 @@ def compare_alternatives(
     return [row for row in rows.values() if row is not None]
 
 
+def _effort(way: Way) -> int:
+    """Sorts ways by the time that their analysis takes, the longest first, so that no process waits long for another."""
+    return 0 if way.config is not None else 1 if way.budget < 1 else 3 if way.eager else 2
+
+
 def analyse_way(
     way: Way, step: Step, patches: Mapping[str, Any], analysed: AnalysedStep
 ) -> Alternative:
     """What a way takes for a step; what goes wrong becomes its note."""
     optimizer = analysed.optimizer.name
-    is_same = step_tokens(step) == step_tokens_of(analysed)
+    # of the step at another size there is no plain Inductor's to compare with
+    plain = analysed if step_tokens(step) == step_tokens_of(analysed) else None
     try:
         if way.eager:
             return _eager(way, step, optimizer)
+        if way.budget < 1:
+            return _within_budget(way, step, patches, analysed, plain)
         found = analyse_step(
             checkpointed(step) if way.checkpointed else step,
             way.config,
             {**patches, **way.patches},
             optimizer,
             budget=way.budget,
-            plain=analysed if is_same and way.config is not None else None,
+            plain=plain if way.config is not None else None,
+            all_blocks=analysed.repeated is None,
+            name=way.name,
         )
     except PracError as error:
         return Alternative(way, note=str(error))
@@ -195,19 +205,39 @@ def analyse_way(
         inner = getattr(error, "inner_exception", error)
         text = f"{type(inner).__name__}: {inner}".partition("\n")[0]
         return Alternative(way, note=text)
-    return _alternative(way, found, analysed if is_same else None)
+    return _alternative(way, found, plain)
+
+
+def _within_budget(
+    way: Way,
+    step: Step,
+    patches: Mapping[str, Any],
+    analysed: AnalysedStep,
+    plain: AnalysedStep | None,
+) -> Alternative:
+    repeated = analysed.repeated
+    found = analyse_budget(step, way.budget, patches, analysed.optimizer.name, repeated)
+    note = ""
+    if found.peak_nbytes is None and repeated is not None:
+        first, second = DEPTHS
+        note = (
+            f"follows from {first} and {second} of {repeated.total} blocks, among which torch chooses; "
+            "the peak does not: --all-blocks"
+        )
+    added = _added_flops(found.flops, plain)
+    return Alternative(way, found.saved_nbytes, found.peak_nbytes, added, note=note)
 
 
 def _alternative(way: Way, found: AnalysedStep, plain: AnalysedStep | None) -> Alternative:
     """The row of an analysis; its FLOPs are compared with those of `plain`, if that is the same step."""
-    added = None
-    if plain is not None and plain.flops_before:
-        added = (found.flops_after - plain.flops_before) / plain.flops_before
-    note = ""
-    if found.repeated is not None and not found.repeated.alike:
-        note = f"averaged over {ANALYSED} of {found.repeated.total} blocks: torch chooses among the blocks"
-    peak = found.after.peak.total
-    return Alternative(way, found.handed_over_after_nbytes, peak, added, note=note)
+    added = _added_flops(found.flops_after, plain)
+    return Alternative(way, found.handed_over_after_nbytes, found.after.peak.total, added)
+
+
+def _added_flops(flops: int, plain: AnalysedStep | None) -> float | None:
+    if plain is None or not plain.flops_before:
+        return None
+    return (flops - plain.flops_before) / plain.flops_before
 
 
 def _known(way: Way, analysed: AnalysedStep, config: PracConfig) -> Alternative | None:

@@ -18,11 +18,14 @@ from prac_fx.optimizer_memory import OptimizerMemory, optimizer_memory
 from prac_fx.passes.plan import PlannedValue
 from prac_fx.planned_values import layout_copies, values_after, values_refused
 from prac_fx.repeated_blocks import (
+    ANALYSED,
+    MIDDLE,
+    CannotMultiplyError,
     Repeated,
-    all_blocks,
     all_values,
-    check_blocks_alike,
+    are_alike,
     identical_blocks,
+    step_of_all_blocks,
     with_few_blocks,
 )
 from prac_fx.step_memory import Category, Live, StepMemory, StepPlan
@@ -160,6 +163,11 @@ class AnalysedStep:
         return sum(self._of_all_blocks(call.after.flops) for call in self.calls)
 
     @property
+    def computes_matmuls_again(self) -> bool:
+        """Does plain Inductor's backward compute again what costs FLOPs?"""
+        return any(sum(call.before.flops.values()) > call.before.joint_flops for call in self.calls)
+
+    @property
     def handed_over_before_nbytes(self) -> int:
         """Bytes of the buffers that plain Inductor's forward graphs hand to their backward."""
         return sum(self._of_all_blocks(_handed_over(call.before)) for call in self.calls)
@@ -174,7 +182,7 @@ class AnalysedStep:
         if self.repeated is None:
             return sum(of_modules.values())
         weight = self.repeated.weight
-        return round(sum(number * weight(path) for path, number in of_modules.items()))
+        return sum(number * weight(path) for path, number in of_modules.items())
 
     @property
     def logits_nbytes(self) -> int:
@@ -197,6 +205,8 @@ def analyse_step(
     *,
     budget: float | None = None,
     plain: AnalysedStep | None = None,
+    all_blocks: bool = False,
+    name: str = "the step",
 ) -> AnalysedStep:
     """Trace a step and run through its memory. Of many identical blocks a few are traced, and multiplied.
 
@@ -205,8 +215,11 @@ def analyse_step(
         config: options of our backend; None for plain Inductor alone.
         patches: Inductor's.
         optimizer: a key of `prac_fx.optimizer_memory.OPTIMIZERS`.
-        budget: torch's `activation_memory_budget`; None for the one that is set.
+        budget: torch's `activation_memory_budget`; None for the one that is set. With one below 1 torch chooses among the
+            blocks, so all of them are traced.
         plain: an analysis of the same step with other options of our backend, whose part of plain Inductor is used.
+        all_blocks: trace all of them, however many there are.
+        name: of this way to train, for the log.
 
     Raises:
         ReportError: an unknown optimizer, or nothing has a backward.
@@ -220,29 +233,40 @@ def analyse_step(
         calls = trace(traced, config, patches, budget=budget, plain=known)
         return _analysed(step, tensors, of_optimizer, calls, repeated)
 
-    repeated = identical_blocks(step.model, _MANY_BLOCKS)
-    if repeated is not None and budget is not None and budget < 1:
-        repeated = replace(repeated, alike=False)
-    elif budget is None and functorch_config.activation_memory_budget < 1:
-        repeated = None  # the values of each block count
-    # what did not work for the step before does not work now
-    if (
-        repeated is not None
-        and isinstance(step.model, nn.Module)
-        and (plain is None or plain.repeated is not None)
-    ):
+    least = functorch_config.activation_memory_budget if budget is None else budget
+    repeated = None if all_blocks or least < 1 else identical_blocks(step.model, _MANY_BLOCKS)
+    if repeated is not None and isinstance(step.model, nn.Module):
         try:
             return analysed(with_few_blocks(step.model, repeated), repeated)
         except Exception as error:  # the model's own code may count its blocks, and raise anything
             inner = getattr(error, "inner_exception", error)
             why = f"{type(inner).__name__}: {inner}".partition("\n")[0]
             log.warning(
-                "all %d blocks of %s are analysed, with a few of them it fails: %s",
+                "%s: all %d blocks of %s are analysed, with a few of them it fails: %s",
+                name,
                 repeated.total,
                 repeated.module,
                 why,
             )
     return analysed(step.model, None)
+
+
+def multiplied(step: Step, few: AnalysedStep, repeated: Repeated) -> AnalysedStep:
+    """The step of a deep model from the whole analysis of its first blocks.
+
+    Args:
+        step: of the deep model.
+        few: of `with_few_blocks`.
+        repeated: the blocks.
+
+    Raises:
+        CannotMultiplyError: the blocks are not treated alike.
+    """
+    if not are_alike([_handed_over(call.before) for call in few.calls], repeated, {1, MIDDLE}):
+        raise CannotMultiplyError("its blocks do not each keep the same")
+    tensors = tensors_of(step)
+    optimizer = optimizer_memory(few.optimizer.name, tensors.trained)
+    return _analysed(step, tensors, optimizer, few.calls, repeated)
 
 
 def _analysed(
@@ -254,8 +278,13 @@ def _analysed(
 ) -> AnalysedStep:
     if not calls:
         raise ReportError(NO_BACKWARD)
-    if repeated is not None:
-        check_blocks_alike([call.before.forward_flops for call in calls], repeated)
+    if repeated is not None and not are_alike(
+        # what is computed again in backward may differ
+        [call.before.forward_flops for call in calls],
+        repeated,
+        {MIDDLE, ANALYSED - 1},
+    ):
+        raise CannotMultiplyError("what a block computes depends on its number")
     values = [value for call in calls for value in _values(call)]
     if repeated is not None:
         values = all_values(values, repeated)
@@ -272,7 +301,7 @@ def _analysed(
             static,
             optimizer.temporary_nbytes,
         )
-        return plan.memory() if repeated is None else all_blocks(plan, repeated)
+        return plan.memory() if repeated is None else step_of_all_blocks(plan, repeated)
 
     before = memory([call.before for call in calls], [])
     # the same object means that nothing is rewritten

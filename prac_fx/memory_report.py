@@ -124,6 +124,7 @@ def report_step(
     fits: int | None = None,
     alternatives: bool = False,
     measure: bool = False,
+    all_blocks: bool = False,
     progress: Progress | None = None,
     processes: int = 1,
 ) -> MemoryReport:
@@ -142,6 +143,7 @@ def report_step(
         fits: bytes; find the largest batch whose estimated peak is at most this.
         alternatives: also analyse the other ways to train.
         measure: run real steps, too, of plain Inductor, `backend="prac"` and eagerly.
+        all_blocks: analyse all blocks of a deep model; by default four of many identical ones.
         progress: called with what is done next, steps done, and steps in all.
         processes: how many alternatives are analysed at a time, in forked processes; see `prac_fx.forked_map`.
 
@@ -157,7 +159,7 @@ def report_step(
     if measure and step.fake_mode is not None:
         raise ReportError("measure: the model has fake tensors; build it with real ones to run it")
     show("the step", 0, 1)
-    analysed = analyse_step(step, config, patches, optimizer)
+    analysed = analyse_step(step, config, patches, optimizer, all_blocks=all_blocks)
     rows: list[Alternative] = []
     if alternatives or fits is not None or measure:
         rows = compare_alternatives(step, analysed, config, patches, show, processes)

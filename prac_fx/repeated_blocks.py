@@ -5,9 +5,9 @@ several cuts cost the same the partitioner may cut the first blocks differently 
 model is that of the four with the middle block's part of the timeline repeated n - 3 times, each time higher by what one
 block leaves behind: saved values in forward, gradients less saved values in backward.
 
-Exact for parameters, saved bytes, FLOPs and the state of the subspaces, unless the partitioner chooses among the blocks to
-meet a memory budget. The peak may be off by temporary memory of a block:
-Inductor keeps freed buffers to use them again, and how many are waiting goes up and down from block to block.
+Exact for parameters, saved bytes, FLOPs and the state of the subspaces. The peak may be off by temporary memory of a block:
+Inductor keeps freed buffers to use them again, and how many are waiting goes up and down from block to block. Where the
+partitioner chooses among the blocks, to meet a memory budget, none stands for the others: see `prac_fx.memory_budgets`.
 """
 
 from __future__ import annotations
@@ -17,7 +17,6 @@ import functools
 import types
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from fractions import Fraction
 from typing import Any
 
 from torch import Tensor, nn
@@ -49,13 +48,10 @@ class Repeated:
     Attributes:
         module: path of the list.
         total: how many blocks the model has.
-        alike: the partitioner treats the blocks alike. Where it chooses among them, to meet a memory budget, the
-            analysed ones are averaged.
     """
 
     module: str
     total: int
-    alike: bool = True
 
     @property
     def more(self) -> int:
@@ -68,13 +64,9 @@ class Repeated:
         number = rest.partition(".")[0]
         return int(number) if rest != path and number.isdigit() else None
 
-    def weight(self, path: str) -> Fraction:
+    def weight(self, path: str) -> int:
         """How often the whole model has what a module of the analysed one has."""
-        if not self.alike:
-            return (
-                Fraction(self.total, ANALYSED) if self.block_of(path) is not None else Fraction(1)
-            )
-        return Fraction(1 + self.more if self.block_of(path) == MIDDLE else 1)
+        return 1 + self.more if self.block_of(path) == MIDDLE else 1
 
     def moved(self, path: str, middle: int) -> str:
         """A path of the analysed model in the whole one, where the middle block stands for block `middle`."""
@@ -100,12 +92,12 @@ def identical_blocks(model: Callable[..., Any], at_least: int) -> Repeated | Non
     return max(found, key=lambda one: one.total, default=None)
 
 
-def with_few_blocks(model: nn.Module, repeated: Repeated) -> nn.Module:
-    """A copy of the model with the first blocks only; its tensors are the model's own."""
+def with_few_blocks(model: nn.Module, repeated: Repeated, count: int = ANALYSED) -> nn.Module:
+    """A copy of the model with the first `count` blocks only; its tensors are the model's own."""
     tensors = [*model.parameters(), *model.buffers()]
     copied = copy.deepcopy(model, {id(tensor): tensor for tensor in tensors})
     blocks = copied.get_submodule(repeated.module)
-    for name in list(blocks._modules)[ANALYSED:]:
+    for name in list(blocks._modules)[count:]:
         del blocks._modules[name]
     return copied
 
@@ -203,28 +195,27 @@ def _moved(value: PlannedValue, repeated: Repeated, middle: int) -> PlannedValue
     return replace(value, origin=replace(value.origin, module=module))
 
 
-def check_blocks_alike(flops: Sequence[Mapping[str, int]], repeated: Repeated) -> None:
-    """The middle block must compute what the last one does, in forward: what is computed again in backward may differ.
+def are_alike(graphs: Sequence[Mapping[str, int]], repeated: Repeated, blocks: set[int]) -> bool:
+    """Do these blocks have the same numbers?
 
     Args:
-        flops: of plain Inductor's forward graphs, by module path.
-        repeated: the blocks.
-
-    Raises:
-        CannotMultiplyError: they differ, so a block depends on its number.
+        graphs: such as FLOPs or bytes, by module path.
+        repeated: of which these are.
+        blocks: their numbers, among those that were analysed.
     """
-    last = ANALYSED - 1
-    for graph in flops:
-        found: dict[int, dict[str, int]] = {MIDDLE: {}, last: {}}
+    for graph in graphs:
+        found: dict[int, dict[str, int]] = {block: {} for block in blocks}
         for path, number in graph.items():
             block = repeated.block_of(path)
             if block in found:
                 found[block][path.removeprefix(f"{repeated.module}.{block}")] = number
-        if found[MIDDLE] != found[last]:
-            raise CannotMultiplyError("what a block computes depends on its number")
+        first, *others = found.values()
+        if any(other != first for other in others):
+            return False
+    return True
 
 
-def all_blocks(step: StepPlan, repeated: Repeated) -> StepMemory:
+def step_of_all_blocks(step: StepPlan, repeated: Repeated) -> StepMemory:
     """The step of the whole model from that of the analysed one.
 
     Args:
@@ -272,28 +263,16 @@ class _Copy:
 
 @dataclass(frozen=True)
 class _Cuts:
-    """Events at which blocks begin, in both passes.
-
-    Attributes:
-        forward, backward: the middle block begins, and the one after it.
-        growth_forward, growth_backward: what is held grows from one to the other by that of so many blocks.
-        blocks: how many.
-    """
+    """Events at which the middle block begins, and the one after it, in both passes."""
 
     forward: tuple[int, int]
     backward: tuple[int, int]
-    growth_forward: tuple[int, int]
-    growth_backward: tuple[int, int]
-    blocks: int
 
 
 def _cuts(events: Sequence[Event], repeated: Repeated, by_most: bool) -> _Cuts:
     there = _starts(events, repeated, "forward", range(ANALYSED), by_most)
     back = _starts(events, repeated, "backward", range(ANALYSED)[::-1], by_most)
-    forward, backward = (there[MIDDLE], there[-1]), (back[1], back[2])  # the last block comes first
-    if repeated.alike:
-        return _Cuts(forward, backward, forward, backward, 1)
-    return _Cuts(forward, backward, (there[0], there[-1]), (back[0], back[-1]), ANALYSED - 1)
+    return _Cuts((there[MIDDLE], there[-1]), (back[1], back[2]))  # the last block comes first
 
 
 def _starts(
@@ -342,8 +321,8 @@ def _event(events: Sequence[Event], copied: _Copy, cuts: _Cuts, repeated: Repeat
     event = events[copied.index]
     nbytes = {
         category: event.nbytes[category]
-        + copied.forward * _growth(events, cuts.growth_forward, category) // cuts.blocks
-        + copied.backward * _growth(events, cuts.growth_backward, category) // cuts.blocks
+        + copied.forward * _growth(events, cuts.forward, category)
+        + copied.backward * _growth(events, cuts.backward, category)
         for category in CATEGORIES
     }
     module = repeated.moved(event.origin.module, copied.middle)
@@ -375,7 +354,7 @@ def _live(
         kept = saved if position < holding else gradients if copied.backward else []
         found += [replace(one, module=repeated.moved(one.module, number)) for one in kept]
     listed = {c: sum(one.nbytes for one in found if one.category == c) for c in CATEGORIES}
-    if repeated.alike and any(listed[c] > nbytes for c, nbytes in event.nbytes.items()):
+    if any(listed[c] > nbytes for c, nbytes in event.nbytes.items()):
         raise CannotMultiplyError("its blocks do not each leave the same behind")
     return found + [
         Live("other", category, repeated.module, nbytes - listed[category])

@@ -73,6 +73,7 @@ class PlannedGraph:
         backward: likewise.
         forward_flops: of matmuls, convolutions and attention in the forward graph, by module path.
         flops: of both.
+        joint_flops: of the joint graph, where nothing is computed twice.
         plan: what our passes decide; None when they were not asked.
         rewritten: what they made; None for plain Inductor.
         refused: why the graph cannot be rewritten; None when it can.
@@ -83,6 +84,7 @@ class PlannedGraph:
     backward: GraphPlan
     forward_flops: Mapping[str, int]
     flops: Mapping[str, int]
+    joint_flops: int
     plan: Plan | None = None
     rewritten: PartitionedGraph | None = None
     refused: str | None = None
@@ -237,6 +239,7 @@ class _Observer:
         self.facts: JointFacts | None = None
         self.forward: GraphPlan | None = None
         self.backward: GraphPlan | None = None
+        self.joint_flops = 0
         self.forward_flops: Counter[str] = Counter()
         self.flops: Counter[str] = Counter()
 
@@ -245,6 +248,7 @@ class _Observer:
     ) -> None:
         """See the joint graph before it is rewritten or partitioned."""
         self.facts = joint_facts(gm.graph, options["num_fwd_outputs"], parameters)
+        self.joint_flops = sum(graph_flops(gm.graph).values())
 
     def compile(self, gm: fx.GraphModule, example_inputs: Sequence[Any], **options: Any) -> Any:
         """In the place of `compile_fx_inner`."""
@@ -271,6 +275,7 @@ class _Observer:
             self.backward,
             self.forward_flops,
             self.flops,
+            self.joint_flops,
             plan,
             rewritten,
         )

@@ -34,6 +34,7 @@ class Analysis:
         alternatives: also what other ways to train would take.
         measure: also run real steps.
         fake: build without memory for tensors; None for only if they would not fit.
+        all_blocks: of a deep model; False for a few of them, and what follows from those.
         processes: how many alternatives are analysed at a time; None for as many as help.
     """
 
@@ -45,6 +46,7 @@ class Analysis:
     alternatives: bool = True
     measure: bool = False
     fake: bool | None = None
+    all_blocks: bool = False
     processes: int | None = None
 
     @classmethod
@@ -82,6 +84,7 @@ def analyse(path: Path, options: dict[str, Any], analysis: Analysis) -> Document
             fits=analysis.fits,
             alternatives=analysis.alternatives,
             measure=analysis.measure,
+            all_blocks=analysis.all_blocks,
             progress=progress,
             processes=analysis.processes or usable_processes(),
         )

@@ -123,6 +123,12 @@ def _add_analysis_flags(group: argparse._ArgumentGroup) -> None:
         help="build() without memory for its tensors (default: if they would not fit)",
     )
     group.add_argument(
+        "--all-blocks",
+        action="store_true",
+        default=None,
+        help="analyse all blocks of a deep model, not a few of them (slow)",
+    )
+    group.add_argument(
         "--processes",
         type=int,
         metavar="N",
@@ -192,7 +198,7 @@ def _check_compare(arguments: argparse.Namespace) -> None:
 
 
 def _check_finished(arguments: argparse.Namespace) -> None:
-    given = [*(f"--{name}" for name in _given(arguments)), *arguments.options]
+    given = [*(f"--{name.replace('_', '-')}" for name in _given(arguments)), *arguments.options]
     if given:
         raise ReportError(f"{arguments.model} is a finished report: {given[0]} cannot change it")
 
