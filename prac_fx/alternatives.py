@@ -18,7 +18,7 @@ from prac_fx.dynamo_backend import PracBackend
 from prac_fx.eager_memory import eager_step
 from prac_fx.errors import PracError, ReportError
 from prac_fx.forked_map import forked_map
-from prac_fx.memory_budgets import DEPTHS, analyse_budget
+from prac_fx.memory_budgets import Partition, partition_within
 from prac_fx.meta_model import as_fake
 from prac_fx.optimizer_memory import optimizer_memory
 from prac_fx.step_trace import Step
@@ -37,6 +37,8 @@ _FP8 = {
         }
     }
 }
+
+_NO_PEAK = "the peak depends on how many blocks ahead each is computed again: --all-blocks"
 
 Progress = Callable[[str, int, int], None]
 
@@ -160,21 +162,28 @@ def compare_alternatives(
     ways = ways_to_train(config)
     faked = without_values(step)
     known = {way.name: _known(way, analysed, config) for way in ways}
-    unknown = sorted((way for way in ways if known[way.name] is None), key=_effort)
+    tasks = _tasks([way for way in ways if known[way.name] is None], processes)
 
-    def show(way: Way, done: int) -> None:
-        progress(way.name, done + 1, len(unknown) + 1)
+    def show(task: Sequence[Way], done: int) -> None:
+        progress(task[0].name, done + 1, len(tasks) + 1)
 
-    found = forked_map(
-        lambda way: analyse_way(way, faked, patches, analysed), unknown, processes, show
-    )
-    rows = known | {row.name: row for row in found}
+    def rows_of(task: Sequence[Way]) -> list[Alternative]:
+        if task[0].budget < 1:
+            return rows_within_budgets(task, faked, patches, analysed)
+        return [analyse_way(way, faked, patches, analysed) for way in task]
+
+    found = forked_map(rows_of, tasks, processes, show)
+    rows = known | {row.name: row for task in found for row in task}
     return [row for row in rows.values() if row is not None]
 
 
-def _effort(way: Way) -> int:
-    """Sorts ways by the time that their analysis takes, the longest first, so that no process waits long for another."""
-    return 0 if way.config is not None else 1 if way.budget < 1 else 3 if way.eager else 2
+def _tasks(ways: Sequence[Way], processes: int) -> list[Sequence[Way]]:
+    """What is analysed at a time, the longest first: no process waits long for another. Budgets share a trace."""
+    budgets = [way for way in ways if way.budget < 1]
+    others = [way for way in ways if way.budget == 1]
+    traces = max(1, processes // 2)
+    shared = [part for i in range(traces) if (part := budgets[i::traces])]
+    return [*shared, *([way] for way in sorted(others, key=lambda way: way.config is None))]
 
 
 def analyse_way(
@@ -187,8 +196,6 @@ def analyse_way(
     try:
         if way.eager:
             return _eager(way, step, optimizer)
-        if way.budget < 1:
-            return _within_budget(way, step, patches, analysed, plain)
         found = analyse_step(
             checkpointed(step) if way.checkpointed else step,
             way.config,
@@ -202,30 +209,53 @@ def analyse_way(
     except PracError as error:
         return Alternative(way, note=str(error))
     except Exception as error:  # torch's own, for one: the other rows are still worth having
-        inner = getattr(error, "inner_exception", error)
-        text = f"{type(inner).__name__}: {inner}".partition("\n")[0]
-        return Alternative(way, note=text)
+        return Alternative(way, note=_one_line(error))
     return _alternative(way, found, plain)
 
 
-def _within_budget(
-    way: Way,
-    step: Step,
-    patches: Mapping[str, Any],
-    analysed: AnalysedStep,
-    plain: AnalysedStep | None,
+def rows_within_budgets(
+    ways: Sequence[Way], step: Step, patches: Mapping[str, Any], analysed: AnalysedStep
+) -> list[Alternative]:
+    """The rows of several budgets. Of a deep model all blocks are partitioned, and a few of them analysed."""
+    if analysed.repeated is None:
+        return [analyse_way(way, step, patches, analysed) for way in ways]
+    try:
+        partitions = partition_within(step, [way.budget for way in ways], patches)
+    except Exception as error:  # as in `analyse_way`
+        return [Alternative(way, note=_one_line(error)) for way in ways]
+    peaks: dict[Partition, int | None] = {}
+    for way in ways:
+        found = partitions[way.budget]
+        if found not in peaks:
+            peaks[found] = _peak_of_few(way, step, patches, analysed, found)
+    return [_budget_row(way, partitions[way.budget], peaks, analysed) for way in ways]
+
+
+def _peak_of_few(
+    way: Way, step: Step, patches: Mapping[str, Any], analysed: AnalysedStep, found: Partition
+) -> int | None:
+    """The peak of a budget from a few blocks, if these keep what all of them do."""
+    if found.recomputed_flops:
+        return None
+    few = analyse_way(way, step, patches, analysed)
+    is_alike = few.saved_nbytes is not None and _nearly(few.saved_nbytes, found.saved_nbytes)
+    return few.peak_nbytes if is_alike else None
+
+
+def _budget_row(
+    way: Way, found: Partition, peaks: Mapping[Partition, int | None], analysed: AnalysedStep
 ) -> Alternative:
-    repeated = analysed.repeated
-    found = analyse_budget(step, way.budget, patches, analysed.optimizer.name, repeated)
-    note = ""
-    if found.peak_nbytes is None and repeated is not None:
-        first, second = DEPTHS
-        note = (
-            f"follows from {first} and {second} of {repeated.total} blocks, among which torch chooses; "
-            "the peak does not: --all-blocks"
-        )
-    added = _added_flops(found.flops, plain)
-    return Alternative(way, found.saved_nbytes, found.peak_nbytes, added, note=note)
+    peak, added = peaks[found], _added_flops(found.flops, analysed)
+    return Alternative(way, found.saved_nbytes, peak, added, note="" if peak else _NO_PEAK)
+
+
+def _nearly(one: int, other: int) -> bool:
+    return abs(one - other) <= 0.01 * other
+
+
+def _one_line(error: Exception) -> str:
+    inner = getattr(error, "inner_exception", error)
+    return f"{type(inner).__name__}: {inner}".partition("\n")[0]
 
 
 def _alternative(way: Way, found: AnalysedStep, plain: AnalysedStep | None) -> Alternative:

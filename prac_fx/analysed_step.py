@@ -18,12 +18,9 @@ from prac_fx.optimizer_memory import OptimizerMemory, optimizer_memory
 from prac_fx.passes.plan import PlannedValue
 from prac_fx.planned_values import layout_copies, values_after, values_refused
 from prac_fx.repeated_blocks import (
-    ANALYSED,
-    MIDDLE,
-    CannotMultiplyError,
     Repeated,
     all_values,
-    are_alike,
+    check_blocks_alike,
     identical_blocks,
     step_of_all_blocks,
     with_few_blocks,
@@ -163,11 +160,6 @@ class AnalysedStep:
         return sum(self._of_all_blocks(call.after.flops) for call in self.calls)
 
     @property
-    def computes_matmuls_again(self) -> bool:
-        """Does plain Inductor's backward compute again what costs FLOPs?"""
-        return any(sum(call.before.flops.values()) > call.before.joint_flops for call in self.calls)
-
-    @property
     def handed_over_before_nbytes(self) -> int:
         """Bytes of the buffers that plain Inductor's forward graphs hand to their backward."""
         return sum(self._of_all_blocks(_handed_over(call.before)) for call in self.calls)
@@ -215,14 +207,15 @@ def analyse_step(
         config: options of our backend; None for plain Inductor alone.
         patches: Inductor's.
         optimizer: a key of `prac_fx.optimizer_memory.OPTIMIZERS`.
-        budget: torch's `activation_memory_budget`; None for the one that is set. With one below 1 torch chooses among the
-            blocks, so all of them are traced.
+        budget: torch's `activation_memory_budget`; None for the one that is set. Where one below 1 is set all blocks
+            are traced, since torch chooses among them; where one is given a few are, as if it did not.
         plain: an analysis of the same step with other options of our backend, whose part of plain Inductor is used.
         all_blocks: trace all of them, however many there are.
         name: of this way to train, for the log.
 
     Raises:
         ReportError: an unknown optimizer, or nothing has a backward.
+        CannotMultiplyError: within the budget that is given the blocks are not treated alike.
     """
     tensors = tensors_of(step)
     of_optimizer = optimizer_memory(optimizer, tensors.trained)
@@ -233,12 +226,15 @@ def analyse_step(
         calls = trace(traced, config, patches, budget=budget, plain=known)
         return _analysed(step, tensors, of_optimizer, calls, repeated)
 
-    least = functorch_config.activation_memory_budget if budget is None else budget
-    repeated = None if all_blocks or least < 1 else identical_blocks(step.model, _MANY_BLOCKS)
+    if budget is None and functorch_config.activation_memory_budget < 1:
+        all_blocks = True
+    repeated = None if all_blocks else identical_blocks(step.model, _MANY_BLOCKS)
     if repeated is not None and isinstance(step.model, nn.Module):
         try:
             return analysed(with_few_blocks(step.model, repeated), repeated)
         except Exception as error:  # the model's own code may count its blocks, and raise anything
+            if budget is not None and budget < 1:
+                raise
             inner = getattr(error, "inner_exception", error)
             why = f"{type(inner).__name__}: {inner}".partition("\n")[0]
             log.warning(
@@ -251,24 +247,6 @@ def analyse_step(
     return analysed(step.model, None)
 
 
-def multiplied(step: Step, few: AnalysedStep, repeated: Repeated) -> AnalysedStep:
-    """The step of a deep model from the whole analysis of its first blocks.
-
-    Args:
-        step: of the deep model.
-        few: of `with_few_blocks`.
-        repeated: the blocks.
-
-    Raises:
-        CannotMultiplyError: the blocks are not treated alike.
-    """
-    if not are_alike([_handed_over(call.before) for call in few.calls], repeated, {1, MIDDLE}):
-        raise CannotMultiplyError("its blocks do not each keep the same")
-    tensors = tensors_of(step)
-    optimizer = optimizer_memory(few.optimizer.name, tensors.trained)
-    return _analysed(step, tensors, optimizer, few.calls, repeated)
-
-
 def _analysed(
     step: Step,
     tensors: Tensors,
@@ -278,13 +256,8 @@ def _analysed(
 ) -> AnalysedStep:
     if not calls:
         raise ReportError(NO_BACKWARD)
-    if repeated is not None and not are_alike(
-        # what is computed again in backward may differ
-        [call.before.forward_flops for call in calls],
-        repeated,
-        {MIDDLE, ANALYSED - 1},
-    ):
-        raise CannotMultiplyError("what a block computes depends on its number")
+    if repeated is not None:
+        check_blocks_alike([call.before.forward_flops for call in calls], repeated)
     values = [value for call in calls for value in _values(call)]
     if repeated is not None:
         values = all_values(values, repeated)

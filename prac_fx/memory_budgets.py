@@ -1,86 +1,135 @@
-"""torch's `activation_memory_budget` on a deep model of identical blocks, without tracing all of them.
+"""What a step saves, and the FLOPs it takes, within memory budgets: torch's partitioner on one trace of the whole model.
 
-To meet a budget the partitioner chooses among the blocks. What is saved and how many FLOPs it takes are then nearly linear
-in the number of blocks, and follow from two shallow models. The peak is not: Inductor runs what is computed again where
-memory seems lowest, sometimes many blocks before it is needed. It is not estimated then. Where no matmul is computed again
-the blocks are usually treated alike, and one stands for the others, the peak included.
+To meet `activation_memory_budget` the partitioner chooses among the blocks of a deep model, so that none of them stands for
+the others, and what it chooses in a shallow model says little about a deep one. Partitioning is exact and, of all that an
+analysis does, the smaller part. The peak is not found here: it depends on when Inductor runs what is computed again,
+sometimes many blocks before it is needed.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass, replace
-from typing import Any
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, NoReturn
 
-from torch import nn
+import torch.fx as fx
 
-from prac_fx.analysed_step import AnalysedStep, analyse_step, multiplied
-from prac_fx.repeated_blocks import ANALYSED, CannotMultiplyError, Repeated, with_few_blocks
-from prac_fx.step_trace import Step
-
-# Blocks of the shallow models; the first one's may be multiplied.
-DEPTHS = (ANALYSED, 2 * ANALYSED)
+from prac_fx.dynamo_backend import DynamoGraph
+from prac_fx.flops import graph_flops
+from prac_fx.passes.survey import saved_values
+from prac_fx.pipeline import merge_duplicates
+from prac_fx.step_trace import Step, trace_with
+from prac_fx.torch_compat import (
+    CustomPartitionerFn,
+    compile_fx,
+    copy_dynamo_graph,
+    functorch_config,
+    min_cut_rematerialization_partition,
+)
 
 
 @dataclass(frozen=True)
-class BudgetedStep:
+class Partition:
     """What a step takes within a budget.
 
     Attributes:
-        saved_nbytes: handed from forward to backward.
-        peak_nbytes: of the whole step; None where it does not follow from shallow models.
+        saved_nbytes: handed from forward to backward, inputs not counted.
         flops: of matmuls, convolutions and attention.
+        recomputed_flops: those of them that backward computes again.
     """
 
     saved_nbytes: int
-    peak_nbytes: int | None
     flops: int
+    recomputed_flops: int
 
 
-def analyse_budget(
-    step: Step,
-    budget: float,
-    patches: Mapping[str, Any],
-    optimizer: str,
-    repeated: Repeated | None,
-) -> BudgetedStep:
-    """Analyse a step within a memory budget, plain Inductor's.
+def partition_within(
+    step: Step, budgets: Sequence[float], patches: Mapping[str, Any]
+) -> dict[float, Partition]:
+    """Partition the graphs of a step within each budget. Its model runs once, eagerly.
 
     Args:
-        step: what to analyse.
-        budget: torch's `activation_memory_budget`.
+        step: what to trace.
+        budgets: torch's `activation_memory_budget`.
         patches: Inductor's.
-        optimizer: a key of `prac_fx.optimizer_memory.OPTIMIZERS`.
-        repeated: the model's identical blocks; None to analyse all of the model.
-
-    Raises:
-        ReportError: as `analyse_step`.
     """
+    backend = _Budgeter(budgets, patches)
+    trace_with(step, backend)
+    return {
+        budget: Partition(
+            sum(call[budget].saved_nbytes for call in backend.calls),
+            sum(call[budget].flops for call in backend.calls),
+            sum(call[budget].recomputed_flops for call in backend.calls),
+        )
+        for budget in budgets
+    }
 
-    def whole(model: Any) -> AnalysedStep:
-        sized = replace(step, model=model)
-        return analyse_step(sized, None, patches, optimizer, budget=budget, all_blocks=True)
 
-    if repeated is None or repeated.total <= DEPTHS[1] or not isinstance(step.model, nn.Module):
-        return _exact(whole(step.model))
-    few = whole(with_few_blocks(step.model, repeated, DEPTHS[0]))
-    if not few.computes_matmuls_again:
+class _Budgeter:
+    """A Dynamo backend that partitions each graph within each budget, and runs it eagerly."""
+
+    def __init__(self, budgets: Sequence[float], patches: Mapping[str, Any]) -> None:
+        self._budgets = budgets
+        self._patches = patches
+        self.calls: list[Mapping[float, Partition]] = []
+
+    def __call__(self, gm: fx.GraphModule, example_inputs: Sequence[Any]) -> Callable[..., Any]:
+        graph = DynamoGraph(gm, tuple(example_inputs))
+        forward: Callable[..., Any] = gm.forward
+        found = self._partitions(graph) if graph.trainable else {}
+        if not found:
+            return forward
+
+        def run(*args: Any) -> Any:
+            self.calls.append(found)
+            return forward(*args)
+
+        return run
+
+    def _partitions(self, graph: DynamoGraph) -> Mapping[float, Partition]:
+        """By budget; empty when the graph has no backward."""
+        partitioner = _BudgetsPartitioner(self._budgets)
         try:
-            return _exact(multiplied(step, few, repeated))
-        except CannotMultiplyError:
-            pass  # it chooses among values that cost no FLOPs
-    more = whole(with_few_blocks(step.model, repeated, DEPTHS[1]))
-
-    def on_line(at_first: int, at_second: int) -> int:
-        each = (at_second - at_first) / (DEPTHS[1] - DEPTHS[0])
-        return round(at_first + each * (repeated.total - DEPTHS[0]))
-
-    return BudgetedStep(
-        on_line(few.handed_over_after_nbytes, more.handed_over_after_nbytes),
-        None,
-        on_line(few.flops_after, more.flops_after),
-    )
+            compile_fx(
+                copy_dynamo_graph(graph.gm),
+                list(graph.example_inputs),
+                inner_compile=_stop,
+                config_patches={**self._patches, "custom_partitioner_fn": partitioner},
+            )
+        except _Stop:
+            return partitioner.found
+        raise AssertionError("AOTAutograd returned without a call of the partitioner")
 
 
-def _exact(found: AnalysedStep) -> BudgetedStep:
-    return BudgetedStep(found.handed_over_after_nbytes, found.after.peak.total, found.flops_after)
+class _Stop(Exception):
+    """All is known."""
+
+
+def _stop(*args: Any, **kwargs: Any) -> NoReturn:
+    raise _Stop
+
+
+class _BudgetsPartitioner(CustomPartitionerFn):
+    """Partitions the joint graph within each budget, and stops there."""
+
+    def __init__(self, budgets: Sequence[float]) -> None:
+        self._budgets = budgets
+        self.found: dict[float, Partition] = {}
+
+    def __call__(
+        self, gm: fx.GraphModule, joint_inputs: Sequence[object], **options: Any
+    ) -> NoReturn:
+        merge_duplicates(gm)
+        joint_flops = graph_flops(gm.graph).total()
+        for budget in self._budgets:
+            with functorch_config.patch(activation_memory_budget=budget):
+                fw, bw = min_cut_rematerialization_partition(gm, joint_inputs, **options)
+            saved = saved_values(gm.graph, fw, options["num_fwd_outputs"])
+            flops = graph_flops(fw.graph).total() + graph_flops(bw.graph).total()
+            nbytes = sum(value.nbytes for value in saved)
+            self.found[budget] = Partition(nbytes, flops, flops - joint_flops)
+        raise _Stop
+
+    def uuid(self) -> None:
+        """Nothing is compiled, so there is nothing to cache."""
+        return

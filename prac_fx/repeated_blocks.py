@@ -92,12 +92,12 @@ def identical_blocks(model: Callable[..., Any], at_least: int) -> Repeated | Non
     return max(found, key=lambda one: one.total, default=None)
 
 
-def with_few_blocks(model: nn.Module, repeated: Repeated, count: int = ANALYSED) -> nn.Module:
-    """A copy of the model with the first `count` blocks only; its tensors are the model's own."""
+def with_few_blocks(model: nn.Module, repeated: Repeated) -> nn.Module:
+    """A copy of the model with the first blocks only; its tensors are the model's own."""
     tensors = [*model.parameters(), *model.buffers()]
     copied = copy.deepcopy(model, {id(tensor): tensor for tensor in tensors})
     blocks = copied.get_submodule(repeated.module)
-    for name in list(blocks._modules)[count:]:
+    for name in list(blocks._modules)[ANALYSED:]:
         del blocks._modules[name]
     return copied
 
@@ -195,24 +195,25 @@ def _moved(value: PlannedValue, repeated: Repeated, middle: int) -> PlannedValue
     return replace(value, origin=replace(value.origin, module=module))
 
 
-def are_alike(graphs: Sequence[Mapping[str, int]], repeated: Repeated, blocks: set[int]) -> bool:
-    """Do these blocks have the same numbers?
+def check_blocks_alike(flops: Sequence[Mapping[str, int]], repeated: Repeated) -> None:
+    """The middle block must compute what the last one does, in forward: what is computed again in backward may differ.
 
     Args:
-        graphs: such as FLOPs or bytes, by module path.
-        repeated: of which these are.
-        blocks: their numbers, among those that were analysed.
+        flops: of plain Inductor's forward graphs, by module path.
+        repeated: the blocks.
+
+    Raises:
+        CannotMultiplyError: they differ, so a block depends on its number.
     """
-    for graph in graphs:
-        found: dict[int, dict[str, int]] = {block: {} for block in blocks}
+    last = ANALYSED - 1
+    for graph in flops:
+        found: dict[int, dict[str, int]] = {MIDDLE: {}, last: {}}
         for path, number in graph.items():
             block = repeated.block_of(path)
             if block in found:
                 found[block][path.removeprefix(f"{repeated.module}.{block}")] = number
-        first, *others = found.values()
-        if any(other != first for other in others):
-            return False
-    return True
+        if found[MIDDLE] != found[last]:
+            raise CannotMultiplyError("what a block computes depends on its number")
 
 
 def step_of_all_blocks(step: StepPlan, repeated: Repeated) -> StepMemory:

@@ -73,7 +73,6 @@ class PlannedGraph:
         backward: likewise.
         forward_flops: of matmuls, convolutions and attention in the forward graph, by module path.
         flops: of both.
-        joint_flops: of the joint graph, where nothing is computed twice.
         plan: what our passes decide; None when they were not asked.
         rewritten: what they made; None for plain Inductor.
         refused: why the graph cannot be rewritten; None when it can.
@@ -84,7 +83,6 @@ class PlannedGraph:
     backward: GraphPlan
     forward_flops: Mapping[str, int]
     flops: Mapping[str, int]
-    joint_flops: int
     plan: Plan | None = None
     rewritten: PartitionedGraph | None = None
     refused: str | None = None
@@ -155,6 +153,18 @@ def trace(
         The runs of graphs that have a backward, in order.
     """
     backend = _Planner(config, patches or {}, [call.before for call in plain])
+    trace_with(step, backend, budget)
+    return backend.calls
+
+
+def trace_with(step: Step, backend: Callable[..., Any], budget: float | None = None) -> None:
+    """Have a Dynamo backend look at the graphs of a step, and run what it returns.
+
+    Args:
+        step: what to trace.
+        backend: called with each graph and its example inputs.
+        budget: torch's `activation_memory_budget`; None for the one that is set.
+    """
 
     def run(self: Any, *inputs: Any, **named: Any) -> Any:
         result = self(*inputs, **named)
@@ -171,7 +181,6 @@ def trace(
         settings["activation_memory_budget"] = budget
     with torch.enable_grad(), functorch_config.patch(settings), step.fake_mode or nullcontext():
         torch.compile(fresh, backend=backend)(step.model, *step.args, **step.kwargs)
-    return backend.calls
 
 
 class _Planner:
@@ -239,7 +248,6 @@ class _Observer:
         self.facts: JointFacts | None = None
         self.forward: GraphPlan | None = None
         self.backward: GraphPlan | None = None
-        self.joint_flops = 0
         self.forward_flops: Counter[str] = Counter()
         self.flops: Counter[str] = Counter()
 
@@ -248,7 +256,6 @@ class _Observer:
     ) -> None:
         """See the joint graph before it is rewritten or partitioned."""
         self.facts = joint_facts(gm.graph, options["num_fwd_outputs"], parameters)
-        self.joint_flops = sum(graph_flops(gm.graph).values())
 
     def compile(self, gm: fx.GraphModule, example_inputs: Sequence[Any], **options: Any) -> Any:
         """In the place of `compile_fx_inner`."""
@@ -275,7 +282,6 @@ class _Observer:
             self.backward,
             self.forward_flops,
             self.flops,
-            self.joint_flops,
             plan,
             rewritten,
         )
