@@ -57,6 +57,7 @@ Decision = Literal["encode", "keep", "recompute"]
 # Every reason code a report can print, and what it means to a user.
 REASONS = {
     "": "encoded",
+    "between_graphs": "made by an earlier graph, which ends there (a graph break): nothing can encode it",
     "input": "an input of the graph, a parameter, or a view of one: the step does not allocate it",
     "user_output": "also returned to the caller, so its memory stays anyway",
     "shared_storage": "a view of another saved value, counted there",

@@ -38,6 +38,8 @@ _FP8 = {
     }
 }
 
+# Share of the FLOPs that two analyses of the same step may differ by.
+_ROUNDING = 0.01
 _NO_PEAK = "the peak depends on how many blocks ahead each is computed again: --all-blocks"
 
 Progress = Callable[[str, int, int], None]
@@ -261,6 +263,9 @@ def _one_line(error: Exception) -> str:
 def _alternative(way: Way, found: AnalysedStep, plain: AnalysedStep | None) -> Alternative:
     """The row of an analysis; its FLOPs are compared with those of `plain`, if that is the same step."""
     added = _added_flops(found.flops_after, plain)
+    if way.config is None and added is not None and added < -_ROUNDING:
+        # exact gradients with fewer FLOPs: Dynamo left parts of the model to Python, which no graph tells of
+        return Alternative(way, note="Dynamo compiles this only in part: --measure finds out")
     return Alternative(way, found.handed_over_after_nbytes, found.after.peak.total, added)
 
 

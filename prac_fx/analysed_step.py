@@ -13,11 +13,13 @@ from torch import Tensor, nn
 
 from prac_fx.config import PracConfig
 from prac_fx.errors import ReportError
+from prac_fx.inductor_plan import Value
 from prac_fx.memory import storage_nbytes
 from prac_fx.optimizer_memory import OptimizerMemory, optimizer_memory
 from prac_fx.passes.plan import PlannedValue
 from prac_fx.planned_values import layout_copies, values_after, values_refused
 from prac_fx.repeated_blocks import (
+    CannotMultiplyError,
     Repeated,
     all_values,
     check_blocks_alike,
@@ -25,7 +27,7 @@ from prac_fx.repeated_blocks import (
     step_of_all_blocks,
     with_few_blocks,
 )
-from prac_fx.step_memory import Category, Live, StepMemory, StepPlan
+from prac_fx.step_memory import Category, Live, StepMemory, StepPlan, saved_between_graphs
 from prac_fx.step_trace import Call, PlannedGraph, Step, trace
 from prac_fx.torch_compat import functorch_config, storage_key, tree_leaves
 
@@ -117,6 +119,8 @@ class AnalysedStep:
         before: memory over the step with plain Inductor.
         after: with our backend.
         model: what was analysed.
+        between_before_nbytes: of values that one graph has made and only a later one saves, with plain Inductor.
+        between_after_nbytes: likewise with our backend.
         repeated: its blocks, if only a few of them were traced.
     """
 
@@ -127,6 +131,8 @@ class AnalysedStep:
     before: StepMemory
     after: StepMemory
     model: Callable[..., Any]
+    between_before_nbytes: int = 0
+    between_after_nbytes: int = 0
     repeated: Repeated | None = None
 
     @property
@@ -161,13 +167,15 @@ class AnalysedStep:
 
     @property
     def handed_over_before_nbytes(self) -> int:
-        """Bytes of the buffers that plain Inductor's forward graphs hand to their backward."""
-        return sum(self._of_all_blocks(_handed_over(call.before)) for call in self.calls)
+        """Bytes that plain Inductor's forward graphs hand to their backward, parameters and inputs of the step not counted."""
+        handed_over = (self._of_all_blocks(_handed_over(call.before)) for call in self.calls)
+        return sum(handed_over) + self.between_before_nbytes
 
     @property
     def handed_over_after_nbytes(self) -> int:
         """Likewise with our backend."""
-        return sum(self._of_all_blocks(_handed_over(call.after)) for call in self.calls)
+        handed_over = (self._of_all_blocks(_handed_over(call.after)) for call in self.calls)
+        return sum(handed_over) + self.between_after_nbytes
 
     def _of_all_blocks(self, of_modules: Mapping[str, int]) -> int:
         """Sum over the modules of the whole model, from those that were traced."""
@@ -258,37 +266,71 @@ def _analysed(
         raise ReportError(NO_BACKWARD)
     if repeated is not None:
         check_blocks_alike([call.before.forward_flops for call in calls], repeated)
-    values = [value for call in calls for value in _values(call)]
+    values = [(number, value) for number, call in enumerate(calls) for value in _values(call)]
     if repeated is not None:
-        values = all_values(values, repeated)
+        values = [(0, value) for value in all_values([value for _, value in values], repeated)]
     constants = tensors.live()
     constants.append(Live(optimizer.name, "optimizer", "", optimizer.state_nbytes))
-    state = Live("bases and sampled rows", "state", "", sum(value.state_nbytes for value in values))
+    state = Live(
+        "bases and sampled rows", "state", "", sum(value.state_nbytes for _, value in values)
+    )
     static = frozenset(storage_key(tensor) for tensor in tensors.all)
 
-    def memory(graphs: Sequence[PlannedGraph], more: Sequence[Live]) -> StepMemory:
+    def planned(graphs: Sequence[PlannedGraph], more: Sequence[Live]) -> StepPlan:
         pairs = zip(calls, graphs, strict=True)
-        plan = StepPlan(
+        return StepPlan(
             (*constants, *more),
             tuple(call.step_graph(graph) for call, graph in pairs),
             static,
             optimizer.temporary_nbytes,
         )
+
+    def memory(plan: StepPlan) -> StepMemory:
         return plan.memory() if repeated is None else step_of_all_blocks(plan, repeated)
 
-    before = memory([call.before for call in calls], [])
+    plain = planned([call.before for call in calls], [])
     # the same object means that nothing is rewritten
     changed = any(call.after is not call.before for call in calls)
-    after = memory([call.after for call in calls], [state]) if changed else before
+    ours = planned([call.after for call in calls], [state]) if changed else plain
+    before = memory(plain)
+    between, between_ours = saved_between_graphs(plain), saved_between_graphs(ours)
+    if between and repeated is not None:
+        raise CannotMultiplyError("it is several graphs, and one saves what another has made")
     return AnalysedStep(
-        tensors, optimizer, tuple(calls), tuple(values), before, after, step.model, repeated
+        tensors,
+        optimizer,
+        tuple(calls),
+        tuple(_between_graphs(values, between, between_ours)),
+        before,
+        memory(ours) if changed else before,
+        step.model,
+        sum(value.nbytes for value in between.values()),
+        sum(value.nbytes for value in between_ours.values()),
+        repeated,
     )
+
+
+def _between_graphs(
+    values: Iterable[tuple[int, PlannedValue]],
+    before: Mapping[tuple[int, str], Value],
+    after: Mapping[tuple[int, str], Value],
+) -> Iterator[PlannedValue]:
+    """Rows, with the number of their graph, in which an input costs something if the step has made it."""
+    for number, row in values:
+        made, kept = before.get((number, row.name)), after.get((number, row.name))
+        if made is None or row.reason != "input":
+            yield row
+        else:
+            nbytes_after = 0 if kept is None else kept.nbytes
+            yield replace(
+                row, reason="between_graphs", nbytes_before=made.nbytes, nbytes_after=nbytes_after
+            )
 
 
 def _handed_over(graph: PlannedGraph) -> Mapping[str, int]:
     """Bytes of the buffers that a forward graph allocates and hands to its backward, by module."""
     plan = graph.forward
-    saved = {pair[1] for pair in plan.outputs[graph.facts.num_results :] if pair is not None}
+    saved = plan.saved_buffers(graph.facts.num_results)
     found: Counter[str] = Counter()
     for kernel in plan.kernels:
         for name, value in kernel.allocated.items():

@@ -81,6 +81,10 @@ class GraphPlan:
     kernels: tuple[Kernel, ...]
     outputs: tuple[tuple[str, str] | None, ...]
 
+    def saved_buffers(self, num_results: int) -> frozenset[str]:
+        """Buffers and graph inputs that a forward graph hands to its backward, after so many results for the caller."""
+        return frozenset(pair[1] for pair in self.outputs[num_results:] if pair is not None)
+
 
 def plan_graph(gm: fx.GraphModule, example_inputs: Sequence[Any], **options: Any) -> GraphPlan:
     """Plan a graph as Inductor would.

@@ -16,6 +16,7 @@ from prac_fx.analysed_step import AnalysedStep
 from prac_fx.eager_memory import differentiated
 from prac_fx.step_allocations import step_allocations
 from prac_fx.step_trace import Step
+from prac_fx.torch_compat import without_recompile_limit
 
 _WARM_UP = 3
 _ROUNDS = 5
@@ -42,14 +43,35 @@ def measure_alternatives(
     """
     device = next((tensor.device for tensor in analysed.tensors.all), torch.device("cpu"))
     held = sum(live.nbytes for live in analysed.tensors.live()) + analysed.optimizer.state_nbytes
+    with without_recompile_limit():
+        found, notes = _measured(step, analysed, rows, patches, progress, device, held)
+    _clear(analysed.tensors.trained)
+    measured = [
+        replace(row, measured=found.get(row.name), note=notes.get(row.name, row.note))
+        for row in rows
+    ]
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
+    return measured, name
+
+
+def _measured(
+    step: Step,
+    analysed: AnalysedStep,
+    rows: Sequence[Alternative],
+    patches: Mapping[str, Any],
+    progress: Progress,
+    device: torch.device,
+    held: int,
+) -> tuple[dict[str, Measured], dict[str, str]]:
+    """What each row took, and why some could not be run."""
     runs: dict[str, Callable[[], None]] = {}
     found: dict[str, Measured] = {}
     notes: dict[str, str] = {}
     for number, row in enumerate(rows):
         progress(f"running, {row.name}", number, len(rows) + 1)
-        forward = _forward(step, row, patches)
-        run = _training_step(forward, analysed.tensors.trained)
         try:
+            forward = _forward(step, row, patches)
+            run = _training_step(forward, analysed.tensors.trained)
             for _ in range(_WARM_UP):
                 run()
             _clear(analysed.tensors.trained)
@@ -62,13 +84,7 @@ def measure_alternatives(
     progress("running all in turn", len(rows), len(rows) + 1)
     for name, ratio in _step_ratios(runs, device).items():
         found[name] = replace(found[name], step_ratio=ratio)
-    _clear(analysed.tensors.trained)
-    measured = [
-        replace(row, measured=found.get(row.name), note=notes.get(row.name, row.note))
-        for row in rows
-    ]
-    name = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
-    return measured, name
+    return found, notes
 
 
 def _forward(step: Step, row: Alternative, patches: Mapping[str, Any]) -> Callable[[], Tensor]:

@@ -171,6 +171,29 @@ class StepPlan:
         return StepMemory(events, tuple(sorted(live, key=lambda one: (-one.nbytes, one.what))))
 
 
+def saved_between_graphs(step: StepPlan) -> dict[tuple[int, str], Value]:
+    """Inputs that a graph saves and the step itself has made: results of earlier graphs, or of what ran between them.
+
+    Each storage once; what the graph that made it saves as well is not among them.
+
+    Returns:
+        The inputs by number of the graph and name.
+    """
+    counted = set(step.static)
+    found: dict[tuple[int, str], Value] = {}
+    for number, graph in enumerate(step.graphs):
+        plan = graph.forward
+        saved = plan.saved_buffers(graph.num_results)
+        for name in sorted(saved & plan.inputs.keys()):
+            storage = graph.arguments.get(name)
+            if storage is not None and storage not in counted:
+                counted.add(storage)
+                found[number, plan.inputs[name].name] = plan.inputs[name]
+        results = zip(plan.outputs[: graph.num_results], graph.results, strict=True)
+        counted |= {of for pair, of in results if pair and pair[1] in saved and of is not None}
+    return found
+
+
 _Key = tuple[object, ...]
 
 
@@ -214,7 +237,7 @@ class _Simulation:
     def _forward(self, number: int) -> None:
         graph = self.graphs[number]
         plan = graph.forward
-        saved = {pair[1] for pair in plan.outputs[graph.num_results :] if pair is not None}
+        saved = plan.saved_buffers(graph.num_results)
         start_of_loss = _start_of_loss(plan.kernels, graph.loss)
         for index, kernel in enumerate(plan.kernels):
             for name in kernel.replaced:

@@ -38,6 +38,7 @@ from prac_fx.torch_compat import (
     make_boxed_func,
     min_cut_rematerialization_partition,
     storage_key,
+    without_recompile_limit,
 )
 
 # How many values may fail to be encoded before a graph is given up; as in compilation.
@@ -179,7 +180,12 @@ def trace_with(step: Step, backend: Callable[..., Any], budget: float | None = N
     }
     if budget is not None:
         settings["activation_memory_budget"] = budget
-    with torch.enable_grad(), functorch_config.patch(settings), step.fake_mode or nullcontext():
+    with (
+        torch.enable_grad(),
+        functorch_config.patch(settings),
+        without_recompile_limit(),
+        step.fake_mode or nullcontext(),
+    ):
         torch.compile(fresh, backend=backend)(step.model, *step.args, **step.kwargs)
 
 

@@ -16,6 +16,7 @@ from unittest.mock import patch
 import sympy
 import torch
 import torch.fx as fx
+from torch._dynamo import config as dynamo_config
 from torch._dynamo.exc import ShortenTraceback
 from torch._functorch import config as functorch_config
 from torch._functorch._aot_autograd.utils import make_boxed_func
@@ -103,6 +104,7 @@ __all__ = [
     "tree_map_only",
     "without_autograd_cache",
     "without_memory_budget",
+    "without_recompile_limit",
 ]
 
 
@@ -113,6 +115,16 @@ def without_autograd_cache() -> Any:
     must not meet one.
     """
     return functorch_config.patch(enable_autograd_cache=False)
+
+
+def without_recompile_limit() -> Any:
+    """Context in which Dynamo compiles the same code for as many backends as there are.
+
+    Each backend counts as another recompilation. At the limit (`torch._dynamo.config.recompile_limit`, 8) Dynamo runs the
+    code eagerly from then on, with a warning.
+    """
+    unlimited = 10**6
+    return dynamo_config.patch(recompile_limit=unlimited, accumulated_recompile_limit=unlimited)
 
 
 def tracing_fake_mode(example_inputs: Sequence[object]) -> FakeTensorMode:
