@@ -424,6 +424,7 @@ def lower_and_schedule(
     def stop_when_scheduled(graph: GraphLowering) -> Any:
         graph.init_wrapper_code()
         graph._update_scheduler()
+        _report_output_strides(graph)
         results.append(read(graph))
         raise _Scheduled
 
@@ -448,6 +449,21 @@ def lower_and_schedule(
     if not results:
         raise AssertionError("Inductor returned without scheduling the graph")
     return results[0]
+
+
+def _report_output_strides(graph: GraphLowering) -> None:
+    """Tell AOTAutograd the strides of a forward graph's outputs, which the backward graph is then lowered for.
+
+    As `set_tracing_context_output_strides` (torch._inductor.output_code) does for a compiled graph. Symbolic ones are not told.
+    """
+    context = TracingContext.try_get()
+    if context is None or context.output_strides is None or context.output_strides:
+        return
+    for output in graph.graph_outputs:
+        layout = output.maybe_get_layout() if isinstance(output, inductor_ir.IRNode) else None
+        strides = list(getattr(layout, "stride", None) or [])
+        is_plain = bool(strides) and all(isinstance(one, int | sympy.Integer) for one in strides)
+        context.output_strides.append(tuple(map(int, strides)) if is_plain else None)
 
 
 def inplace_decisions() -> Any:

@@ -11,9 +11,12 @@ from torch import Tensor, nn
 
 from prac_fx import PracConfig
 from prac_fx.alternatives import Alternative, ways_to_train
+from prac_fx.analysed_step import analyse_step
 from prac_fx.memory_report import MemoryReport, report_step
 from prac_fx.report import check_document
 from prac_fx.step_allocations import step_allocations
+from prac_fx.step_trace import Step
+from prac_fx.torch_compat import functorch_config
 from tests.compiling import compile_prac
 from tests.models import rows
 
@@ -116,6 +119,38 @@ def test_copies_that_convolutions_read_are_counted(backend: str) -> None:
     found = step_allocations(lambda: compiled(*inputs), torch.device("cpu"))
     saved = report.saved_after_nbytes if ours else report.saved_before_nbytes
     assert found.saved_nbytes == pytest.approx(saved, abs=4096)
+
+
+class Residual(nn.Module):
+    """Convolutions, batch norms and a skip: Inductor keeps what lies between them in channels-last memory."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.convs = nn.ModuleList(nn.Conv2d(32, 32, 3, padding=1, bias=False) for _ in range(4))
+        self.norms = nn.ModuleList(nn.BatchNorm2d(32) for _ in range(4))
+        self.head = nn.Linear(32, 8)
+
+    def forward(self, x: Tensor) -> Tensor:
+        for conv, norm in zip(self.convs, self.norms, strict=True):
+            x = x + norm(conv(x.relu()))
+        return self.head(x.mean((2, 3))).square().mean()
+
+
+def test_backward_is_planned_for_the_strides_that_forward_returns() -> None:
+    """Within a budget backward computes convolutions again, from values whose layout the forward graph has chosen."""
+    torch._dynamo.reset()
+    model, inputs = Residual(), (torch.randn(8, 32, 32, 32),)
+    step = Step(model, inputs, {})
+    estimate = analyse_step(step, None, {}, budget=0.3)
+    with functorch_config.patch(activation_memory_budget=0.3):
+        compiled = torch.compile(model)
+        compiled(*inputs).backward()
+        model.zero_grad()
+        found = step_allocations(lambda: compiled(*inputs), torch.device("cpu"))
+    held = sum(live.nbytes for live in estimate.tensors.live()) + estimate.optimizer.state_nbytes
+    assert found.saved_nbytes == pytest.approx(estimate.handed_over_before_nbytes, abs=4096)
+    assert found.peak_nbytes + held == pytest.approx(estimate.before.peak.total, rel=0.02)
 
 
 def test_rows_agree_with_the_totals(report: MemoryReport) -> None:
