@@ -16,9 +16,7 @@ from prac_fx.analysed_step import AnalysedStep, analyse_step, tensors_of
 from prac_fx.config import PARTS, POLICIES, PracConfig
 from prac_fx.dynamo_backend import PracBackend
 from prac_fx.eager_memory import eager_step
-from prac_fx.errors import PracError, ReportError
-from prac_fx.forked_map import forked_map
-from prac_fx.memory_budgets import Partition, partition_within
+from prac_fx.errors import PracError, ReportError, one_line
 from prac_fx.meta_model import as_fake
 from prac_fx.optimizer_memory import optimizer_memory
 from prac_fx.step_trace import Step
@@ -40,9 +38,6 @@ _FP8 = {
 
 # Share of the FLOPs that two analyses of the same step may differ by.
 _ROUNDING = 0.01
-_NO_PEAK = "the peak depends on how many blocks ahead each is computed again: --all-blocks"
-
-Progress = Callable[[str, int, int], None]
 
 
 @dataclass(frozen=True)
@@ -143,51 +138,6 @@ def _gradient(config: PracConfig) -> str:
     return "unbiased"
 
 
-def compare_alternatives(
-    step: Step,
-    analysed: AnalysedStep,
-    config: PracConfig,
-    patches: Mapping[str, Any],
-    progress: Progress,
-    processes: int = 1,
-) -> list[Alternative]:
-    """Analyse every way on fake copies of the model, so that nothing is computed.
-
-    Args:
-        step: the user's.
-        analysed: its analysis, for plain Inductor's FLOPs and the optimizer.
-        config: the user's options.
-        patches: Inductor's.
-        progress: called with what is done next, steps done, and steps in all.
-        processes: how many of them work at a time.
-    """
-    ways = ways_to_train(config)
-    faked = without_values(step)
-    known = {way.name: _known(way, analysed, config) for way in ways}
-    tasks = _tasks([way for way in ways if known[way.name] is None], processes)
-
-    def show(task: Sequence[Way], done: int) -> None:
-        progress(task[0].name, done + 1, len(tasks) + 1)
-
-    def rows_of(task: Sequence[Way]) -> list[Alternative]:
-        if task[0].budget < 1:
-            return rows_within_budgets(task, faked, patches, analysed)
-        return [analyse_way(way, faked, patches, analysed) for way in task]
-
-    found = forked_map(rows_of, tasks, processes, show)
-    rows = known | {row.name: row for task in found for row in task}
-    return [row for row in rows.values() if row is not None]
-
-
-def _tasks(ways: Sequence[Way], processes: int) -> list[Sequence[Way]]:
-    """What is analysed at a time, the longest first: no process waits long for another. Budgets share a trace."""
-    budgets = [way for way in ways if way.budget < 1]
-    others = [way for way in ways if way.budget == 1]
-    traces = max(1, processes // 2)
-    shared = [part for i in range(traces) if (part := budgets[i::traces])]
-    return [*shared, *([way] for way in sorted(others, key=lambda way: way.config is None))]
-
-
 def analyse_way(
     way: Way, step: Step, patches: Mapping[str, Any], analysed: AnalysedStep
 ) -> Alternative:
@@ -211,81 +161,24 @@ def analyse_way(
     except PracError as error:
         return Alternative(way, note=str(error))
     except Exception as error:  # torch's own, for one: the other rows are still worth having
-        return Alternative(way, note=_one_line(error))
-    return _alternative(way, found, plain)
+        return Alternative(way, note=one_line(error))
+    return row_of(way, found, plain)
 
 
-def rows_within_budgets(
-    ways: Sequence[Way], step: Step, patches: Mapping[str, Any], analysed: AnalysedStep
-) -> list[Alternative]:
-    """The rows of several budgets. Of a deep model all blocks are partitioned, and a few of them analysed."""
-    if analysed.repeated is None:
-        return [analyse_way(way, step, patches, analysed) for way in ways]
-    try:
-        partitions = partition_within(step, [way.budget for way in ways], patches)
-    except Exception as error:  # as in `analyse_way`
-        return [Alternative(way, note=_one_line(error)) for way in ways]
-    peaks: dict[Partition, int | None] = {}
-    for way in ways:
-        found = partitions[way.budget]
-        if found not in peaks:
-            peaks[found] = _peak_of_few(way, step, patches, analysed, found)
-    return [_budget_row(way, partitions[way.budget], peaks, analysed) for way in ways]
-
-
-def _peak_of_few(
-    way: Way, step: Step, patches: Mapping[str, Any], analysed: AnalysedStep, found: Partition
-) -> int | None:
-    """The peak of a budget from a few blocks, if these keep what all of them do."""
-    if found.recomputed_flops:
-        return None
-    few = analyse_way(way, step, patches, analysed)
-    is_alike = few.saved_nbytes is not None and _nearly(few.saved_nbytes, found.saved_nbytes)
-    return few.peak_nbytes if is_alike else None
-
-
-def _budget_row(
-    way: Way, found: Partition, peaks: Mapping[Partition, int | None], analysed: AnalysedStep
-) -> Alternative:
-    peak, added = peaks[found], _added_flops(found.flops, analysed)
-    return Alternative(way, found.saved_nbytes, peak, added, note="" if peak else _NO_PEAK)
-
-
-def _nearly(one: int, other: int) -> bool:
-    return abs(one - other) <= 0.01 * other
-
-
-def _one_line(error: Exception) -> str:
-    inner = getattr(error, "inner_exception", error)
-    return f"{type(inner).__name__}: {inner}".partition("\n")[0]
-
-
-def _alternative(way: Way, found: AnalysedStep, plain: AnalysedStep | None) -> Alternative:
+def row_of(way: Way, found: AnalysedStep, plain: AnalysedStep | None) -> Alternative:
     """The row of an analysis; its FLOPs are compared with those of `plain`, if that is the same step."""
-    added = _added_flops(found.flops_after, plain)
+    added = added_flops(found.flops_after, plain)
     if way.config is None and added is not None and added < -_ROUNDING:
         # exact gradients with fewer FLOPs: Dynamo left parts of the model to Python, which no graph tells of
         return Alternative(way, note="Dynamo compiles this only in part: --measure finds out")
     return Alternative(way, found.handed_over_after_nbytes, found.after.peak.total, added)
 
 
-def _added_flops(flops: int, plain: AnalysedStep | None) -> float | None:
+def added_flops(flops: int, plain: AnalysedStep | None) -> float | None:
+    """Share of the FLOPs of plain Inductor's step that come on top of them; None where that is not known."""
     if plain is None or not plain.flops_before:
         return None
     return (flops - plain.flops_before) / plain.flops_before
-
-
-def _known(way: Way, analysed: AnalysedStep, config: PracConfig) -> Alternative | None:
-    """The row of a way that the analysis of the step is about already."""
-    if way.name == PLAIN:
-        peak = analysed.before.peak.total
-        return Alternative(way, analysed.handed_over_before_nbytes, peak, 0.0)
-    if (
-        way.config is not None
-        and way.config.cache_key() == replace(config, strict=way.config.strict).cache_key()
-    ):
-        return _alternative(way, analysed, analysed)
-    return None
 
 
 def step_tokens(step: Step) -> int:

@@ -12,7 +12,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from prac_fx.config import PracConfig
-from prac_fx.errors import ReportError
+from prac_fx.errors import ReportError, one_line
 from prac_fx.inductor_plan import Value
 from prac_fx.memory import storage_nbytes
 from prac_fx.optimizer_memory import OptimizerMemory, optimizer_memory
@@ -243,14 +243,12 @@ def analyse_step(
         except Exception as error:  # the model's own code may count its blocks, and raise anything
             if budget is not None and budget < 1:
                 raise
-            inner = getattr(error, "inner_exception", error)
-            why = f"{type(inner).__name__}: {inner}".partition("\n")[0]
             log.warning(
                 "%s: all %d blocks of %s are analysed, with a few of them it fails: %s",
                 name,
                 repeated.total,
                 repeated.module,
-                why,
+                one_line(error),
             )
     return analysed(step.model, None)
 

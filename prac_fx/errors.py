@@ -50,3 +50,10 @@ class VerifyError(PracError):
 
 class PracWarning(UserWarning):
     """A graph fell back to plain Inductor, or an option has a consequence worth knowing."""
+
+
+def one_line(error: BaseException) -> str:
+    """Type and first line of an error, or of the one that Dynamo has wrapped."""
+    inner = getattr(error, "inner_exception", error)
+    text = str(inner).strip().partition("\n")[0]
+    return f"{type(inner).__name__}: {text}" if text else type(inner).__name__

@@ -7,8 +7,9 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
-from prac_fx.alternatives import Alternative, Progress, analyse_way, without_values
+from prac_fx.alternatives import Alternative, analyse_way, without_values
 from prac_fx.analysed_step import AnalysedStep
+from prac_fx.compared_ways import Progress
 from prac_fx.forked_map import forked_map
 from prac_fx.meta_model import batch_size, resized
 from prac_fx.step_trace import Step

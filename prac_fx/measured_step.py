@@ -11,9 +11,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from prac_fx.alternatives import PLAIN, Alternative, Backend, Measured, Progress, checkpointed
+from prac_fx.alternatives import PLAIN, Alternative, Backend, Measured, checkpointed
 from prac_fx.analysed_step import AnalysedStep
+from prac_fx.compared_ways import Progress
 from prac_fx.eager_memory import differentiated
+from prac_fx.errors import one_line
 from prac_fx.step_allocations import step_allocations
 from prac_fx.step_trace import Step
 from prac_fx.torch_compat import without_recompile_limit
@@ -77,7 +79,7 @@ def _measured(
             _clear(analysed.tensors.trained)
             memory = step_allocations(forward, device)
         except Exception as error:
-            notes[row.name] = f"{type(error).__name__}: {error}".partition("\n")[0]
+            notes[row.name] = one_line(error)
             continue
         runs[row.name] = run
         found[row.name] = Measured(memory.saved_nbytes, held + memory.peak_nbytes, 1.0)

@@ -10,8 +10,9 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from prac_fx.alternatives import Alternative, compare_alternatives
+from prac_fx.alternatives import Alternative
 from prac_fx.analysed_step import AnalysedStep, analyse_step
+from prac_fx.compared_ways import Progress, compare_alternatives
 from prac_fx.config import PracConfig, read_options
 from prac_fx.errors import ReportError
 from prac_fx.largest_batch import largest_batches
@@ -23,8 +24,6 @@ from prac_fx.step_trace import Step
 
 if TYPE_CHECKING:
     from prac_fx.report.document import Document
-
-Progress = Callable[[str, int, int], None]
 
 
 @dataclass(frozen=True)

@@ -17,10 +17,10 @@ from prac_fx.alternatives import (
     Alternative,
     Way,
     analyse_way,
-    rows_within_budgets,
     ways_to_train,
     without_values,
 )
+from prac_fx.compared_ways import rows_within_budgets
 from prac_fx.config import PracConfig
 from prac_fx.memory_report import MemoryReport, report_step
 from prac_fx.passes.plan import PlannedValue

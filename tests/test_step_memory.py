@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from prac_fx import PracConfig
-from prac_fx.alternatives import Alternative, ways_to_train
+from prac_fx.alternatives import Alternative, Way, row_of, ways_to_train
 from prac_fx.analysed_step import analyse_step
 from prac_fx.memory_report import MemoryReport, report_step
 from prac_fx.report import check_document
@@ -175,6 +175,18 @@ def test_recomputation_costs_flops_and_saves_bytes(report: MemoryReport) -> None
     assert checkpointed.saved_nbytes is not None
     assert checkpointed.saved_nbytes < saved[0] / 2
     assert checkpointed.added_flops == pytest.approx(0.25, abs=0.1)
+
+
+def test_a_way_that_dynamo_compiles_in_part_has_no_estimate(report: MemoryReport) -> None:
+    """Exact gradients do not get cheaper: FLOPs that are missing run in Python, where no graph tells of their memory."""
+    step = report.step
+    half = replace(step, calls=step.calls[:0])
+    row = row_of(Way("checkpoint per block", checkpointed=True), half, step)
+    assert (row.saved_nbytes, row.peak_nbytes, row.added_flops) == (None, None, None)
+    assert "only in part" in row.note
+    # our own gradients may need fewer
+    ours = row_of(Way("prac", "unbiased", config=PracConfig()), half, step)
+    assert ours.added_flops == -1
 
 
 def test_what_eager_keeps_is_what_its_hooks_see(report: MemoryReport) -> None:

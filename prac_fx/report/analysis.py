@@ -13,12 +13,12 @@ from typing import Any
 
 from torch import nn
 
-from prac_fx.errors import PracError, ReportError
+from prac_fx.errors import PracError, ReportError, one_line
 from prac_fx.forked_map import usable_processes
 from prac_fx.memory_report import report_step
 from prac_fx.meta_model import build_model
 from prac_fx.report.document import Document
-from prac_fx.report.model_file import Built, call_build, import_build, one_line, user_code_error
+from prac_fx.report.model_file import Built, call_build, import_build, user_code_error
 from prac_fx.report.progress import progress_bar
 from prac_fx.torch_compat import FakeTensor
 
@@ -101,10 +101,8 @@ def _explained(built: Built, path: Path) -> Iterator[None]:
         raise
     except Exception as error:
         _raise_own_error(built, path)
-        # Dynamo wraps what a backend raises
-        inner = getattr(error, "inner_exception", error)
         raise ReportError(
-            f"the model could not be traced: {one_line(inner)}; prac_fx.explain(...) in Python shows where"
+            f"the model could not be traced: {one_line(error)}; prac_fx.explain(...) in Python shows where"
         ) from error
 
 

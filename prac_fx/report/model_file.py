@@ -12,7 +12,7 @@ from importlib.machinery import SourceFileLoader
 from pathlib import Path
 from typing import Any
 
-from prac_fx.errors import ReportError
+from prac_fx.errors import ReportError, one_line
 
 
 @dataclass(frozen=True)
@@ -86,12 +86,6 @@ def call_build(build: Callable[[], object], path: Path) -> Built:
 def user_code_error(message: str, error: BaseException, path: Path) -> UserCodeError:
     """The error as one line after a message, with a traceback of the frames of the user's file."""
     return UserCodeError(f"{message} {one_line(error)}", _own_traceback(error, path))
-
-
-def one_line(error: BaseException) -> str:
-    """Type and first line of an error."""
-    text = str(error).strip().partition("\n")[0]
-    return f"{type(error).__name__}: {text}" if text else type(error).__name__
 
 
 def _own_traceback(error: BaseException, path: Path) -> str:
