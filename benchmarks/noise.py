@@ -55,6 +55,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "linear": {"policy": "linear"},
     "balanced": {"policy": "balanced"},
     "max": {"policy": "max"},
+    "max, query and key int4": {"policy": "max", "query_key": "int4"},
     "paper": {"policy": "paper"},
     "W: prac .3+.3": _role_w(),
     "W: prac .3+.3, one block": _role_w(blocks=1),
@@ -69,8 +70,9 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "A: int4": {**_EXACT, "input_gradient": "int4"},
     "A: fp8_e4m3": {**_EXACT, "input_gradient": "fp8_e4m3"},
     "A: prac .2+.2": {**_EXACT, "input_gradient": "prac", "principal": 0.2, "random": 0.2},
-    "attention: int8": {**_EXACT, "attention": "int8"},
-    "attention: int4": {**_EXACT, "attention": "int4"},
+    "attention: int8": {**_EXACT, "attention": "int8", "query_key": "int8"},
+    "value, result: int4": {**_EXACT, "attention": "int4"},
+    "query, key: int4": {**_EXACT, "query_key": "int4"},
 }
 
 
