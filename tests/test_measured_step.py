@@ -52,6 +52,36 @@ def test_every_way_is_analysed_however_often_the_code_was_compiled(step: Step) -
     assert saved[2] < 0.75 * saved[0]
 
 
+def test_what_passes_between_graphs_costs_its_bytes_once(step: Step) -> None:
+    analysed = analyse_step(step, PracConfig(min_nbytes=0), {})
+    (between,) = (value for value in analysed.values if value.reason == "between_graphs")
+    hidden = 512 * 128 * 4
+    assert (between.nbytes_before, between.nbytes_after) == (hidden, hidden)
+    assert analysed.between_before_nbytes == analysed.between_after_nbytes == hidden
+    assert analysed.saved_before_nbytes == analysed.handed_over_before_nbytes
+    assert analysed.saved_after_nbytes == analysed.handed_over_after_nbytes
+
+
+def test_what_its_maker_saves_too_is_counted_there() -> None:
+    class Shared(nn.Module):
+        """exp saves its result, which the second graph reads."""
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.first, self.second = nn.Linear(64, 128), nn.Linear(128, 64)
+
+        def forward(self, x: Tensor) -> Tensor:
+            hidden = self.first(x).exp()
+            torch._dynamo.graph_break()
+            out: Tensor = self.second(hidden).square().mean()
+            return out
+
+    torch._dynamo.reset()
+    analysed = analyse_step(Step(Shared(), (torch.randn(512, 64),), {}), EXACT, {})
+    assert analysed.between_before_nbytes == 0
+    assert not [value for value in analysed.values if value.reason == "between_graphs"]
+
+
 def test_every_way_runs_however_often_the_code_was_compiled(step: Step) -> None:
     analysed = analyse_step(step, EXACT, {})
     rows = [analyse_way(way, step, {}, analysed) for way in _ways()]

@@ -164,6 +164,7 @@ def test_every_reason_has_a_meaning_and_a_test() -> None:
     elsewhere |= {"other_device", "not_dense", "not_derivable"}
     elsewhere |= {"draws_random_numbers", "memory_budget", "offloaded"}  # test_regions.py
     elsewhere |= {"layout_copy"}  # test_step_memory.py
+    elsewhere |= {"between_graphs"}  # test_measured_step.py
     assert set(REASONS) == tested | elsewhere
     assert all(REASONS.values())
 
