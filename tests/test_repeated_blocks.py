@@ -305,10 +305,12 @@ def test_the_peak_of_a_budget_is_estimated_where_no_matmul_is_computed_again(
         assert exact.peak_nbytes is not None
         if estimate.added_flops:  # nobody knows how many blocks ahead Inductor computes them again
             assert estimate.peak_nbytes is None
+        if estimate.peak_nbytes is None:  # torch may choose among values that cost no FLOPs, too
             assert "--all-blocks" in estimate.note
         else:
             assert estimate.peak_nbytes == pytest.approx(exact.peak_nbytes, rel=0.06)
             assert estimate.note == ""
+    assert any(row.peak_nbytes is not None for row in within_budgets[0])
 
 
 def test_a_budget_that_cannot_be_partitioned_says_why(few: MemoryReport) -> None:
