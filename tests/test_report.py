@@ -158,12 +158,14 @@ def test_flags_reach_the_analysis(
         "--dtype=bfloat16",
         "--optimizer=sgd",
         "--processes=2",
+        "--all-blocks",
     )
     assert main([encodable, "prac.seed=3", *flags]) == 2
     assert capsys.readouterr().err == "prac_fx.report: enough\n"
     expected = {
         "options": {"prac.seed": 3}, "loss_fn": None, "fits": 2**30, "measure": True, "batch": 4, "seq": 8,
         "dtype": "bfloat16", "optimizer": "sgd", "alternatives": True, "processes": 2,
+        "all_blocks": True,
     }  # fmt: skip
     assert callable(seen.pop("progress"))
     assert seen == expected
