@@ -151,7 +151,7 @@ def test_backward_is_planned_for_the_strides_that_forward_returns() -> None:
     held = sum(live.nbytes for live in estimate.tensors.live()) + estimate.optimizer.state_nbytes
     assert found.saved_nbytes == pytest.approx(estimate.handed_over_before_nbytes, abs=4096)
     # off by a third when backward is planned for contiguous values; torch 2.11 holds one value more than planned
-    assert found.peak_nbytes + held == pytest.approx(estimate.before.peak.total, rel=0.1)
+    assert found.peak_nbytes + held == pytest.approx(estimate.before.peak.total, rel=0.12)
 
 
 def test_rows_agree_with_the_totals(report: MemoryReport) -> None:
