@@ -30,6 +30,7 @@ from prac_fx.pipeline import AnalysePartitioner, AnalysisDone, Arguments, Rewrit
 from prac_fx.plan_text import plan_as_text
 from prac_fx.runtime import state_inputs, training_step
 from prac_fx.torch_compat import (
+    CustomPartitionerFn,
     FakeTensor,
     compile_fx,
     copy_dynamo_graph,
@@ -308,7 +309,25 @@ def analyse_graph(
         patches: Inductor's.
         blocked: names of values to keep, because encoding them failed.
     """
-    partitioner = AnalysePartitioner(config, graph.arguments, blocked)
+    try:
+        call_partitioner(graph, AnalysePartitioner(config, graph.arguments, blocked), patches)
+    except AnalysisDone as done:
+        return done.plan
+    return None
+
+
+def call_partitioner(
+    graph: DynamoGraph, partitioner: CustomPartitionerFn, patches: Mapping[str, Any]
+) -> None:
+    """Trace up to the joint graph and call a partitioner, which leaves by an exception of its own.
+
+    Returns without a call when the graph has no backward.
+
+    Args:
+        graph: Dynamo's.
+        partitioner: called once.
+        patches: Inductor's.
+    """
     try:
         with without_autograd_cache():
             compile_fx(
@@ -317,10 +336,8 @@ def analyse_graph(
                 inner_compile=_refuse_inference,
                 config_patches={**patches, "custom_partitioner_fn": partitioner},
             )
-    except AnalysisDone as done:
-        return done.plan
     except _NoBackward:
-        return None
+        return
     raise AssertionError("the joint graph was compiled without a call of the partitioner")
 
 

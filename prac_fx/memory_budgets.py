@@ -9,20 +9,19 @@ sometimes many blocks before it is needed.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any, NoReturn
 
 import torch.fx as fx
 
-from prac_fx.dynamo_backend import DynamoGraph
+from prac_fx.dynamo_backend import DynamoGraph, call_partitioner
 from prac_fx.flops import graph_flops
 from prac_fx.passes.survey import saved_values
 from prac_fx.pipeline import merge_duplicates
 from prac_fx.step_trace import Step, trace_with
 from prac_fx.torch_compat import (
     CustomPartitionerFn,
-    compile_fx,
-    copy_dynamo_graph,
     functorch_config,
     min_cut_rematerialization_partition,
 )
@@ -89,24 +88,13 @@ class _Budgeter:
     def _partitions(self, graph: DynamoGraph) -> Mapping[float, Partition]:
         """By budget; empty when the graph has no backward."""
         partitioner = _BudgetsPartitioner(self._budgets)
-        try:
-            compile_fx(
-                copy_dynamo_graph(graph.gm),
-                list(graph.example_inputs),
-                inner_compile=_stop,
-                config_patches={**self._patches, "custom_partitioner_fn": partitioner},
-            )
-        except _Stop:
-            return partitioner.found
-        raise AssertionError("AOTAutograd returned without a call of the partitioner")
+        with suppress(_Stop):
+            call_partitioner(graph, partitioner, self._patches)
+        return partitioner.found
 
 
 class _Stop(Exception):
     """All is known."""
-
-
-def _stop(*args: Any, **kwargs: Any) -> NoReturn:
-    raise _Stop
 
 
 class _BudgetsPartitioner(CustomPartitionerFn):

@@ -153,7 +153,7 @@ def _check(arguments: argparse.Namespace) -> None:
     for name in ("fail_if_above", "fits"):
         text = getattr(arguments, name)
         if text is not None:
-            setattr(arguments, name, parse_nbytes(text, f"--{name.replace('_', '-')}"))
+            setattr(arguments, name, parse_nbytes(text, _flag(name)))
     if arguments.alternatives is False:
         for name in ("fits", "measure"):
             if getattr(arguments, name):
@@ -194,11 +194,11 @@ def _check_compare(arguments: argparse.Namespace) -> None:
         raise ReportError(f"--compare --format {arguments.format}: expected table or json")
     for name in ("fail_if_above", *_given(arguments)):
         if getattr(arguments, name) is not None:
-            raise ReportError(f"--{name.replace('_', '-')} does not go with --compare")
+            raise ReportError(f"{_flag(name)} does not go with --compare")
 
 
 def _check_finished(arguments: argparse.Namespace) -> None:
-    given = [*(f"--{name.replace('_', '-')}" for name in _given(arguments)), *arguments.options]
+    given = [*map(_flag, _given(arguments)), *arguments.options]
     if given:
         raise ReportError(f"{arguments.model} is a finished report: {given[0]} cannot change it")
 
@@ -206,6 +206,10 @@ def _check_finished(arguments: argparse.Namespace) -> None:
 def _given(arguments: argparse.Namespace) -> list[str]:
     """Flags of the analysis that are set."""
     return [name for name in Analysis.flags() if getattr(arguments, name) is not None]
+
+
+def _flag(name: str) -> str:
+    return f"--{name.replace('_', '-')}"
 
 
 def _check_writable(path: Path) -> None:
