@@ -16,6 +16,7 @@ import torch
 import torch.fx as fx
 
 from prac_fx.codecs import BitCodec, PracCodec, QuantCodec
+from prac_fx.codecs.words import word_bits_on
 from prac_fx.config import INTEGERS, PracConfig, ProjectedRole
 from prac_fx.graph_edit import (
     allocating_node,
@@ -516,6 +517,7 @@ class _Planner:
                 config.group_size,
                 stochastic=config.rounding == "stochastic",
                 zero_point=config.zero_point and name in INTEGERS,
+                word_bits=word_bits_on(value.device),
             )
         rounds = isinstance(codec, QuantCodec) and codec.is_unbiased
         if rounds and self._is_elsewhere(root):
@@ -575,7 +577,7 @@ class _Planner:
         value = tensor_value(root)
         assert value is not None
         n = layout.features
-        matrix = Projected(value.numel() // n, n, value.itemsize, 0, "input_gradient")
+        matrix = Projected(value.numel() // n, n, value.itemsize, 0, "input_gradient", value.device)
         site = self._prac_site(root, matrix, self.joint.owner)
         if isinstance(site, tuple):
             return site
@@ -594,7 +596,13 @@ class _Planner:
         outputs = sum(_outputs(reader) for reader in role.readers)
         tokens = value.numel() // n
         matrix = Projected(
-            tokens, n, value.itemsize, outputs, "weight_gradient", is_batch=value.dim() > 2
+            tokens,
+            n,
+            value.itemsize,
+            outputs,
+            "weight_gradient",
+            value.device,
+            is_batch=value.dim() > 2,
         )
         owner = min(reader.owner for reader in role.readers)
         site = self._prac_site(allocating_node(role.value.node), matrix, owner)
@@ -615,7 +623,7 @@ class _Planner:
         if refused is not None:
             return refused
         codec = choose_codec(matrix, self.config)
-        coordinates = coordinates_codec(codec, self.config)
+        coordinates = coordinates_codec(codec, self.config, matrix.device)
         refused = too_few(matrix, codec, coordinates, self.config)
         if refused is not None:
             return refused

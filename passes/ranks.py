@@ -7,6 +7,7 @@ from dataclasses import dataclass
 import torch
 
 from prac_fx.codecs import PracCodec, QuantCodec
+from prac_fx.codecs.words import word_bits_on
 from prac_fx.config import INTEGERS, PracConfig, ProjectedRole
 from prac_fx.memory import size_hint
 from prac_fx.torch_compat import guard_or_false
@@ -24,6 +25,7 @@ _MAX_RELATIVE_FLOPS = 1.1
 # fail both: a gradient of 8 columns costs less than encoding its input, and one of 8 rows costs nothing anyway.
 _WORTHWHILE_FLOPS = 0.85
 _MIN_WORTHWHILE_FEATURES = 32
+_GPU_ROW_NBYTES = 16
 
 
 @dataclass(frozen=True)
@@ -36,6 +38,7 @@ class Projected:
         itemsize: bytes of an element.
         outputs: o, columns of all weight gradients that read it; 0 when it is decoded instead.
         role: selects ranks and schedule.
+        device: where it lives.
         is_batch: a batch of independent matrices, which share one undivided basis.
     """
 
@@ -44,6 +47,7 @@ class Projected:
     itemsize: int
     outputs: int
     role: ProjectedRole
+    device: torch.device
     is_batch: bool = False
 
     @property
@@ -102,7 +106,9 @@ def too_few(
     return None
 
 
-def coordinates_codec(codec: PracCodec, config: PracConfig) -> QuantCodec | None:
+def coordinates_codec(
+    codec: PracCodec, config: PracConfig, device: torch.device
+) -> QuantCodec | None:
     """How the coordinates of a PRAC site are stored; None when they are stored as they are."""
     if config.coordinates == "exact":
         return None
@@ -115,6 +121,7 @@ def coordinates_codec(codec: PracCodec, config: PracConfig) -> QuantCodec | None
         dim=-1 if codec.blocks == 1 else -2,
         stochastic=config.rounding == "stochastic",
         zero_point=config.zero_point and config.coordinates in INTEGERS,
+        word_bits=word_bits_on(device),
     )
 
 
@@ -162,11 +169,22 @@ def _candidates(matrix: Projected, config: PracConfig) -> list[PracCodec]:
     ranks = [_rank(config.for_role(name, matrix.role), n) for name in ("principal", "random")]
     # every block needs a direction of each kind that is asked for at all
     fitting = [blocks for blocks in counts if all(r == 0 or r >= blocks for r in ranks)] or [1]
-    return [_codec(n, ranks[0], ranks[1], blocks) for blocks in fitting]
+    is_free = isinstance(config.for_role("random", matrix.role), float)
+    unit = _rank_unit(matrix) if is_free else 1
+    return [_codec(n, ranks[0], ranks[1], blocks, unit) for blocks in fitting]
 
 
-def _codec(n: int, principal: int, random: int, blocks: int) -> PracCodec:
+def _rank_unit(matrix: Projected) -> int:
+    """On a GPU rows of a basis fill whole 16 bytes: matmuls take slower kernels otherwise."""
+    return 1 if matrix.device.type == "cpu" else _GPU_ROW_NBYTES // matrix.itemsize
+
+
+def _codec(n: int, principal: int, random: int, blocks: int, unit: int) -> PracCodec:
+    """With a rank that is a multiple of `unit` in each block where random directions enough can be left out for it."""
     r1, r2 = principal // blocks, random // blocks
+    excess = (r1 + r2) % unit
+    if excess < r2:
+        r2 -= excess
     return PracCodec(n, r1 * blocks, r2 * blocks, blocks, sample_rows(r1, blocks))
 
 

@@ -13,6 +13,7 @@ from torch.fx.experimental.proxy_tensor import make_fx
 
 from prac_fx.codecs import QuantCodec
 from prac_fx.codecs.quantized import Format
+from prac_fx.codecs.words import WordBits
 from prac_fx.rounding_state import step_number
 
 DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
@@ -32,6 +33,12 @@ KINDS: list[tuple[Format, Options]] = [
     for stochastic in (True, False)
     for zero_point in (False, True)
 ]
+# as on a GPU
+KINDS += [
+    (name, {"stochastic": True, "zero_point": zero_point, "word_bits": 8})
+    for name in ("int8", "int4")
+    for zero_point in (False, True)
+]
 KINDS += [("fp8_e4m3", {}), ("fp8_e5m2", {})]
 INTEGER_KINDS = [kind for kind in KINDS if "int" in kind[0]]
 UNBIASED_KINDS = [kind for kind in INTEGER_KINDS if kind[1]["stochastic"]]
@@ -39,7 +46,8 @@ UNBIASED_KINDS = [kind for kind in INTEGER_KINDS if kind[1]["stochastic"]]
 
 def _id(value: object) -> str:
     if isinstance(value, tuple):
-        return QuantCodec(value[0], 8, 8, **value[1]).describe().replace("/8", "")
+        name = QuantCodec(value[0], 8, 8, **value[1]).describe().replace("/8", "")
+        return name + (" in bytes" if value[1].get("word_bits") == 8 else "")
     return str(value)
 
 
@@ -308,13 +316,14 @@ def test_nbytes(kind: tuple[Format, Options], features: int) -> None:
 PER_WORD = {"int8": 4, "int4": 8, "fp8_e4m3": 1, "fp8_e5m2": 1}
 
 
+@pytest.mark.parametrize("word_bits", [32, 8])
 @pytest.mark.parametrize("name", FORMATS)
-def test_groups(name: Format) -> None:
+def test_groups(name: Format, word_bits: WordBits) -> None:
     """At most `group` elements in each, whole words, little padding, no group of padding alone."""
-    unit = PER_WORD[name]
+    unit = max(1, PER_WORD[name] * word_bits // 32)
     sizes = [*range(1, 140), 512, 1376, 4096, 5461]
     for features, group in product(sizes, [8, 13, 64, 100, 128, 10_000]):
-        codec = QuantCodec(name, features, group)
+        codec = QuantCodec(name, features, group, word_bits=word_bits)
         k, g = codec.groups, codec.group_size
         assert g <= max(group, unit)
         assert g % unit == 0
@@ -343,17 +352,35 @@ def test_group_of_usual_widths(name: Format, features: int, expected: int) -> No
     assert QuantCodec(name, features, 128).group_size == expected
 
 
+@pytest.mark.parametrize(
+    ("name", "features", "expected"),
+    [
+        ("int8", 2048, 128),
+        ("int8", 5461, 127),  # 43 of them, without padding
+        ("int4", 5461, 128),  # odd: padded by 1%
+        ("int8", 1376, 86),  # 86 of 128 threads work
+        ("int8", 80, 80),
+        ("int8", 193, 97),  # prime
+        ("int4", 64, 64),
+        ("fp8_e4m3", 5461, 127),
+    ],
+)
+def test_group_of_usual_widths_on_a_gpu(name: Format, features: int, expected: int) -> None:
+    assert QuantCodec(name, features, 128, word_bits=8).group_size == expected
+
+
+@pytest.mark.parametrize("word_bits", [32, 8])
 @pytest.mark.parametrize("name", ["int8", "int4"])
-def test_layout_of_words(name: Format) -> None:
+def test_layout_of_words(name: Format, word_bits: WordBits) -> None:
     """Word i of a group of g holds the elements i, i + g / p, i + 2 g / p ..., the first in its lowest bits."""
-    per_word, largest = PER_WORD[name], LEVELS[name]
-    bits = 32 // per_word
-    codec = QuantCodec(name, 64, 32, stochastic=False)
+    bits, largest = 32 // PER_WORD[name], LEVELS[name]
+    per_word = word_bits // bits
+    codec = QuantCodec(name, 64, 32, stochastic=False, word_bits=word_bits)
     numbers = torch.arange(64) % (2 * largest + 1) - largest
     numbers[[0, 40]] = torch.tensor([largest, -largest])
     x = numbers.float()
     words, bounds = codec.encode(x)
-    assert words.dtype == torch.int32
+    assert words.dtype == {32: torch.int32, 8: torch.uint8}[word_bits]
     assert bounds.tolist() == [largest, largest]
     codes = (numbers + (1 << (bits - 1))).view(2, per_word, 32 // per_word)
     for group, word in product(range(2), range(32 // per_word)):
@@ -363,9 +390,10 @@ def test_layout_of_words(name: Format) -> None:
     torch.testing.assert_close(codec.decode((words, bounds), x.dtype), x, rtol=1e-5, atol=0)
 
 
+@pytest.mark.parametrize("word_bits", [32, 8])
 @pytest.mark.parametrize("zero_point", [False, True])
 @pytest.mark.parametrize("name", ["int8", "int4"])
-def test_pack_round_trip(name: Format, zero_point: bool) -> None:
+def test_pack_round_trip(name: Format, zero_point: bool, word_bits: WordBits) -> None:
     """All codes survive in all places of a word, whatever is beside them."""
     levels = {"int8": 255, "int4": 15}[name]
     values = (
@@ -375,7 +403,7 @@ def test_pack_round_trip(name: Format, zero_point: bool) -> None:
     columns = [values[torch.randperm(len(values), generator=generator)] for _ in range(14)]
     ends = [torch.full_like(values, int(end)) for end in (values[0], values[-1])]
     x = torch.stack([*columns[:3], ends[0], *columns[3:], ends[1]], dim=1).float()
-    codec = QuantCodec(name, 16, 16, stochastic=False, zero_point=zero_point)
+    codec = QuantCodec(name, 16, 16, stochastic=False, zero_point=zero_point, word_bits=word_bits)
     torch.testing.assert_close(_decoded(codec, x), x, rtol=1e-5, atol=1e-6)
 
 
@@ -472,6 +500,8 @@ def test_traces_with_symbolic_sizes(kind: tuple[Format, Options], features: int,
 COMPILED = [
     QuantCodec("int8", 256, 128),
     QuantCodec("int8", 688, 128),
+    QuantCodec("int8", 127, 128, word_bits=8),
+    QuantCodec("int4", 100, 64, zero_point=True, word_bits=8),
     QuantCodec("int4", 100, 64, dim=-2, zero_point=True),
     QuantCodec("fp8_e4m3", 256, 128),
 ]

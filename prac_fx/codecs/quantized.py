@@ -10,8 +10,9 @@ is exact, and both sides make the scale out of that. A scale rounded to bfloat16
 leave out a cast to bfloat16 and back, and then one side would use what the other never sees. The float8
 formats round to nearest.
 
-Layout: float8 codes lie like x. Integer codes are packed in words of p, 4 for `int8` and 8 for `int4`: word i of a
-group holds its elements i, i + g / p, i + 2 g / p and so on, so each p-th of a group is read in order. Encoding runs
+Layout: float8 codes lie like x. Integer codes are packed in words of p codes, 32 bits on a CPU and 8 on a GPU (see
+`words`): word i of a group holds its elements i, i + g / p, i + 2 g / p and so on, so each p-th of a group is read in
+order. Encoding runs
 over (..., k, g) or (..., k, g / p), reduction and pointwise alike, and what the reduction returns is stored as it is,
 so that a compiler can make it one loop over the groups; decoding is pointwise.
 """
@@ -19,7 +20,7 @@ so that a compiler can make it one loop over the groups; decoding is pointwise.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -27,7 +28,7 @@ import torch
 from torch import Tensor
 
 from prac_fx.codecs.rounding import column_numbers, row_numbers, uniform
-from prac_fx.codecs.words import WORD_BITS, packed, split, unpacked
+from prac_fx.codecs.words import WordBits, packed, packed_bytes, split, unpacked
 
 Format = Literal["int8", "int4", "fp8_e4m3", "fp8_e5m2"]
 
@@ -36,7 +37,7 @@ _FLOAT8 = {"fp8_e4m3": torch.float8_e4m3fn, "fp8_e5m2": torch.float8_e5m2}
 _SYMMETRIC_LEVELS = {"int8": 127, "int4": 7, "fp8_e4m3": 448, "fp8_e5m2": 57344}
 _OFFSET_LEVELS = {"int8": 255, "int4": 15}
 _BITS = {"int8": 8, "int4": 4}
-_VECTORS = (16, 8)  # words that CPUs read at once (AVX-512, AVX2)
+_VECTORS = (16, 8)  # words of 32 bits that CPUs read at once (AVX-512, AVX2)
 _MARGIN = 1 - 2.0**-18  # keeps a code in range whatever float32 rounds, and u < 1 - 2^-18
 _SMALLEST = 2.0**-110  # span of a group, so that its reciprocal times the levels is finite
 
@@ -52,6 +53,7 @@ class QuantCodec:
         dim: the quantised dimension, -1 or -2.
         stochastic: unbiased rounding instead of rounding to nearest; integer formats only.
         zero_point: codes count from an offset stored for each group instead of from zero; integer formats only.
+        word_bits: of the words that codes are packed in (`words.word_bits_on`).
     """
 
     format: Format
@@ -60,6 +62,7 @@ class QuantCodec:
     dim: int = -1
     stochastic: bool = True
     zero_point: bool = False
+    word_bits: WordBits = 32
 
     def __post_init__(self) -> None:
         """Reject what cannot be stored."""
@@ -96,13 +99,12 @@ class QuantCodec:
     def group_size(self) -> int:
         """g, a multiple of p up to `group`.
 
-        Vectors of words must be whole for a CPU to read them at once: first those of 64 bytes, then those of 32. Of such sizes the
-        largest that divides n, down to a quarter of `group`, else the one that takes fewest bytes, with up to a sixteenth of
-        padding. Where there is none, the largest divisor of n, down to half of `group`, else groups as equal as can be.
+        Of the sizes that are fast (`_fast_sizes`) the largest that divides n, down to a quarter of `group`, else the one that takes
+        fewest bytes, with up to a sixteenth of padding. Where there is none, the largest divisor of n, down to half of `group`, else
+        groups as equal as can be.
         """
         n, most, unit = self.features, min(self.group, self.features), self._unit
-        for vector in _VECTORS:
-            sizes = range(unit * vector, self.group + 1, unit * vector)
+        for sizes in self._fast_sizes():
             whole = [g for g in sizes if n % g == 0 and 4 * g >= most]
             if whole:
                 return whole[-1]
@@ -115,6 +117,15 @@ class QuantCodec:
             return divisors[-1]
         groups = math.ceil(n / (self.group // unit * unit))
         return _round_up(math.ceil(n / groups), unit)
+
+    def _fast_sizes(self) -> list[list[int]]:
+        """Sizes of groups that compiled code handles at full speed, faster ones first."""
+        unit, group = self._unit, self.group
+        if self.word_bits == 32:  # of a CPU, in whole vectors
+            return [list(range(unit * one, group + 1, unit * one)) for one in _VECTORS]
+        # of a GPU, a word for each thread: their number is a power of two, of which most have work
+        words = range(max(1, min(group, self.features) // (4 * unit)), group // unit + 1)
+        return [[unit * one for one in words if 8 * one >= 5 * (1 << (one - 1).bit_length())]]
 
     def _row_nbytes(self, size: int) -> int:
         """Bytes of a row in groups of that size, with scales of float32."""
@@ -143,7 +154,7 @@ class QuantCodec:
             columns: likewise `rounding.column_numbers`, `padded_features` that no other value of a step rounds with.
 
         Returns:
-            codes: (..., k g) float8, or words, (..., k g / p) int32; or the same with m behind.
+            codes: (..., k g) float8, or words, (..., k g / p) int32 or uint8; or the same with m behind.
             largest: of the absolute values of each group, (..., k) or (..., k, m), dtype of x. With `zero_point`, of
                 the values themselves, and the smallest as a third tensor.
 
@@ -152,12 +163,16 @@ class QuantCodec:
         """
         if self.is_unbiased and (rows is None or columns is None):
             raise ValueError("stochastic rounding needs random numbers")
+        # a CPU's compiler compares each index of padded values with the end, so there the last group is one by itself
         whole = self.features // self.group_size * self.group_size
+        if self._padding and self.word_bits == 8:
+            whole = 0
         pieces = [self._encoded(x.narrow(self.dim, 0, whole), rows, columns)] if whole else []
-        if self._padding:
-            # by itself: compilers compare each index of padded values with the end
-            last = self._padded(x.narrow(self.dim, whole, self.features - whole))
-            pieces.append(self._encoded(last, rows, None if columns is None else columns[whole:]))
+        if whole < self.features:
+            rest = self._padded(x.narrow(self.dim, whole, self.features - whole))
+            behind = self.padded_features - whole
+            of_rest = None if columns is None else columns.narrow(0, whole, behind)
+            pieces.append(self._encoded(rest, rows, of_rest))
         if len(pieces) == 1:
             return pieces[0]
         return tuple(torch.cat(parts, self.dim) for parts in zip(*pieces, strict=True))
@@ -202,7 +217,7 @@ class QuantCodec:
     @property
     def _unit(self) -> int:
         """p, elements that are stored together; g is a multiple of it."""
-        return 1 if self._is_float else WORD_BITS // _BITS[self.format]
+        return 1 if self._is_float else self.word_bits // _BITS[self.format]
 
     @property
     def _padding(self) -> int:
@@ -224,12 +239,13 @@ class QuantCodec:
         return levels[self.format]
 
     def _padded(self, x: Tensor) -> Tensor:
-        """A group out of fewer elements."""
+        """Whole groups out of `_padding` elements less."""
         if not self.zero_point:
             return torch.constant_pad_nd(x, [0, 0] * (-1 - self.dim) + [0, self._padding])
         # zeros would widen the range of the group
-        index = torch.arange(self.group_size, device=x.device)
-        return x.index_select(self.dim, index.clamp_max(self.group_size - self._padding - 1))
+        size = x.shape[self.dim]
+        index = torch.arange(size + self._padding, device=x.device)
+        return x.index_select(self.dim, index.clamp_max(size - 1))
 
     def _encoded(
         self, x: Tensor, rows: Tensor | None, columns: Tensor | None
@@ -240,12 +256,36 @@ class QuantCodec:
         bounds = self._bounds(parts)
         work = _working(x.dtype)
         low, span = self._span([bound.unsqueeze(self._at).to(work) for bound in bounds])
-        scaled = parts.to(work)
-        if low is not None:
-            scaled = scaled - low
-        codes = self._codes(scaled * (self._levels * _MARGIN / span), rows, columns)
-        codes = codes.flatten(self._at, self._at + 1)
-        return (codes, *(bound.squeeze(self.dim) for bound in bounds))
+        factor = self._levels * _MARGIN / span
+        codes = []
+        for part, *numbers in self._by_place(parts, rows, columns):
+            scaled = part.to(work)
+            if low is not None:
+                scaled = scaled - low
+            codes.append(self._rounded(scaled * factor, *numbers))
+        words = self._packed(codes).flatten(self._at, self._at + 1)
+        return (words, *(bound.squeeze(self.dim) for bound in bounds))
+
+    def _by_place(
+        self, parts: Tensor, rows: Tensor | None, columns: Tensor | None
+    ) -> Iterator[tuple[Tensor, ...]]:
+        """The parts with the numbers to round them with: all at once for words of 32 bits, else one place after another.
+
+        A compiler for a GPU would write the codes of all places down before it packs them; so each place starts from x.
+        """
+        whole, at = self.word_bits == 32, self._at
+        pieces = (parts,) if whole else parts.chunk(self._unit, at)
+        if not self.is_unbiased or rows is None or columns is None:
+            yield from ((piece,) for piece in pieces)
+            return
+        shape, first = parts.shape, parts.dim() + at - 1
+        of_row, trailing = shape[first : first + 3], shape[first + 3 :]
+        rows = rows.view(*shape[:first], 1, 1, 1, *trailing)
+        columns = columns.narrow(0, 0, math.prod(of_row)).view(*of_row, *[1] * len(trailing))
+        for piece, own in zip(
+            pieces, (columns,) if whole else columns.chunk(self._unit, at), strict=True
+        ):
+            yield piece, rows, own
 
     def _bounds(self, parts: Tensor) -> list[Tensor]:
         """What is stored besides the codes, each (..., k, 1 [, m]); NaN if there is one in the group."""
@@ -267,24 +307,21 @@ class QuantCodec:
             return None, largest.clamp_min(_SMALLEST)
         return others[0], (largest - others[0]).clamp_min(_SMALLEST)
 
-    def _codes(self, scaled: Tensor, rows: Tensor | None, columns: Tensor | None) -> Tensor:
-        """Rounded and packed, (..., k, g / p [, m])."""
+    def _rounded(self, scaled: Tensor, *numbers: Tensor) -> Tensor:
+        """Codes, as float8 or as numbers from zero up; rounded to nearest without numbers of rows and columns."""
         if self._is_float:
-            return scaled.squeeze(self._at).to(_FLOAT8[self.format])
-        if self.stochastic and rows is not None and columns is not None:
-            rounded = (scaled + self._uniform(rows, columns, scaled.shape)).floor()
-        else:
-            rounded = scaled.round()
-        return packed(rounded + self._bias, _BITS[self.format], self._at)
+            return scaled.to(_FLOAT8[self.format])
+        rounded = (scaled + uniform(*numbers)).floor() if numbers else scaled.round()
+        return rounded + self._bias
 
-    def _uniform(self, rows: Tensor, columns: Tensor, shape: Sequence[int]) -> Tensor:
-        """u in the shape of the parts, (..., k, p, g / p [, m])."""
-        at = len(shape) + self._at - 1
-        leading, of_row, trailing = shape[:at], shape[at : at + 3], shape[at + 3 :]
-        columns = columns[: math.prod(of_row)]
-        return uniform(
-            rows.view(*leading, 1, 1, 1, *trailing), columns.view(*of_row, *[1] * len(trailing))
-        )
+    def _packed(self, codes: list[Tensor]) -> Tensor:
+        """Codes of all places, or of each, in words (..., k, g / p [, m])."""
+        if self._is_float:
+            return codes[0].squeeze(self._at)
+        bits = _BITS[self.format]
+        if self.word_bits == 8:
+            return packed_bytes(codes, bits).squeeze(self._at)
+        return packed(codes[0], bits, self._at)
 
     def _numbers(self, codes: Tensor) -> Tensor:
         """What the codes stand for, before scaling, by group and place in a word, (..., k, p, g / p [, m])."""

@@ -1,22 +1,31 @@
-"""Codes of 4 or 8 bits in 32-bit words.
+"""Codes of 4 or 8 bits in words of 8 or 32 bits.
 
-Words because compilers move them well: a GPU stores four bytes at a time, and Inductor's C++ reads them at full speed,
-which it does with nothing smaller (see `_read_as_floats`).
+On a CPU words of 32 bits, because Inductor's C++ reads those at full speed and nothing smaller (see `_read_as_floats`).
+On a GPU bytes: a kernel that reduces a group to its scale can then write the codes of the group too, one thread an
+element, where words of four codes would take a kernel of their own, and a float32 copy of the value between the two.
 
-Layout: of codes c_0 .. c_(p - 1) that share a word, p = 32 / bits, c_0 has the lowest bits. Which codes share one is
+Layout: of codes c_0 .. c_(p - 1) that share a word, p = word bits / bits, c_0 has the lowest bits. Which codes share one is
 the caller's choice; it takes those that lie g / p apart, so that each p-th of a group is read in order.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from typing import Literal
+
 import torch
 from torch import Tensor
 
-WORD_BITS = 32
+WordBits = Literal[8, 32]
+
+
+def word_bits_on(device: torch.device) -> WordBits:
+    """Bits of the words that compiled code for a device handles best."""
+    return 32 if device.type == "cpu" else 8
 
 
 def packed(codes: Tensor, bits: int, dim: int) -> Tensor:
-    """Words of codes.
+    """Words of 32 bits.
 
     Args:
         codes: whole numbers in [0, 2^bits), float32 or float64.
@@ -26,12 +35,28 @@ def packed(codes: Tensor, bits: int, dim: int) -> Tensor:
     Returns:
         int32.
     """
-    half = WORD_BITS // 2
+    half = 16
     parts = split(codes, dim, (2, half // bits))
     # codes of half a word are put together as floats, which is exact and cheaper than converting each
     weights = (1 << _places(half, bits, dim, codes.device)).to(codes.dtype)
     halves = (parts * weights).sum(dim).to(torch.int32)
-    return (halves << _places(WORD_BITS, half, dim, codes.device)).sum(dim, dtype=torch.int32)
+    return (halves << _places(32, half, dim, codes.device)).sum(dim, dtype=torch.int32)
+
+
+def packed_bytes(codes: Sequence[Tensor], bits: int) -> Tensor:
+    """Words of 8 bits.
+
+    Args:
+        codes: p tensors, by place in the word, of whole numbers in [0, 2^bits), float32 or float64.
+        bits: 4 or 8.
+
+    Returns:
+        uint8, in the shape of each of `codes`.
+    """
+    byte, *others = codes
+    for place, higher in enumerate(others, start=1):
+        byte = byte + higher * float(1 << (bits * place))
+    return byte.to(torch.uint8)
 
 
 def unpacked(words: Tensor, bits: int, dim: int) -> Tensor:
@@ -45,8 +70,12 @@ def unpacked(words: Tensor, bits: int, dim: int) -> Tensor:
     Returns:
         int32, in [0, 2^bits).
     """
-    shifts = _places(WORD_BITS, bits, dim - 1, words.device)
-    codes: Tensor = (_read_as_floats(words).unsqueeze(dim - 1) >> shifts) & ((1 << bits) - 1)
+    word_bits = 8 * words.itemsize
+    whole = _read_as_floats(words) if word_bits == 32 else words.to(torch.int32)
+    whole = whole.unsqueeze(dim - 1)
+    if bits == word_bits:
+        return whole
+    codes: Tensor = (whole >> _places(word_bits, bits, dim - 1, words.device)) & ((1 << bits) - 1)
     return codes
 
 

@@ -1,0 +1,70 @@
+"""What Inductor would run on a GPU, on a machine that has none: it lowers and fuses for the device, and no code is written.
+
+Only fake tensors are involved. Inductor asks for the properties of the device and for a working Triton; both are made up.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from types import SimpleNamespace
+from unittest.mock import patch
+
+import torch
+import torch._inductor.scheduler
+from torch import Tensor
+from torch._dynamo.device_interface import CudaInterface
+from torch.fx.experimental.proxy_tensor import make_fx
+
+from prac_fx.inductor_plan import Kernel, plan_graph
+from prac_fx.torch_compat import FakeTensorMode, inductor_decompositions
+
+_H100 = SimpleNamespace(
+    name="NVIDIA H100 80GB HBM3",
+    major=9,
+    minor=0,
+    multi_processor_count=132,
+    warp_size=32,
+    max_threads_per_multi_processor=2048,
+    max_threads_per_block=1024,
+    regs_per_multiprocessor=65536,
+    shared_memory_per_block_optin=232448,
+    total_memory=80 << 30,
+)
+
+
+def gpu_kernels(
+    function: Callable[..., Sequence[Tensor]], *inputs: tuple[Sequence[int], torch.dtype]
+) -> tuple[Kernel, ...]:
+    """The kernels of a compiled function.
+
+    Args:
+        function: of tensors.
+        inputs: shape and dtype of each.
+    """
+    with _made_up_gpu(), FakeTensorMode():
+        tensors = [torch.empty(shape, dtype=dtype, device="cuda") for shape, dtype in inputs]
+        gm = make_fx(function, decomposition_table=inductor_decompositions())(*tensors)
+        return plan_graph(gm, tensors).kernels
+
+
+@contextmanager
+def _made_up_gpu() -> Iterator[None]:
+    def properties(device: object = None) -> SimpleNamespace:
+        return _H100
+
+    def yes(*args: object, **kwargs: object) -> bool:
+        return True
+
+    worker = CudaInterface.Worker
+    with (
+        patch.object(worker, "get_device_properties", staticmethod(properties)),
+        patch.object(worker, "current_device", staticmethod(lambda: 0)),
+        patch.object(CudaInterface, "get_device_properties", staticmethod(properties)),
+        patch.object(CudaInterface, "is_bf16_supported", staticmethod(yes)),
+        patch.object(torch.cuda, "get_device_properties", properties),
+        patch.object(torch.cuda, "get_device_capability", lambda device=None: (9, 0)),
+        patch.object(torch.cuda, "is_bf16_supported", yes),
+        patch.object(torch._inductor.scheduler, "has_triton", yes),
+    ):
+        yield

@@ -1,0 +1,117 @@
+"""On a GPU: encoding reads a value once and writes its codes once, decoding is part of what reads it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from prac_fx.codecs import BitCodec, QuantCodec
+from prac_fx.codecs.quantized import Format
+from prac_fx.codecs.words import word_bits_on
+from tests.gpu_planning import gpu_kernels
+
+SEED = ((), torch.int64)
+ROWS = 4096
+
+
+def _codec(name: Format, features: int, **options: Any) -> QuantCodec:
+    word_bits = word_bits_on(torch.device("cuda"))
+    return QuantCodec(name, features, 128, word_bits=word_bits, **options)
+
+
+def _encode(codec: QuantCodec, x: Tensor, seed: Tensor) -> tuple[Tensor, ...]:
+    return codec.encode(x, *(codec.numbers(x, seed) if codec.is_unbiased else ()))
+
+
+def _of_all_rows(kernels: Sequence[Any]) -> list[list[str]]:
+    """dtypes that each kernel writes; without the tables of random numbers, which are made once for a graph."""
+    written = [list(kernel.allocated.values()) for kernel in kernels]
+    return [
+        sorted(value.dtype for value in values)
+        for values in written
+        if any(len(value.shape) > 1 for value in values)
+    ]
+
+
+CODES = {"int8": "uint8", "int4": "uint8", "fp8_e4m3": "float8_e4m3fn", "fp8_e5m2": "float8_e5m2"}
+
+
+@pytest.mark.parametrize("shape", [(ROWS, 2048), (ROWS, 5461), (ROWS, 1224), (8, 12, 512, 64)])
+@pytest.mark.parametrize("name", CODES)
+def test_encoding_is_one_kernel(name: Format, shape: tuple[int, ...]) -> None:
+    codec = _codec(name, shape[-1])
+    kernels = gpu_kernels(lambda x, seed: _encode(codec, x, seed), (shape, torch.bfloat16), SEED)
+    assert _of_all_rows(kernels) == [sorted(["bfloat16", CODES[name]])]
+
+
+@pytest.mark.parametrize("name", ["int8", "int4"])
+@pytest.mark.parametrize("options", [{"zero_point": True}, {"stochastic": False}], ids=str)
+def test_encoding_with_options_is_one_kernel(name: Format, options: dict[str, Any]) -> None:
+    codec = _codec(name, 2048, **options)
+    kernels = gpu_kernels(
+        lambda x, seed: _encode(codec, x, seed), ((ROWS, 2048), torch.bfloat16), SEED
+    )
+    bounds = ["bfloat16"] * (2 if codec.zero_point else 1)
+    assert _of_all_rows(kernels) == [[*bounds, "uint8"]]
+
+
+@pytest.mark.parametrize("name", ["int8", "int4"])
+def test_encoding_coordinates_of_blocks(name: Format) -> None:
+    """Their quantised dimension is not the last: from torch 2.13 on the scales take a kernel of their own."""
+    codec = _codec(name, 152, dim=-2)
+    kernels = gpu_kernels(
+        lambda x, seed: _encode(codec, x, seed), ((4, 152, ROWS), torch.bfloat16), SEED
+    )
+    assert _of_all_rows(kernels) in ([["bfloat16", "uint8"]], [["bfloat16"], ["uint8"]])
+
+
+@pytest.mark.parametrize(
+    ("name", "expected"),
+    [
+        ("int8", [["bfloat16", "bfloat16", "uint8"]]),
+        # halves of a group share a byte, so a loop over bytes is not one over elements
+        ("int4", [["bfloat16"], ["bfloat16", "uint8"]]),
+    ],
+)
+def test_encoding_is_part_of_what_makes_the_value(name: Format, expected: list[list[str]]) -> None:
+    """The value is also returned, as one that a matmul reads."""
+    codec = _codec(name, 2048)
+
+    def made(x: Tensor, y: Tensor, seed: Tensor) -> tuple[Tensor, ...]:
+        value = x * torch.sigmoid(y)
+        return (value, *_encode(codec, value, seed))
+
+    of_value = ((ROWS, 2048), torch.bfloat16)
+    assert _of_all_rows(gpu_kernels(made, of_value, of_value, SEED)) == expected
+
+
+@pytest.mark.parametrize("name", CODES)
+def test_decoding_is_part_of_what_reads_the_value(name: Format) -> None:
+    codec = _codec(name, 2048)
+
+    def read(codes: Tensor, bounds: Tensor, dy: Tensor) -> tuple[Tensor]:
+        return (dy * torch.cos(codec.decode((codes, bounds), torch.bfloat16)),)
+
+    width = 1024 if name == "int4" else 2048
+    codes = ((ROWS, width), getattr(torch, CODES[name]))
+    kernels = gpu_kernels(read, codes, ((ROWS, 16), torch.bfloat16), ((ROWS, 2048), torch.bfloat16))
+    assert _of_all_rows(kernels) == [["bfloat16"]]
+
+
+def test_masks_are_packed_in_one_kernel() -> None:
+    codec = BitCodec(2048)
+    kernels = gpu_kernels(lambda x: codec.encode(x > 0), ((ROWS, 2048), torch.bfloat16))
+    assert _of_all_rows(kernels) == [["uint8"]]
+
+
+def test_words_for_a_cpu_would_take_more_kernels() -> None:
+    """Why there are two layouts; when this fails, words of 32 bits may do for both."""
+    codec = QuantCodec("int8", 2048, 128, word_bits=32)
+    kernels = gpu_kernels(
+        lambda x, seed: _encode(codec, x, seed), ((ROWS, 2048), torch.bfloat16), SEED
+    )
+    assert len(_of_all_rows(kernels)) == 3
