@@ -34,6 +34,7 @@ from prac_fx.torch_compat import (
     FakeTensor,
     compile_fx,
     copy_dynamo_graph,
+    gpu_fusion_patches,
     guard_loop_split,
     inductor_config,
     placeholder_source_name,
@@ -353,6 +354,12 @@ def with_state_inputs(graph: DynamoGraph, plan: Plan) -> tuple[fx.GraphModule, l
     return gm, [*graph.example_inputs, *(fake for _, fake in extra)]
 
 
+def fusion_patches(plan: Plan) -> dict[str, Any]:
+    """Inductor's settings for a rewritten graph; those of the user win over them."""
+    on_cpu = all(site.device.type == "cpu" for site in plan.sites)
+    return {} if on_cpu else gpu_fusion_patches()
+
+
 def compile_rewritten(
     graph: DynamoGraph,
     plan: Plan,
@@ -364,7 +371,8 @@ def compile_rewritten(
     guard_loop_split()
     gm, inputs = with_state_inputs(graph, plan)
     partitioner = RewritePartitioner(plan, len(graph.example_inputs), config)
-    options: dict[str, Any] = {"config_patches": {**patches, "custom_partitioner_fn": partitioner}}
+    settings = {**fusion_patches(plan), **patches, "custom_partitioner_fn": partitioner}
+    options: dict[str, Any] = {"config_patches": settings}
     if inner_compile is not None:
         options["inner_compile"] = inner_compile
     return cast(Callable[..., Any], compile_fx(gm, inputs, **options))

@@ -20,7 +20,12 @@ import torch.fx as fx
 from torch import Tensor
 
 from prac_fx.config import PracConfig
-from prac_fx.dynamo_backend import DynamoGraph, analyse_graph, with_state_inputs
+from prac_fx.dynamo_backend import (
+    DynamoGraph,
+    analyse_graph,
+    fusion_patches,
+    with_state_inputs,
+)
 from prac_fx.errors import CannotRewriteError
 from prac_fx.flops import graph_flops
 from prac_fx.inductor_plan import GraphPlan, plan_graph
@@ -423,5 +428,5 @@ def _plan_rewritten(
     parameters = graph.arguments.parameters
     first_state = len(graph.example_inputs)
     partitioner = _RewritePartitioner(observer, plan, first_state, config, parameters)
-    _partition(gm, inputs, observer, partitioner, patches)
+    _partition(gm, inputs, observer, partitioner, {**fusion_patches(plan), **patches})
     return observer.planned(plan, partitioner.result)

@@ -76,6 +76,7 @@ __all__ = [
     "fsdp_parameters",
     "functorch_config",
     "fx_graph_cse",
+    "gpu_fusion_patches",
     "gradient_argument_index",
     "guard_loop_split",
     "guard_or_false",
@@ -386,6 +387,17 @@ def inductor_patches(mode: str | None, options: Mapping[str, Any]) -> dict[str, 
     wrapper: Any = torch._TorchCompileInductorWrapper
     config: dict[str, Any] = wrapper(mode, dict(options), None).config
     return config
+
+
+def gpu_fusion_patches() -> dict[str, Any]:
+    """Config patches with which a GPU's kernel that reads a matmul's result encodes it, too.
+
+    The encoding loops over groups, the reader over the model's shapes. Inductor finds that both read the same memory where it
+    normalises loops, or, in later versions, tries other indices; the option that does so is not there before.
+    """
+    if hasattr(inductor_config, "loop_reindexing_after_fusion"):
+        return {}
+    return {"loop_ordering_after_fusion": False}
 
 
 def rename_node(node: fx.Node, name: str) -> None:

@@ -12,6 +12,7 @@ from torch import Tensor
 from prac_fx.codecs import BitCodec, QuantCodec
 from prac_fx.codecs.quantized import Format
 from prac_fx.codecs.words import word_bits_on
+from prac_fx.torch_compat import gpu_fusion_patches, inductor_config
 from tests.gpu_planning import gpu_kernels
 
 SEED = ((), torch.int64)
@@ -87,6 +88,21 @@ def test_encoding_is_part_of_what_makes_the_value(name: Format, expected: list[l
 
     of_value = ((ROWS, 2048), torch.bfloat16)
     assert _of_all_rows(gpu_kernels(made, of_value, of_value, SEED)) == expected
+
+
+def test_encoding_is_part_of_what_reads_a_matmul() -> None:
+    """Whatever shape the model gives to the result; with the settings of a rewritten graph."""
+    codec = _codec("int8", 3072)
+
+    def read(a: Tensor, b: Tensor, seed: Tensor) -> tuple[Tensor, ...]:
+        made = a @ b
+        return (torch.nn.functional.silu(made.view(8, 512, 3072)), *_encode(codec, made, seed))
+
+    operands = ((ROWS, 512), torch.bfloat16), ((512, 3072), torch.bfloat16)
+    with inductor_config.patch(gpu_fusion_patches()):
+        kernels = gpu_kernels(read, *operands, SEED)
+    # a matmul allocates its own result
+    assert _of_all_rows(kernels)[-1] == ["bfloat16", "bfloat16", "uint8"]
 
 
 @pytest.mark.parametrize("name", CODES)
