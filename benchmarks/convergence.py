@@ -192,6 +192,8 @@ def runs_in_order() -> Iterator[Run]:
     for seed, name in itertools.product(SEEDS, policies[:3]):
         yield Run(name, seed, optimizer="muon")
         yield Run(name, seed, accumulation=2)
+    for seed in SEEDS:  # is it the subspace that Muon minds, or the rounding?
+        yield Run("balanced, all recomputed", seed, optimizer="muon")
     for seed, name in itertools.product(SEEDS, VARIANTS):
         if name not in policies:
             yield Run(name, seed)

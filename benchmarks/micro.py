@@ -22,6 +22,7 @@ from torch.utils.benchmark import Timer
 
 from benchmarks.settings import Settings
 from prac_fx.codecs import PracCodec, QuantCodec
+from prac_fx.codecs.words import word_bits_on
 from prac_fx.config import PracConfig
 from prac_fx.subspace import initial_basis, join_basis, seeded_generator
 
@@ -109,7 +110,12 @@ def _loads(
 
 
 def _quantised(name: str, x: Tensor, machine: _Machine) -> dict[str, Any]:
-    codec = QuantCodec(name, x.shape[1], PracConfig().group_size)  # type: ignore[arg-type]
+    codec = QuantCodec(
+        name,  # type: ignore[arg-type]
+        x.shape[1],
+        PracConfig().group_size,
+        word_bits=word_bits_on(x.device),
+    )
     seed = torch.tensor(1, device=x.device)
     encode = torch.compile(lambda x: codec.encode(x, *codec.numbers(x, seed)), dynamic=False)
     decode = torch.compile(lambda *stored: codec.decode(stored, x.dtype), dynamic=False)
