@@ -12,6 +12,8 @@ from torch import Tensor
 from prac_fx.codecs import BitCodec, QuantCodec
 from prac_fx.codecs.quantized import Format
 from prac_fx.codecs.words import word_bits_on
+from prac_fx.dynamo_backend import fusion_patches
+from prac_fx.passes.plan import Plan, Site
 from prac_fx.torch_compat import gpu_fusion_patches, inductor_config
 from tests.gpu_planning import gpu_kernels
 
@@ -116,6 +118,13 @@ def test_decoding_is_part_of_what_reads_the_value(name: Format) -> None:
     codes = ((ROWS, width), getattr(torch, CODES[name]))
     kernels = gpu_kernels(read, codes, ((ROWS, 16), torch.bfloat16), ((ROWS, 2048), torch.bfloat16))
     assert _of_all_rows(kernels) == [["bfloat16"]]
+
+
+@pytest.mark.parametrize(("device", "expected"), [("cpu", {}), ("cuda", gpu_fusion_patches())])
+def test_settings_are_for_graphs_on_a_gpu(device: str, expected: dict[str, Any]) -> None:
+    site = Site("value", _codec("int8", 64), torch.float32, torch.device(device))
+    plan = Plan((), (site,), (), (), owner=0, owner_name="0.weight", fingerprint="")
+    assert fusion_patches(plan) == expected
 
 
 def test_masks_are_packed_in_one_kernel() -> None:
