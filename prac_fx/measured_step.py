@@ -43,17 +43,20 @@ def measure_alternatives(
         patches: Inductor's.
         progress: called with what is done next, steps done, and steps in all.
     """
-    device = next((tensor.device for tensor in analysed.tensors.all), torch.device("cpu"))
-    held = sum(live.nbytes for live in analysed.tensors.live()) + analysed.optimizer.state_nbytes
     with without_recompile_limit():
-        found, notes = _measured(step, analysed, rows, patches, progress, device, held)
+        found, notes = _measured(step, analysed, rows, patches, progress)
     _clear(analysed.tensors.trained)
     measured = [
         replace(row, measured=found.get(row.name), note=notes.get(row.name, row.note))
         for row in rows
     ]
+    device = _device(analysed)
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
     return measured, name
+
+
+def _device(analysed: AnalysedStep) -> torch.device:
+    return next((tensor.device for tensor in analysed.tensors.all), torch.device("cpu"))
 
 
 def _measured(
@@ -62,10 +65,10 @@ def _measured(
     rows: Sequence[Alternative],
     patches: Mapping[str, Any],
     progress: Progress,
-    device: torch.device,
-    held: int,
 ) -> tuple[dict[str, Measured], dict[str, str]]:
     """What each row took, and why some could not be run."""
+    device = _device(analysed)
+    held = sum(live.nbytes for live in analysed.tensors.live()) + analysed.optimizer.state_nbytes
     runs: dict[str, Callable[[], None]] = {}
     found: dict[str, Measured] = {}
     notes: dict[str, str] = {}
