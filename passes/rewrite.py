@@ -25,10 +25,16 @@ import torch
 import torch.fx as fx
 from torch import Tensor
 
-from prac_fx.codecs import PracCodec
+from prac_fx.codecs import BitCodec, PracCodec
 from prac_fx.codecs.rounding import column_numbers, row_numbers
 from prac_fx.errors import CannotRewriteError
-from prac_fx.graph_edit import Inliner, fake_result, tensor_value, without_views
+from prac_fx.graph_edit import (
+    Inliner,
+    allocating_node,
+    fake_result,
+    tensor_value,
+    without_views,
+)
 from prac_fx.memory import size_hint
 from prac_fx.passes.classify import classify
 from prac_fx.passes.plan import Plan, Site
@@ -37,6 +43,7 @@ from prac_fx.torch_compat import CheckpointPolicy, rename_node
 
 _FORWARD = "is_forward"
 _BACKWARD = "must_be_in_backward"
+_COMPARISONS = {getattr(torch.ops.aten, name) for name in ("eq", "ne", "lt", "le", "gt", "ge")}
 
 
 @dataclass(frozen=True)
@@ -142,6 +149,8 @@ class _Place:
     def __init__(self, graph: fx.Graph, plan: Plan, state: State, inline: Inliner) -> None:
         self.position = {node: index for index, node in enumerate(graph.nodes)}
         self.inline = inline
+        names = {site.value for site in plan.sites}
+        self.encoded = {node for node in self.position if node.name in names}
         self._head = next(node for node in graph.nodes if node.op != "placeholder")
         self._seed = state.seed
         random = [site.quantizer for site in plan.sites if site.quantizer and site.is_random]
@@ -324,8 +333,11 @@ def _stored_site(site: Site, state: SiteState | None, value: fx.Node, place: _Pl
         stored = _store_coordinates(site, projected, anchor, place)
         return EncodedSite(site, state, value, matrix, stored, projected)
 
+    # what a mask compares is in memory already, and bools are slow to write and to read on a CPU
+    is_written = not (isinstance(codec, BitCodec) and _compares_encoded(value, place.encoded))
+
     def encode(x: Tensor, *numbers: Tensor) -> tuple[Tensor, ...]:
-        rows = layout.to_rows(x)
+        rows = layout.to_rows(x, is_written=is_written)
         flat = rows.reshape(-1, layout.features)
         parts = codec.encode(flat, *numbers)
         return tuple(_as_rows(part, rows) for part in parts)
@@ -336,12 +348,20 @@ def _stored_site(site: Site, state: SiteState | None, value: fx.Node, place: _Pl
         before=anchor,
         tag=_FORWARD,
         like=value,
-        key=("encode", codec, layout),
+        key=("encode", codec, layout, is_written),
         name="stored",
     ).results
     for node in stored:
         _must_save(without_views(node))
     return EncodedSite(site, None, value, value, stored, stored[0])
+
+
+def _compares_encoded(mask: fx.Node, encoded: Collection[fx.Node]) -> bool:
+    """Is a mask a comparison of nothing but encoded values?"""
+    packet = getattr(mask.target, "overloadpacket", None)
+    return packet in _COMPARISONS and all(
+        allocating_node(arg) in encoded for arg in mask.all_input_nodes
+    )
 
 
 def _as_rows(flat: Tensor, rows: Tensor) -> Tensor:

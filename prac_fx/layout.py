@@ -31,14 +31,20 @@ class Layout:
         """n, the number of features of a row."""
         return math.prod(self.inner)
 
-    def to_rows(self, x: Tensor) -> Tensor:
+    def to_rows(self, x: Tensor, *, is_written: bool = True) -> Tensor:
         """View of `x` as (..., n), in memory order.
+
+        Args:
+            x: a tensor of this layout.
+            is_written: have compiled code write `x` to memory.
 
         Made with as_strided, of which Inductor takes care as of an output: it computes `x` once, into memory. Plain
         Inductor does so with every value that it saves; where it did not, whoever reads `x` would compute it again,
         in another precision, and the forward pass would no longer be the same to the bit.
         """
         outer = self.order[: len(self.order) - len(self.inner)]
+        if not is_written:
+            return x.permute(self.order).flatten(len(outer))
         sizes = [*(x.shape[dim] for dim in outer), self.features]
         return x.as_strided(sizes, [*(x.stride(dim) for dim in outer), 1])
 
