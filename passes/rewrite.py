@@ -357,11 +357,19 @@ def _stored_site(site: Site, state: SiteState | None, value: fx.Node, place: _Pl
 
 
 def _compares_encoded(mask: fx.Node, encoded: Collection[fx.Node]) -> bool:
-    """Is a mask a comparison of nothing but encoded values?"""
-    packet = getattr(mask.target, "overloadpacket", None)
-    return packet in _COMPARISONS and all(
-        allocating_node(arg) in encoded for arg in mask.all_input_nodes
-    )
+    """Is a mask a comparison of encoded values, or of what one elementwise operator after another makes of one of them?"""
+    if getattr(mask.target, "overloadpacket", None) not in _COMPARISONS:
+        return False
+    return all(_first_in_memory(arg, encoded) in encoded for arg in mask.all_input_nodes)
+
+
+def _first_in_memory(node: fx.Node, encoded: Collection[fx.Node]) -> fx.Node:
+    while allocating_node(node) not in encoded:
+        inputs, tags = node.all_input_nodes, getattr(node.target, "tags", ())
+        if len(inputs) != 1 or torch.Tag.pointwise not in tags:
+            break
+        node = inputs[0]
+    return allocating_node(node)
 
 
 def _as_rows(flat: Tensor, rows: Tensor) -> Tensor:

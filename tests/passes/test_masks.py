@@ -81,6 +81,25 @@ return mm_3, None, weight_gradient, None, None""",
     )
 
 
+def _gated(x: Tensor) -> Tensor:
+    return x.sin() * torch.relu(x)
+
+
+@pytest.mark.parametrize(
+    ("activation", "weight_gradient"),
+    [(torch.relu, "int8"), (torch.relu, "prac"), (_gated, "recompute")],
+)
+def test_a_mask_of_an_encoded_value_is_not_written_as_bools(
+    activation: Callable[[Tensor], Tensor], weight_gradient: str
+) -> None:
+    """as_strided would have compiled code write them. In the last case the ReLU follows from its encoded input."""
+    options = {"policy": "balanced", "weight_gradient": weight_gradient}
+    traced = trace(Mlp(activation), inputs(), **options)
+    assert "bits" in {value.stored_as for value in traced.plan.values}
+    assert "le_1 = le(relu_1, 0)" in traced.graphs["fw"]
+    assert "as_strided(le_1" not in traced.graphs["fw"]
+
+
 def test_a_mask_of_an_exact_value_is_computed_again() -> None:
     for options in ({}, {"policy": "balanced", "weight_gradient": "exact"}):
         assert not trace(Mlp(torch.relu), inputs(), **options).plan.sites
