@@ -16,8 +16,7 @@ import torch
 import torch.fx as fx
 
 from prac_fx.codecs import BitCodec, PracCodec, QuantCodec
-from prac_fx.codecs.words import word_bits_on
-from prac_fx.config import INTEGERS, PracConfig, ProjectedRole
+from prac_fx.config import PracConfig, ProjectedRole
 from prac_fx.graph_edit import (
     allocating_node,
     last_two_swapped,
@@ -39,6 +38,7 @@ from prac_fx.passes.chains import (
 )
 from prac_fx.passes.classify import Classification
 from prac_fx.passes.masks import masks_of, without_masks
+from prac_fx.passes.quantizer import quantizer
 from prac_fx.passes.ranks import (
     Projected,
     bad_rank,
@@ -511,14 +511,7 @@ class _Planner:
             return "too_few_features", f"{layout.features} features"
         codec: QuantCodec | BitCodec = BitCodec(layout.features)
         if name != "bits":
-            codec = QuantCodec(
-                name,  # type: ignore[arg-type]
-                layout.features,
-                config.group_size,
-                stochastic=config.rounding == "stochastic",
-                zero_point=config.zero_point and name in INTEGERS,
-                word_bits=word_bits_on(value.device),
-            )
+            codec = quantizer(name, layout.features, value.device, config)
         rounds = isinstance(codec, QuantCodec) and codec.is_unbiased
         if rounds and self._is_elsewhere(root):
             return "other_device", str(value.device)

@@ -7,9 +7,9 @@ from dataclasses import dataclass
 import torch
 
 from prac_fx.codecs import PracCodec, QuantCodec
-from prac_fx.codecs.words import word_bits_on
-from prac_fx.config import INTEGERS, PracConfig, ProjectedRole
+from prac_fx.config import PracConfig, ProjectedRole
 from prac_fx.memory import size_hint
+from prac_fx.passes.quantizer import quantizer
 from prac_fx.torch_compat import guard_or_false
 
 # A block narrower than this makes batched matmuls too small to be fast, and bases too small to be good.
@@ -114,15 +114,8 @@ def coordinates_codec(
         return None
     assert config.coordinates is not None
     # several blocks are stored as (B, r / B, m): the quantised dimension is the one of the directions
-    return QuantCodec(
-        config.coordinates,  # type: ignore[arg-type]
-        codec.rank // codec.blocks,
-        config.group_size,
-        dim=-1 if codec.blocks == 1 else -2,
-        stochastic=config.rounding == "stochastic",
-        zero_point=config.zero_point and config.coordinates in INTEGERS,
-        word_bits=word_bits_on(device),
-    )
+    dim = -1 if codec.blocks == 1 else -2
+    return quantizer(config.coordinates, codec.rank // codec.blocks, device, config, dim)
 
 
 def coordinates_nbytes(

@@ -354,10 +354,10 @@ def with_state_inputs(graph: DynamoGraph, plan: Plan) -> tuple[fx.GraphModule, l
     return gm, [*graph.example_inputs, *(fake for _, fake in extra)]
 
 
-def fusion_patches(plan: Plan) -> dict[str, Any]:
-    """Inductor's settings for a rewritten graph; those of the user win over them."""
+def rewritten_patches(plan: Plan, patches: Mapping[str, Any]) -> dict[str, Any]:
+    """Inductor's config patches for a rewritten graph: the user's, and ours where those say nothing."""
     on_cpu = all(site.device.type == "cpu" for site in plan.sites)
-    return {} if on_cpu else gpu_fusion_patches()
+    return {**({} if on_cpu else gpu_fusion_patches()), **patches}
 
 
 def compile_rewritten(
@@ -371,7 +371,7 @@ def compile_rewritten(
     guard_loop_split()
     gm, inputs = with_state_inputs(graph, plan)
     partitioner = RewritePartitioner(plan, len(graph.example_inputs), config)
-    settings = {**fusion_patches(plan), **patches, "custom_partitioner_fn": partitioner}
+    settings = {**rewritten_patches(plan, patches), "custom_partitioner_fn": partitioner}
     options: dict[str, Any] = {"config_patches": settings}
     if inner_compile is not None:
         options["inner_compile"] = inner_compile

@@ -23,7 +23,7 @@ from prac_fx.config import PracConfig
 from prac_fx.dynamo_backend import (
     DynamoGraph,
     analyse_graph,
-    fusion_patches,
+    rewritten_patches,
     with_state_inputs,
 )
 from prac_fx.errors import CannotRewriteError
@@ -428,5 +428,5 @@ def _plan_rewritten(
     parameters = graph.arguments.parameters
     first_state = len(graph.example_inputs)
     partitioner = _RewritePartitioner(observer, plan, first_state, config, parameters)
-    _partition(gm, inputs, observer, partitioner, {**fusion_patches(plan), **patches})
+    _partition(gm, inputs, observer, partitioner, rewritten_patches(plan, patches))
     return observer.planned(plan, partitioner.result)

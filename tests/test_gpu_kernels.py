@@ -12,7 +12,7 @@ from torch import Tensor
 from prac_fx.codecs import BitCodec, QuantCodec
 from prac_fx.codecs.quantized import Format
 from prac_fx.codecs.words import word_bits_on
-from prac_fx.dynamo_backend import fusion_patches
+from prac_fx.dynamo_backend import rewritten_patches
 from prac_fx.passes.plan import Plan, Site
 from prac_fx.torch_compat import gpu_fusion_patches, inductor_config
 from tests.gpu_planning import gpu_kernels
@@ -124,7 +124,9 @@ def test_decoding_is_part_of_what_reads_the_value(name: Format) -> None:
 def test_settings_are_for_graphs_on_a_gpu(device: str, expected: dict[str, Any]) -> None:
     site = Site("value", _codec("int8", 64), torch.float32, torch.device(device))
     plan = Plan((), (site,), (), (), owner=0, owner_name="0.weight", fingerprint="")
-    assert fusion_patches(plan) == expected
+    assert rewritten_patches(plan, {}) == expected
+    of_user = {"loop_ordering_after_fusion": True}
+    assert rewritten_patches(plan, of_user) == of_user
 
 
 def test_masks_are_packed_in_one_kernel() -> None:
