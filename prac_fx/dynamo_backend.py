@@ -18,6 +18,7 @@ import torch
 import torch.fx as fx
 from torch import nn
 
+from prac_fx.buffer_reuse import without_higher_peak
 from prac_fx.compiled_graphs import record_graph
 from prac_fx.config import PracConfig, config_patches, split_options
 from prac_fx.data_parallel import is_distributed
@@ -33,6 +34,7 @@ from prac_fx.torch_compat import (
     CustomPartitionerFn,
     FakeTensor,
     compile_fx,
+    compile_fx_inner,
     copy_dynamo_graph,
     gpu_fusion_patches,
     guard_loop_split,
@@ -167,7 +169,10 @@ def _compile(
 ) -> Callable[..., Any]:
     def plain() -> Callable[..., Any]:
         compiled = compile_fx(
-            copy_dynamo_graph(gm), list(example_inputs), config_patches=patches or None
+            copy_dynamo_graph(gm),
+            list(example_inputs),
+            inner_compile=compile_fx_inner,
+            config_patches=patches or None,
         )
         return cast(Callable[..., Any], compiled)
 
@@ -372,10 +377,9 @@ def compile_rewritten(
     gm, inputs = with_state_inputs(graph, plan)
     partitioner = RewritePartitioner(plan, len(graph.example_inputs), config)
     settings = {**rewritten_patches(plan, patches), "custom_partitioner_fn": partitioner}
-    options: dict[str, Any] = {"config_patches": settings}
-    if inner_compile is not None:
-        options["inner_compile"] = inner_compile
-    return cast(Callable[..., Any], compile_fx(gm, inputs, **options))
+    inner_compile = without_higher_peak(inner_compile or compile_fx_inner)
+    compiled = compile_fx(gm, inputs, inner_compile=inner_compile, config_patches=settings)
+    return cast(Callable[..., Any], compiled)
 
 
 def _log_plan(plan: Plan | None) -> None:

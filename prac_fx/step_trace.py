@@ -19,6 +19,7 @@ import torch
 import torch.fx as fx
 from torch import Tensor
 
+from prac_fx.buffer_reuse import without_higher_peak
 from prac_fx.config import PracConfig
 from prac_fx.dynamo_backend import (
     DynamoGraph,
@@ -357,16 +358,16 @@ class _RewritePartitioner(RewritePartitioner):
 def _partition(
     gm: fx.GraphModule,
     inputs: Sequence[Any],
-    observer: _Observer,
+    inner_compile: Callable[..., Any],
     partitioner: CustomPartitionerFn,
     patches: Mapping[str, Any],
 ) -> bool:
-    """AOTAutograd with our partitioner, and the observer behind it. False when the graph has no backward."""
+    """AOTAutograd with our partitioner, and an observer's `compile` behind it. False when the graph has no backward."""
     try:
         compile_fx(
             gm,
             list(inputs),
-            inner_compile=observer.compile,
+            inner_compile=inner_compile,
             config_patches={**patches, "custom_partitioner_fn": partitioner},
         )
     except _Planned:
@@ -389,7 +390,7 @@ def plan_plain(
     observer = _Observer()
     partitioner = _PlainPartitioner(observer, graph.arguments, config)
     gm = copy_dynamo_graph(graph.gm)
-    if not _partition(gm, graph.example_inputs, observer, partitioner, patches):
+    if not _partition(gm, graph.example_inputs, observer.compile, partitioner, patches):
         return None
     return observer.planned(partitioner.plan, None)
 
@@ -428,5 +429,6 @@ def _plan_rewritten(
     parameters = graph.arguments.parameters
     first_state = len(graph.example_inputs)
     partitioner = _RewritePartitioner(observer, plan, first_state, config, parameters)
-    _partition(gm, inputs, observer, partitioner, rewritten_patches(plan, patches))
+    inner_compile = without_higher_peak(observer.compile)
+    _partition(gm, inputs, inner_compile, partitioner, rewritten_patches(plan, patches))
     return observer.planned(plan, partitioner.result)

@@ -29,10 +29,13 @@ from torch._functorch.partitioners import (
 from torch._guards import TracingContext
 from torch._inductor import config as inductor_config
 from torch._inductor import ir as inductor_ir
+from torch._inductor.codegen import wrapper as inductor_wrapper
 from torch._inductor.codegen.common import Kernel
 from torch._inductor.codegen.cpp import CppScheduling
+from torch._inductor.codegen.segmented_tree import SegmentedTree
 from torch._inductor.codegen.wrapper import (
     AllocateLine,
+    EfficientPeakEstimate,
     FreeIfNotReusedLine,
     FreeLine,
     ReuseLine,
@@ -41,6 +44,7 @@ from torch._inductor.compile_fx import compile_fx, compile_fx_inner
 from torch._inductor.custom_graph_pass import CustomPartitionerFn
 from torch._inductor.decomposition import select_decomp_table
 from torch._inductor.graph import GraphLowering
+from torch._inductor.memory import estimate_peak_memory, get_freeable_input_buf
 from torch._inductor.utils import fresh_inductor_cache
 from torch._inductor.virtualized import V
 from torch._logging._internal import trace_structured
@@ -59,23 +63,30 @@ __all__ = [
     "AllocateLine",
     "CheckpointPolicy",
     "CustomPartitionerFn",
+    "EfficientPeakEstimate",
     "FakeTensor",
     "FakeTensorMode",
     "FreeIfNotReusedLine",
     "FreeLine",
     "GraphLowering",
+    "OrderedSet",
     "ReuseLine",
+    "SegmentedTree",
     "ShortenTraceback",
     "TorchDispatchMode",
+    "V",
     "active_data_parallel_group",
     "argument_index",
     "autograd_references",
     "compile_fx",
+    "compile_fx_inner",
     "copy_dynamo_graph",
+    "estimate_peak_memory",
     "fresh_inductor_cache",
     "fsdp_parameters",
     "functorch_config",
     "fx_graph_cse",
+    "get_freeable_input_buf",
     "gpu_fusion_patches",
     "gradient_argument_index",
     "guard_loop_split",
@@ -87,6 +98,7 @@ __all__ = [
     "inductor_decompositions",
     "inductor_ir",
     "inductor_patches",
+    "inductor_wrapper",
     "inplace_decisions",
     "is_random_state",
     "lower_and_schedule",
@@ -94,6 +106,7 @@ __all__ = [
     "make_fx",
     "min_cut_rematerialization_partition",
     "offloaded_node",
+    "peak_estimate",
     "placeholder_source_name",
     "rename_node",
     "result_index",
@@ -398,6 +411,16 @@ def gpu_fusion_patches() -> dict[str, Any]:
     if hasattr(inductor_config, "loop_reindexing_after_fusion"):
         return {}
     return {"loop_ordering_after_fusion": False}
+
+
+@contextmanager
+def peak_estimate(estimate: type[EfficientPeakEstimate]) -> Iterator[None]:
+    """Context in which Inductor decides about the reuse of buffers by another estimate of a graph's peak.
+
+    Source: `AllocateLine.should_reuse_buffer` (torch._inductor.codegen.wrapper).
+    """
+    with patch.object(inductor_wrapper, "EfficientPeakEstimate", estimate):
+        yield
 
 
 def rename_node(node: fx.Node, name: str) -> None:

@@ -144,8 +144,7 @@ def without_kernels() -> Any:
     def run_graph(gm: Any, example_inputs: Any, **_: Any) -> Any:
         return make_boxed_func(gm.forward)
 
-    quick = functools.partial(dynamo_backend.compile_fx, inner_compile=run_graph)
-    return patch.object(dynamo_backend, "compile_fx", quick)
+    return patch.object(dynamo_backend, "compile_fx_inner", run_graph)
 
 
 # -- data parallel ---------------------------------------------------------------------------------

@@ -7,6 +7,7 @@ import re
 import subprocess
 import sys
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 from unittest.mock import patch
@@ -22,21 +23,17 @@ from prac_fx.torch_compat import compile_fx, make_boxed_func
 ROOT = Path(__file__).parent.parent
 
 
-def _without_kernels(*args: Any, **kwargs: Any) -> Any:
-    """`compile_fx` that runs the partitioned graphs as they are."""
-
-    def as_it_is(gm: Any, example_inputs: Any, **_: Any) -> Any:
-        return make_boxed_func(gm.forward)
-
-    return compile_fx(*args, **{"inner_compile": as_it_is, **kwargs})
+def _without_kernels(gm: Any, example_inputs: Any, **_: Any) -> Any:
+    """`compile_fx_inner` that leaves a partitioned graph as it is."""
+    return make_boxed_func(gm.forward)
 
 
 @pytest.fixture
 def quick() -> Iterator[None]:
     """Plans and partitions are real, Inductor's kernels are tested elsewhere: they would take minutes here."""
     with (
-        patch.object(dynamo_backend, "compile_fx", _without_kernels),
-        patch.object(methods, "compile_fx", _without_kernels),
+        patch.object(dynamo_backend, "compile_fx_inner", _without_kernels),
+        patch.object(methods, "compile_fx", partial(compile_fx, inner_compile=_without_kernels)),
         patch.object(torch, "compile", _compile_quickly(torch.compile)),
     ):
         yield

@@ -24,7 +24,7 @@ from prac_fx import dynamo_backend
 from prac_fx.codecs import BitCodec, PracCodec, QuantCodec
 from prac_fx.passes.sample import sample_matrix
 from prac_fx.rounding_state import rounding_seed_of
-from prac_fx.torch_compat import compile_fx, compile_fx_inner
+from prac_fx.torch_compat import compile_fx_inner
 from tests.compiling import SMALL, compile_prac, gradients, step, subspace_of
 from tests.models import Sequential, rows
 from tests.uncompiled import no_code_generation
@@ -67,10 +67,9 @@ def compiled() -> tuple[_InnerGraph, _InnerGraph, nn.Module]:
         found.append(_InnerGraph(gm, static, frozenset(result.mutated_input_idxs)))
         return result
 
-    record = partial(compile_fx, inner_compile=inner_compile)
     model = Sequential()
     with (
-        patch.object(dynamo_backend, "compile_fx", record),
+        patch.object(dynamo_backend, "compile_fx_inner", inner_compile),
         torch._functorch.config.patch(enable_autograd_cache=False),
     ):
         step(compile_prac(model, **OPTIONS), model, rows())

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from functools import partial
 from typing import Any
 from unittest.mock import patch
 
@@ -31,9 +30,8 @@ def no_code_generation() -> Iterator[list[Plan]]:
         plans.extend([plan] if plan is not None else [])
         return plan, compiled
 
-    run_eagerly = partial(compile_fx, inner_compile=_run_eagerly)
     with (
-        patch.object(dynamo_backend, "compile_fx", run_eagerly),
+        patch.object(dynamo_backend, "compile_fx_inner", _run_eagerly),
         patch.object(dynamo_backend, "plan_and_compile", recorded),
         without_autograd_cache(),
     ):

@@ -1,0 +1,59 @@
+"""Reuse of buffers in rewritten graphs costs no memory at the peak; plain Inductor's stays as it is."""
+
+from __future__ import annotations
+
+from typing import Any
+from unittest.mock import patch
+
+import pytest
+import torch
+
+from prac_fx import step_trace
+from prac_fx.memory_report import report_step
+from prac_fx.torch_compat import EfficientPeakEstimate, inductor_wrapper
+from tests.compiling import compile_prac
+from tests.models import Sequential, llama, rows
+
+
+def _peak_of_backward(**options: Any) -> int:
+    """Bytes that a step of a small LLaMA allocates with our backend, as planned."""
+    torch._dynamo.reset()
+    model, inputs = llama(layers=2, batch=16)
+    options = {"prac.min_nbytes": 0, **options}
+    events = report_step(model, (), inputs, options=options, alternatives=False).after.events
+    return max(
+        sum(event.nbytes[category] for category in ("saved", "temporary", "gradients", "loss"))
+        for event in events
+        if event.phase == "backward"
+    )
+
+
+@pytest.fixture(scope="module")
+def without_reuse() -> int:
+    return _peak_of_backward(allow_buffer_reuse=False)
+
+
+def test_the_peak_is_the_one_without_reuse(without_reuse: int) -> None:
+    assert _peak_of_backward() <= 1.01 * without_reuse
+
+
+def test_torchs_own_estimate_lets_the_peak_grow(without_reuse: int) -> None:
+    """If this fails, torch has mended its estimate, and `prac_fx.buffer_reuse` can go."""
+    with patch.object(step_trace, "without_higher_peak", lambda inner_compile: inner_compile):
+        assert _peak_of_backward() > 1.1 * without_reuse
+
+
+def test_other_graphs_keep_torchs_estimate() -> None:
+    used: list[type] = []
+
+    class Recorded(EfficientPeakEstimate):
+        def __init__(self) -> None:
+            used.append(type(self))
+            super().__init__()  # type: ignore[no-untyped-call]
+
+    with patch.object(inductor_wrapper, "EfficientPeakEstimate", Recorded):
+        compile_prac(Sequential())(rows()).square().mean().backward()
+        assert not used
+        torch._dynamo.reset()
+        torch.compile(Sequential(), options={"fx_graph_cache": False})(rows()).sum().backward()
+    assert used == [Recorded, Recorded]
