@@ -22,6 +22,9 @@ TITLE = "The frontier of memory and step time"
 
 MEMORIES = ("saved", "peak")
 _QUALITY = {"exact": 2, "unbiased": 1, "rounded": 1, "biased": 0}
+# a picture with more points names only the undominated ones, and these
+_MOST_NAMES = 20
+_ALWAYS_NAMED = ("inductor", "eager", "checkpoint", "fp8 activations", "prac balanced")
 # smaller differences are noise of the machine, or of the allocator
 _TIME_NOISE, _MEMORY_NOISE = 0.02, 0.01
 
@@ -92,7 +95,8 @@ def _draw(name: str, points: list[dict[str, Any]], settings: Settings) -> None:
                 axes.scatter(
                     point[memory], point["time"], color=color, zorder=1 if dominated else 2
                 )
-                label(axes, point["method"], point[memory], point["time"], color)
+                if not dominated or len(points) <= _MOST_NAMES or point["method"] in _ALWAYS_NAMED:
+                    label(axes, point["method"], point[memory], point["time"], color)
             axes.axhline(1, color="#dddddd", zorder=0)
             axes.set(
                 title=f"{name} (plain Inductor = 1)",
@@ -109,7 +113,7 @@ def body(record: dict[str, Any]) -> str:
     """A picture and a table per model."""
     parts = [
         f"From `{record['source']}`, commit {record['measured_at']}, on {record['measured_on']}. Everything over plain Inductor's. "
-        'Blue: what torch has; orange: `backend="prac"`; grey: dominated by a method whose gradients are as good.'
+        'Blue: what torch has; orange: `backend="prac"`; grey: dominated by a method whose gradients are as good (not all of them named).'
     ]
     for name, points in record["models"].items():
         lines = [

@@ -32,6 +32,7 @@ from prac_fx.step_allocations import step_allocations
 TITLE = "Memory and step time of every method"
 
 WARM_UP = 3
+NOT_RUN = "not run, time was up"
 ROUNDS = {"tiny": 2, "small": 7, "paper": 11}
 # on every model; all others on the first one only. The most telling first: time may run out
 MAIN = {
@@ -128,7 +129,7 @@ def _compare(shape: Shape, names: Sequence[str], settings: Settings) -> list[dic
         row = {"model": shape.name, "shape": shape.describe(), "method": method.name}
         rows.append({**row, "gradient": method.gradient})
         if settings.out_of_time:
-            rows[-1]["error"] = "not run: time was up"
+            rows[-1]["error"] = NOT_RUN
             continue
         found = _prepare(method, model, inputs)
         rows[-1] |= found["row"]
@@ -238,7 +239,10 @@ def body(record: dict[str, Any]) -> str:
 
 def _table(rows: list[dict[str, Any]]) -> str:
     plain, lines = rows[0], []
+    not_run = [row["method"] for row in rows if row.get("error") == NOT_RUN]
     for row in rows:
+        if row.get("error") == NOT_RUN:
+            continue
         if "ratio" not in row:
             lines.append([row["method"], row.get("error", "not timed: plain Inductor did not run")])
             continue
@@ -250,7 +254,8 @@ def _table(rows: list[dict[str, Any]]) -> str:
         time = f"{low:.2f} .. **{middle:.2f}** .. {high:.2f}"
         lines.append([row["method"], *sizes, time, f"{row['tokens_per_s']:,.0f}", row["gradient"]])
     headers = ["method", "saved", "peak", "total", "step time", "tokens/s", "gradient"]
-    return tabulate(lines, headers=headers, tablefmt="github", disable_numparse=True)
+    table = tabulate(lines, headers=headers, tablefmt="github", disable_numparse=True)
+    return f"{table}\n\n{NOT_RUN}: {', '.join(not_run)}." if not_run else table
 
 
 def _compile_table(found: dict[str, Any]) -> str:
