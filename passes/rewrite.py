@@ -26,7 +26,14 @@ import torch.fx as fx
 from torch import Tensor
 
 from prac_fx.codecs import BitCodec, PracCodec
-from prac_fx.codecs.rounding import column_numbers, row_numbers
+from prac_fx.codecs.rounding import (
+    STRETCH_ALIGNMENT,
+    aligned,
+    as_table,
+    column_numbers,
+    row_numbers,
+    stretch,
+)
 from prac_fx.errors import CannotRewriteError
 from prac_fx.graph_edit import (
     Inliner,
@@ -142,8 +149,8 @@ def _must_save(node: fx.Node) -> None:
 class _Place:
     """Where code for one site goes, and the random numbers it rounds with.
 
-    A site has its own stretch of the table for columns. The tables for rows, one for each number of rows, are longer by
-    the number of sites: each begins one further on. See `rounding` for both.
+    A site has its own stretch of the table for columns. The tables for rows, one for each number of rows, are longer than
+    that: each site begins a little further on. See `rounding` for both.
     """
 
     def __init__(self, graph: fx.Graph, plan: Plan, state: State, inline: Inliner) -> None:
@@ -154,8 +161,9 @@ class _Place:
         self._head = next(node for node in graph.nodes if node.op != "placeholder")
         self._seed = state.seed
         random = [site.quantizer for site in plan.sites if site.quantizer and site.is_random]
-        self._sites, self._columns = len(random), sum(one.padded_features for one in random)
-        self._sites_done = self._columns_done = 0
+        self._rows = len(random) * STRETCH_ALIGNMENT
+        self._columns = sum(aligned(one.padded_features) for one in random)
+        self._rows_done = self._columns_done = 0
         self._tables: dict[tuple[str, int], fx.Node] = {}
 
     def after(self, *nodes: fx.Node | None) -> fx.Node:
@@ -168,18 +176,19 @@ class _Place:
         if quantizer is None or seed is None or not site.is_random:
             return ()
         features, columns = quantizer.features, quantizer.padded_features
-        row, column = self._sites_done, self._columns_done
-        self._sites_done, self._columns_done = row + 1, column + columns
+        row, column = self._rows_done, self._columns_done
+        self._rows_done, self._columns_done = row + STRETCH_ALIGNMENT, column + aligned(columns)
         count = value.meta["val"].numel() // features
         tables = [self._table(column_numbers, self._columns, seed, value)]
         if isinstance(count, int):
-            tables.append(self._table(row_numbers, count + self._sites, seed, value))
+            tables.append(self._table(row_numbers, aligned(count + self._rows), seed, value))
 
         def stretches(x: Tensor, seed: Tensor, *tables: Tensor) -> tuple[Tensor, Tensor]:
-            rows = x.numel() // features
-            # with a symbolic number of rows, a table of its own
-            of_rows = tables[1] if len(tables) > 1 else row_numbers(rows + row, seed)
-            return of_rows[row : row + rows], tables[0][column : column + columns]
+            rows, of_columns = x.numel() // features, stretch(tables[0], column, columns)
+            if len(tables) > 1:
+                return stretch(tables[1], row, rows), of_columns
+            # a symbolic number of rows: a table of its own
+            return row_numbers(rows + row, seed)[row : row + rows], of_columns
 
         return self.inline(
             stretches,
@@ -198,7 +207,7 @@ class _Place:
         name = numbers.__name__
         if (name, count) not in self._tables:
             self._tables[name, count] = self.inline(
-                lambda seed: numbers(count, seed),
+                lambda seed: as_table(numbers(count, seed)),
                 [seed],
                 before=self._head,
                 tag=_FORWARD,

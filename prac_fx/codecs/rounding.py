@@ -20,6 +20,8 @@ undefined in the C++ that compilers emit.
 
 Values share tables, but no two of them the same stretch: columns have stretches of their own, those of rows may overlap.
 Compilers fuse kernels that read the very same memory, and would put off the encoding of every layer until the last one.
+A stretch is a view in another dtype than its table's, which Inductor hands to kernels as a buffer of its own. So kernels
+of layers that are alike have the same code, and are compiled once; an offset would be a constant in each.
 """
 
 from __future__ import annotations
@@ -30,6 +32,8 @@ from torch import Tensor
 _MASK = 0xFFFF_FFFF
 _SHIFTS = (16, 15, 16)
 _MULTIPLIERS = ((0x7FEB352D, 0x5C6BF5A7, 0x68E31DA5), (0x6C8E9CF5, 0x7A3D70A5, 0x53C5E9B7))
+# A stretch begins at a multiple of so many numbers: kernels count on buffers that begin at a multiple of 16 bytes.
+STRETCH_ALIGNMENT = 4
 _ODD = 0x3F  # m is twice those bits plus one, below 2^7
 
 
@@ -55,6 +59,22 @@ def column_numbers(count: int, seed: Tensor) -> Tensor:
         Multiples of 2^-16 in [0, 1), float32, shape (count,).
     """
     return _written_down((_hash(count, seed, 1) >> 16).to(torch.float32) * 2.0**-16)
+
+
+def as_table(numbers: Tensor) -> Tensor:
+    """An even count of `row_numbers` or `column_numbers` to take stretches of: int64, shape (count / 2,)."""
+    return numbers.view(torch.int64)
+
+
+def stretch(table: Tensor, start: int, count: int) -> Tensor:
+    """Numbers of a table from `start`, a multiple of `STRETCH_ALIGNMENT`: float32, shape (count,)."""
+    words = table[start // 2 : (start + count + 1) // 2]
+    return words.view(torch.float32)[:count]
+
+
+def aligned(count: int) -> int:
+    """The next multiple of `STRETCH_ALIGNMENT`."""
+    return -(-count // STRETCH_ALIGNMENT) * STRETCH_ALIGNMENT
 
 
 def uniform(rows: Tensor, columns: Tensor) -> Tensor:
