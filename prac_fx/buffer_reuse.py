@@ -18,6 +18,7 @@ from prac_fx.torch_compat import (
     OrderedSet,
     SegmentedTree,
     V,
+    assign_memory_planning_info_for_scheduler_buffers,
     estimate_peak_memory,
     get_freeable_input_buf,
     inductor_ir,
@@ -47,8 +48,10 @@ class _PeakOfAllocations(EfficientPeakEstimate):
 
     def __init__(self) -> None:
         graph = V.graph
-        _count_allocations(graph.scheduler.name_to_buf, graph)
-        nodes = graph.scheduler.nodes
+        nodes, buffers = graph.scheduler.nodes, graph.scheduler.name_to_buf
+        # anew: a graph in several partitions is estimated for each
+        assign_memory_planning_info_for_scheduler_buffers(nodes, buffers)
+        _count_allocations(buffers, graph)
         inputs = get_freeable_input_buf(nodes, OrderedSet(graph.graph_inputs))
         for name, freeable in inputs.items():
             value: Any = graph.graph_inputs[name]

@@ -44,7 +44,11 @@ from torch._inductor.compile_fx import compile_fx, compile_fx_inner
 from torch._inductor.custom_graph_pass import CustomPartitionerFn
 from torch._inductor.decomposition import select_decomp_table
 from torch._inductor.graph import GraphLowering
-from torch._inductor.memory import estimate_peak_memory, get_freeable_input_buf
+from torch._inductor.memory import (
+    assign_memory_planning_info_for_scheduler_buffers,
+    estimate_peak_memory,
+    get_freeable_input_buf,
+)
 from torch._inductor.utils import fresh_inductor_cache
 from torch._inductor.virtualized import V
 from torch._logging._internal import trace_structured
@@ -77,6 +81,7 @@ __all__ = [
     "V",
     "active_data_parallel_group",
     "argument_index",
+    "assign_memory_planning_info_for_scheduler_buffers",
     "autograd_references",
     "compile_fx",
     "compile_fx_inner",
