@@ -8,7 +8,7 @@ from unittest.mock import patch
 import pytest
 import torch
 
-from prac_fx import step_trace
+from prac_fx import buffer_reuse, step_trace
 from prac_fx.memory_report import report_step
 from prac_fx.torch_compat import EfficientPeakEstimate, inductor_wrapper
 from tests.compiling import compile_prac
@@ -41,6 +41,23 @@ def test_torchs_own_estimate_lets_the_peak_grow(without_reuse: int) -> None:
     """If this fails, torch has mended its estimate, and `prac_fx.buffer_reuse` can go."""
     with patch.object(step_trace, "without_higher_peak", lambda inner_compile: inner_compile):
         assert _peak_of_backward() > 1.1 * without_reuse
+
+
+def test_the_estimate_is_that_of_the_plan_and_can_be_repeated() -> None:
+    """Inductor makes one for each partition of a graph."""
+    peaks: list[int] = []
+
+    class Twice(buffer_reuse._PeakOfAllocations):
+        def __init__(self) -> None:
+            super().__init__()
+            peaks.append(self.overall_peak_memory)
+            super().__init__()
+            assert self.overall_peak_memory == peaks[-1]
+
+    with patch.object(buffer_reuse, "_PeakOfAllocations", Twice):
+        planned = _peak_of_backward()
+    # the plan has the loss, which is outside of the graph, too
+    assert 0.8 * planned < peaks[-1] <= planned
 
 
 def test_other_graphs_keep_torchs_estimate() -> None:
