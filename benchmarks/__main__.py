@@ -28,6 +28,7 @@ NAMES = (
     "convergence",
     "noise",
     "refresh",
+    "step_parts",
     "scaling",
     "micro",
     "peak_prediction",

@@ -15,7 +15,7 @@ from unittest.mock import patch
 import pytest
 import torch
 
-from benchmarks import frontier, gpu_targets, methods
+from benchmarks import frontier, gpu_targets, methods, step_parts
 from benchmarks.__main__ import NAMES, main
 from prac_fx import dynamo_backend
 from prac_fx.torch_compat import compile_fx, make_boxed_func
@@ -105,6 +105,35 @@ def test_refresh(tmp_path: Path) -> None:
     assert often["share"] == pytest.approx(20 * rarely["share"])
     assert often["worst_over_median"] >= rarely["worst_over_median"] > 1
     assert 1 <= often["most_together"] <= often["sites"]
+
+
+@pytest.mark.usefixtures("quick")
+def test_step_parts(tmp_path: Path) -> None:
+    record, page = _run("step_parts", tmp_path)
+    (model,) = record["models"]
+    for found in model["methods"].values():
+        assert found["parts"]["matmuls"] > 0
+        assert found["parts"]["attention"] > 0
+        assert sum(found["parts"].values()) == pytest.approx(found["step_s"])
+    assert "(+0.0%)" in page
+
+
+@pytest.mark.parametrize(
+    ("name", "part"),
+    [
+        ("aten::mm", "matmuls"),
+        ("aten::addmm", "matmuls"),
+        ("mkl::_mkl_linear", "matmuls"),
+        ("nvjet_hsh_128x256_64x4", "matmuls"),
+        ("aten::_scaled_dot_product_flash_attention_for_cpu_backward", "attention"),
+        ("void pytorch_flash::flash_bwd_kernel", "attention"),
+        ("cpp_fused_mm_0", "written by Inductor"),
+        ("triton_red_fused_linear_3", "written by Inductor"),
+        ("aten::empty_strided", ""),
+    ],
+)
+def test_operators_and_kernels_belong_to_parts(name: str, part: str) -> None:
+    assert step_parts.part_of(name) == part
 
 
 @pytest.mark.usefixtures("quick")
@@ -232,9 +261,10 @@ def test_gpu_script_runs_its_parts_in_order_and_ends_with_the_table(tmp_path: Pa
     assert calls.read_text().splitlines() == [
         f"memory_time {common} 4.5",
         f"frontier {common} 0.2",
+        f"step_parts {common} 0.5",
         f"micro {common} 0.8",
         f"refresh {common} 1.0",
-        f"convergence {common} 2.0",
+        f"convergence {common} 1.5",
     ]
     failed, *table = done.stdout.splitlines()
     assert failed.startswith("exit 7 of:")
