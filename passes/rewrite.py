@@ -150,7 +150,7 @@ class _Place:
     """Where code for one site goes, and the random numbers it rounds with.
 
     A site has its own stretch of the table for columns. The tables for rows, one for each number of rows, are longer than
-    that: each site begins a little further on. See `rounding` for both.
+    that number: each site begins a little further on. See `rounding` for both.
     """
 
     def __init__(self, graph: fx.Graph, plan: Plan, state: State, inline: Inliner) -> None:

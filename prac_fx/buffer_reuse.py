@@ -9,6 +9,7 @@ the peak of a step of a small LLaMA was a third higher for it.
 from __future__ import annotations
 
 import functools
+import logging
 import operator
 from collections.abc import Callable, Mapping
 from typing import Any, TypeVar
@@ -24,6 +25,8 @@ from prac_fx.torch_compat import (
     inductor_ir,
     peak_estimate,
 )
+
+log = logging.getLogger(__name__)
 
 _Result = TypeVar("_Result")
 
@@ -47,6 +50,16 @@ class _PeakOfAllocations(EfficientPeakEstimate):
     """Inductor's estimate, made once kernels are written, of what they turned out to allocate."""
 
     def __init__(self) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        try:
+            self._estimate()
+        except Exception as error:
+            # a kind of buffer that we do not know: backward may be compiled in the middle of a step
+            log.warning(
+                "the peak of a graph is torch's estimate: %s: %s", type(error).__name__, error
+            )
+
+    def _estimate(self) -> None:
         graph = V.graph
         nodes, buffers = graph.scheduler.nodes, graph.scheduler.name_to_buf
         # anew: a graph in several partitions is estimated for each
