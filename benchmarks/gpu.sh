@@ -58,7 +58,7 @@ if [[ $size == paper ]]; then
 fi
 bench 45 memory_time "${of_paper[@]}"
 bench 2 frontier
-bench 5 step_parts "${first[@]}"
+bench 8 step_parts "${first[@]}"
 [[ $device == cuda ]] && part 10 tests "$python" -m pytest -q tests -k "cuda or gpu"
 bench 8 micro
 bench 10 refresh "${first[@]}"

@@ -261,7 +261,7 @@ def test_gpu_script_runs_its_parts_in_order_and_ends_with_the_table(tmp_path: Pa
     assert calls.read_text().splitlines() == [
         f"memory_time {common} 4.5",
         f"frontier {common} 0.2",
-        f"step_parts {common} 0.5",
+        f"step_parts {common} 0.8",
         f"micro {common} 0.8",
         f"refresh {common} 1.0",
         f"convergence {common} 1.5",
