@@ -238,10 +238,10 @@ def body(record: dict[str, Any]) -> str:
 
 
 def _table(rows: list[dict[str, Any]]) -> str:
-    plain, lines = rows[0], []
-    not_run = [row["method"] for row in rows if row.get("error") == NOT_RUN]
+    plain, lines, not_run = rows[0], [], []
     for row in rows:
         if row.get("error") == NOT_RUN:
+            not_run.append(row["method"])
             continue
         if "ratio" not in row:
             lines.append([row["method"], row.get("error", "not timed: plain Inductor did not run")])

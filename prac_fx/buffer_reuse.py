@@ -11,9 +11,10 @@ from __future__ import annotations
 import functools
 import logging
 import operator
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from typing import Any, TypeVar
 
+from prac_fx.inductor_plan import results_of
 from prac_fx.torch_compat import (
     EfficientPeakEstimate,
     OrderedSet,
@@ -64,7 +65,7 @@ class _PeakOfAllocations(EfficientPeakEstimate):
         nodes, buffers = graph.scheduler.nodes, graph.scheduler.name_to_buf
         # anew: a graph in several partitions is estimated for each
         assign_memory_planning_info_for_scheduler_buffers(nodes, buffers)
-        _count_allocations(buffers, graph)
+        _count_allocations(graph)
         inputs = get_freeable_input_buf(nodes, OrderedSet(graph.graph_inputs))
         for name, freeable in inputs.items():
             value: Any = graph.graph_inputs[name]
@@ -77,8 +78,9 @@ class _PeakOfAllocations(EfficientPeakEstimate):
         self.segmented_tree = SegmentedTree(by_node, operator.add, max, 0)
 
 
-def _count_allocations(buffers: Mapping[str, Any], graph: Any) -> None:
+def _count_allocations(graph: Any) -> None:
     """Set the bytes that each buffer of the schedule takes, and gives back."""
+    buffers = graph.scheduler.name_to_buf
     for name, buffer in buffers.items():
         if name in graph.removed_buffers or buffer.node.get_inputs_that_alias_output():
             # stays in registers, or is a view
@@ -86,19 +88,9 @@ def _count_allocations(buffers: Mapping[str, Any], graph: Any) -> None:
     for buffer in buffers.values():
         if isinstance(buffer.node.layout, inductor_ir.MultiOutputLayout):
             # Inductor counts a result once for each reader
-            buffer.mpi_buffer.size_alloc = sum(size for _, size in _results(buffer))
+            results = {one.get_name(): one.mpi_buffer.size_free for one in results_of(buffer)}
+            buffer.mpi_buffer.size_alloc = sum(results.values())
     for name, replaced in graph.wrapper_code.reuses.items():
         if {name, replaced} <= buffers.keys() - graph.removed_buffers:
             # takes over the memory of another one
             buffers[replaced].mpi_buffer.size_free = buffers[name].mpi_buffer.size_alloc = 0
-
-
-def _results(operator: Any) -> set[tuple[str, int]]:
-    """Names and bytes of the tensors that an operator with several results makes."""
-    return {
-        (result.get_name(), result.mpi_buffer.size_free)
-        for user in operator.users
-        if hasattr(user.node, "get_outputs")
-        for result in user.node.get_outputs()
-        if isinstance(result.node, inductor_ir.MultiOutput)
-    }

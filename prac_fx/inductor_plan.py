@@ -250,12 +250,17 @@ def _tensors_of(result: Any) -> Iterator[Any]:
     if buffer.should_allocate() or buffer.get_inputs_that_alias_output():
         return
     if isinstance(buffer.layout, inductor_ir.MultiOutputLayout):
-        for user in result.users:
-            parts = user.node.get_outputs() if hasattr(user.node, "get_outputs") else []
-            yield from (p.node for p in parts if isinstance(p.node, inductor_ir.MultiOutput))
+        yield from (part.node for part in results_of(result))
     elif isinstance(buffer.layout, inductor_ir.FixedLayout | inductor_ir.FlexibleLayout):
         if not buffer.get_mutation_names():
             yield buffer
+
+
+def results_of(operator: Any) -> Iterator[Any]:
+    """Buffers of the schedule that hold the tensors of an operator with several results, each once for each reader."""
+    for user in operator.users:
+        parts = user.node.get_outputs() if hasattr(user.node, "get_outputs") else []
+        yield from (part for part in parts if isinstance(part.node, inductor_ir.MultiOutput))
 
 
 def _fx_nodes(node: Any) -> list[fx.Node]:

@@ -103,7 +103,6 @@ __all__ = [
     "inductor_decompositions",
     "inductor_ir",
     "inductor_patches",
-    "inductor_wrapper",
     "inplace_decisions",
     "is_random_state",
     "lower_and_schedule",

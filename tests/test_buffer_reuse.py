@@ -10,7 +10,7 @@ import torch
 
 from prac_fx import buffer_reuse
 from prac_fx.memory_report import report_step
-from prac_fx.torch_compat import EfficientPeakEstimate, inductor_wrapper
+from prac_fx.torch_compat import EfficientPeakEstimate, peak_estimate
 from tests.compiling import compile_prac
 from tests.models import Sequential, llama, rows
 
@@ -68,7 +68,7 @@ def test_other_graphs_keep_torchs_estimate() -> None:
             used.append(type(self))
             super().__init__()  # type: ignore[no-untyped-call]
 
-    with patch.object(inductor_wrapper, "EfficientPeakEstimate", Recorded):
+    with peak_estimate(Recorded):
         compile_prac(Sequential())(rows()).square().mean().backward()
         assert not used
         torch._dynamo.reset()
