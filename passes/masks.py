@@ -50,7 +50,7 @@ def without_masks(role: ValueRole) -> ValueRole:
 def masks_of(
     encoded: Collection[fx.Node], clones: Collection[fx.Node], classification: Classification
 ) -> tuple[fx.Node, ...]:
-    """The masks that backward reads and would have to compute from an encoded value.
+    """The masks that backward, or what it computes again, reads and would have to compute from an encoded value.
 
     Args:
         encoded: allocating nodes of values that are not stored exactly.
@@ -59,10 +59,17 @@ def masks_of(
     """
     found = {
         allocating_node(node): None
-        for node in classification.crossing
-        if node in clones and is_mask(node)
+        for node in clones
+        if is_mask(node) and any(_reads_mask(user, clones, classification) for user in node.users)
     }
     return tuple(mask for mask in found if _depends_on(mask, encoded, clones))
+
+
+def _reads_mask(user: fx.Node, clones: Collection[fx.Node], classification: Classification) -> bool:
+    """Does backward or a clone read a mask here? Not what only makes another mask of it: that one is saved instead."""
+    if user in classification.backward:
+        return True
+    return user in clones and not is_mask(user)
 
 
 def _depends_on(node: fx.Node, encoded: Collection[fx.Node], clones: Collection[fx.Node]) -> bool:

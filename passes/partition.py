@@ -174,7 +174,9 @@ def _check_encodings(saved: Sequence[SavedValue], encoded: Sequence[EncodedSite]
 
 
 def _check_totals(saved: Sequence[SavedValue], encoded: Sequence[EncodedSite], plan: Plan) -> None:
-    derived = {value.allocated_by for value in plan.values if value.reason == "derived"}
+    derived = {
+        value.allocated_by for value in plan.values if value.reason in ("derived", "replaced")
+    }
     kept = [value for value in saved if allocating_node(value.node).name in derived]
     if kept:
         name = kept[0].node.name

@@ -7,6 +7,7 @@ cache key, and it is the single source of truth for what runs: on a warm cache n
 from __future__ import annotations
 
 import hashlib
+from collections import Counter
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
@@ -16,7 +17,7 @@ import torch
 import torch.fx as fx
 
 from prac_fx.codecs import BitCodec, PracCodec, QuantCodec
-from prac_fx.config import PracConfig, ProjectedRole
+from prac_fx.config import INTEGERS, PracConfig, ProjectedRole
 from prac_fx.graph_edit import (
     allocating_node,
     last_two_swapped,
@@ -27,6 +28,7 @@ from prac_fx.graph_edit import (
 from prac_fx.layout import Layout, layout_of
 from prac_fx.memory import format_nbytes, is_symbolic, size_hint, storage_nbytes
 from prac_fx.origin import Origin, origin_of
+from prac_fx.passes.amend import Amendments, Draft, Reason, amend
 from prac_fx.passes.chains import (
     Clones,
     Region,
@@ -50,6 +52,7 @@ from prac_fx.passes.ranks import (
     too_few,
 )
 from prac_fx.passes.roles import Reader, ValueRole
+from prac_fx.passes.soundness import Verdict, judge
 from prac_fx.passes.survey import Survey
 from prac_fx.torch_compat import guard_or_false, has_tag_must_recompute, is_random_state
 
@@ -85,6 +88,13 @@ REASONS = {
     "other_device": "not on the device of the graph's other stochastically rounded values",
     "not_dense": "its elements do not fill its memory",
     "not_derivable": "it does not follow from stored values without a matmul",
+    "ill_conditioned": "backward divides by it, or takes a root, a logarithm or an exponential of it, and that "
+    "of a rounding error is without bound",
+    "discontinuous": "backward rounds it, takes its sign or computes an index from it: an average of such results is wrong",
+    "unknown_operator": "backward reads it with an operator of which we do not know what it makes of an error",
+    "sentinel": "holds a constant of large magnitude, as masks do, beside which all else would decode to zero",
+    "replaced": "backward needs it only for what is stored in its place",
+    "stored_instead": "stored in the place of what it is computed from, and of that a rounding error would be too much",
     "derived": "follows from values that are stored anyway, without a matmul",
     "min_cut": "torch's min-cut decides otherwise once the other values are encoded",
     "cannot_rewrite": "the rewritten graph failed a check, so plain Inductor compiles this graph",
@@ -245,6 +255,7 @@ class JointGraph:
         roles: of it.
         argument_names: names of the arguments by index, relative to the compiled module.
         owner: argument index of the first trainable parameter.
+        sentinels: values of it that may hold constants of large magnitude, with the operators that brought them in.
     """
 
     graph: fx.Graph
@@ -253,6 +264,7 @@ class JointGraph:
     roles: tuple[ValueRole, ...]
     argument_names: Mapping[int, str]
     owner: int
+    sentinels: Mapping[fx.Node, fx.Node]
 
 
 def make_plan(joint: JointGraph, config: PracConfig, blocked: Collection[str] = ()) -> Plan:
@@ -263,7 +275,19 @@ def make_plan(joint: JointGraph, config: PracConfig, blocked: Collection[str] = 
         config: the user's options.
         blocked: names of values to keep, because encoding them failed.
     """
-    return _Planner(joint, config, blocked).plan()
+    amendments = Amendments()
+    while True:
+        planner = _Planner(joint, config, blocked, amendments)
+        draft = planner.draft()
+        verdict = judge(
+            joint.graph,
+            joint.classification.backward,
+            draft.decoded,
+            draft.clones,
+            joint.sentinels,
+        )
+        if not amend(amendments, verdict, draft):
+            return planner.plan(verdict)
 
 
 def fingerprint(graph: fx.Graph) -> str:
@@ -278,23 +302,30 @@ def fingerprint(graph: fx.Graph) -> str:
     return digest.hexdigest()
 
 
-Reason = tuple[str, str]  # code of REASONS and detail
-
-
 class _Planner:
     """Collects the rows and sites of one plan, value by value in the order of the forward pass."""
 
-    def __init__(self, joint: JointGraph, config: PracConfig, blocked: Collection[str]) -> None:
+    def __init__(
+        self,
+        joint: JointGraph,
+        config: PracConfig,
+        blocked: Collection[str],
+        amendments: Amendments,
+    ) -> None:
         self.joint = joint
         self.config = config
         self.blocked = blocked
+        self.amendments = amendments
         self.rows: dict[fx.Node, PlannedValue] = {}
         self.sites: dict[fx.Node, Site] = {}  # by allocating node
-        self.derived: dict[fx.Node, None] = {}
+        self.derivations: dict[fx.Node, tuple[fx.Node, ...]] = {}  # chains by saved value
         self.slots: dict[int, int] = {}
-        self.mask_rows: list[PlannedValue] = []
+        self.more_rows: list[PlannedValue] = []
+        self.saved_masks: list[fx.Node] = []
+        self.saved_clones: list[fx.Node] = []
 
-    def plan(self) -> Plan:
+    def draft(self) -> Draft:
+        """Decide for every value, for `soundness` to judge."""
         position = {node: index for index, node in enumerate(self.joint.graph.nodes)}
         # in the order of the forward pass, whatever order the partitioner lists them in
         roles = sorted(
@@ -303,16 +334,37 @@ class _Planner:
         if self.config.input_gradient != "exact":
             roles = list(map(without_masks, roles))
         self._decide_all(roles)
-        saved_masks = self._save_masks()
-        clones = self._clones(saved_masks)
-        rows = [self.rows[role.value.node] for role in roles]
-        rows += self.mask_rows + _recomputed(self.joint)
+        self.saved_clones = [node for node in self.amendments.stored if not self._store(node)]
+        self.saved_masks = self._save_masks()
+        self.clones = self._clones((*self.saved_masks, *self.saved_clones))
+        nbytes: Counter[fx.Node] = Counter()
+        for role in roles:
+            nbytes[allocating_node(role.value.node)] += role.value.nbytes
+        decoded = [
+            node
+            for node, site in self.sites.items()
+            if not site.readers and not isinstance(site.codec, BitCodec)
+        ]
+        return Draft(
+            tuple(decoded),
+            self.clones.nodes,
+            self.joint.survey.recomputed,
+            self.derivations,
+            dict(nbytes),
+            self._encoded_nbytes,
+        )
+
+    def plan(self, verdict: Verdict) -> Plan:
+        """The plan, once nothing is wrong with the draft."""
+        self._note_first_order(verdict)
+        rows = list(self.rows.values()) + self.more_rows + _recomputed(self.joint)
+        saved = (*self.clones.statistics, *self.saved_masks, *self.saved_clones)
         owner = self.joint.owner
         return Plan(
             tuple(rows),
             tuple(self.sites.values()),
-            tuple(node.name for node in clones.nodes),
-            tuple(node.name for node in (*clones.statistics, *saved_masks)),
+            tuple(node.name for node in self.clones.nodes),
+            tuple(dict.fromkeys(node.name for node in saved)),
             owner,
             self.joint.argument_names.get(owner, f"argument {owner}"),
             fingerprint(self.joint.graph),
@@ -322,6 +374,9 @@ class _Planner:
         deferred = []
         for role in roles:
             row = self.rows[role.value.node] = _describe(role, self.joint.argument_names)
+            if allocating_node(role.value.node) in self.amendments.replaced:
+                self._nothing_stored(role, "replaced")
+                continue
             chosen = self._choose(role, row)
             if chosen in ("auto", "recompute"):
                 deferred.append((role, str(chosen)))
@@ -331,6 +386,8 @@ class _Planner:
         stored = {allocating_node(role.value.node) for role in roles}
         stored -= {allocating_node(role.value.node) for role, _ in deferred}
         stored -= {node for node, site in self.sites.items() if site.readers}
+        stored -= self.amendments.replaced
+        stored |= self.amendments.stored.keys()
         for role, chosen in deferred:
             self._derive_or_project(role, chosen, stored)
 
@@ -344,7 +401,7 @@ class _Planner:
             joint.classification,
             joint.survey.recomputed,
             {*encoded, *also_encoded},
-            self.derived,
+            {node for chain in self.derivations.values() for node in chain},
         )
 
     def _save_masks(self) -> list[fx.Node]:
@@ -364,9 +421,57 @@ class _Planner:
         stored = codec.stored_nbytes(size_hint(value.numel()) // layout.features)
         row = row_without_readers(mask, "encode", "", stored)
         detail = "backward reads it, and what it is computed from is not stored exactly"
-        self.mask_rows.append(replace(row, role="A", codec=codec, detail=detail))
+        self.more_rows.append(replace(row, role="A", codec=codec, detail=detail))
         self.sites[mask] = Site(**self._common(mask), codec=codec, layout=layout)
         return True
+
+    # -- clones that are stored ---------------------------------------------------------------------
+
+    def _store(self, node: fx.Node) -> bool:
+        """Add a site for a clone, if it is to be encoded; else it is saved as it is."""
+        how, value = self.amendments.stored[node], tensor_value(node)
+        assert value is not None
+        row = row_without_readers(node, "keep", "stored_instead", storage_nbytes(value))
+        sources = ", ".join(sorted(one.name for one in self.amendments.stored_for[node]))
+        row = replace(row, role="A", detail=f"instead of {sources}")
+        if how == "encoded":
+            layout = layout_of(value)
+            assert layout is not None  # `_encoded_nbytes` has asked before
+            codec = self._input_gradient_codec(layout, value)
+            stored = codec.stored_nbytes(
+                size_hint(value.numel()) // layout.features, value.itemsize
+            )
+            row = replace(row, decision="encode", reason="", nbytes_after=stored, codec=codec)
+            self.sites[node] = Site(**self._common(node), codec=codec, layout=layout)
+        self.more_rows.append(row)
+        return how == "encoded"
+
+    def _encoded_nbytes(self, node: fx.Node) -> int | None:
+        """Bytes of a clone when it is encoded; None when it cannot be."""
+        value = tensor_value(node)
+        if value is None or value.dtype not in _ENCODABLE_DTYPES or node.name in self.blocked:
+            return None
+        layout = layout_of(value)
+        if layout is None or layout.features < _MIN_QUANTIZED_FEATURES or self._is_elsewhere(node):
+            return None
+        codec = self._input_gradient_codec(layout, value)
+        return codec.stored_nbytes(size_hint(value.numel()) // layout.features, value.itemsize)
+
+    def _input_gradient_codec(self, layout: Layout, value: torch.Tensor) -> QuantCodec:
+        name = self.config.input_gradient
+        name = name if name in INTEGERS else "int8"
+        return quantizer(name, layout.features, value.device, self.config)
+
+    def _note_first_order(self, verdict: Verdict) -> None:
+        """Say of values in 4 bits where backward uses them in a function that is not linear."""
+        for node, row in self.rows.items():
+            operator = verdict.curved.get(allocating_node(node))
+            codec = row.codec
+            if operator is None or not isinstance(codec, QuantCodec) or codec.format != "int4":
+                continue
+            note = f"gradients are right to first order only: {operator.target} of it, in 4 bits"
+            detail = f"{row.detail}; {note}" if row.detail else note
+            self.rows[node] = replace(row, detail=detail)
 
     # -- which codec ------------------------------------------------------------------------------
 
@@ -429,7 +534,7 @@ class _Planner:
             return "excluded", ""
         if root.name in self.blocked:
             return "cannot_rewrite", ""
-        return None
+        return self.amendments.kept.get(root)
 
     def _why_not_pack(self, role: ValueRole, row: PlannedValue) -> Reason | None:
         """Why a mask is kept as it is; None when it may be packed, which loses nothing."""
@@ -471,7 +576,9 @@ class _Planner:
             if unprojected is None:
                 return
             refused = unprojected
-        chain = derivation(node, stored, self.joint.classification)
+        chain = None
+        if node not in self.amendments.underivable:
+            chain = derivation(node, stored, self.joint.classification)
         small = self._too_small(node)
         if chain is not None and small is None:
             self._recompute(role, chain, refused[1])
@@ -483,9 +590,13 @@ class _Planner:
 
     def _recompute(self, role: ValueRole, chain: Sequence[fx.Node], detail: str) -> None:
         node = role.value.node
-        self.derived.update(dict.fromkeys(chain))
-        self.rows[node] = replace(
-            self.rows[node], decision="recompute", reason="derived", detail=detail, nbytes_after=0
+        self.derivations[node] = tuple(chain)
+        self._nothing_stored(role, "derived", detail)
+
+    def _nothing_stored(self, role: ValueRole, reason: str, detail: str = "") -> None:
+        row = self.rows[role.value.node]
+        self.rows[role.value.node] = replace(
+            row, decision="recompute", reason=reason, detail=detail, nbytes_after=0
         )
 
     # -- codecs -----------------------------------------------------------------------------------

@@ -208,7 +208,7 @@ def _reader(
     classification: Classification,
     gradients: _Gradients,
 ) -> Reader:
-    kind = _attention_kind(node, operand) if "attention" in str(node.target) else "other"
+    kind = attention_kind(node, operand) if "attention" in str(node.target) else "other"
     if kind in ("query_key", "attention") or (kind == "attention_statistic" and is_view):
         return Reader(node, kind, operand)
     if not is_view:
@@ -217,7 +217,8 @@ def _reader(
     return found if found is not None else Reader(node, "other", operand)
 
 
-def _attention_kind(node: fx.Node, operand: fx.Node) -> Kind:
+def attention_kind(node: fx.Node, operand: fx.Node) -> Kind:
+    """As what an attention backward reads an argument."""
     if isinstance(node.target, torch._ops.OpOverload):
         names = [argument.name for argument in node.target._schema.arguments]
     else:

@@ -22,6 +22,7 @@ from prac_fx.passes.partition import PartitionedGraph, partition
 from prac_fx.passes.plan import JointGraph, Plan, fingerprint, make_plan
 from prac_fx.passes.rewrite import SiteState, State, rewrite
 from prac_fx.passes.roles import assign_roles
+from prac_fx.passes.sentinels import sentinels
 from prac_fx.passes.survey import survey
 from prac_fx.torch_compat import (
     CustomPartitionerFn,
@@ -91,7 +92,13 @@ def analyse(
         trainable=arguments.trainable,
     )
     joint = JointGraph(
-        gm.graph, classification, surveyed, roles, arguments.names, min(arguments.trainable)
+        gm.graph,
+        classification,
+        surveyed,
+        roles,
+        arguments.names,
+        min(arguments.trainable),
+        sentinels(gm.graph, classification.backward, arguments.parameters),
     )
     return make_plan(joint, config, blocked)
 

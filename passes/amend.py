@@ -1,0 +1,171 @@
+"""Part of pass 5: what to change in a draft of a plan that `soundness` has found faults in.
+
+    stored as int8   scores                         p is stored as int8 instead, and the scores not at all: backward
+    clone            p = exp(scores - max) / sum    multiplies with p, and what it multiplies with may carry an error
+    backward         dp * p
+
+The remedies, cheapest first:
+
+1. A value that a weight gradient alone reads is not computed again from the decoded one, but stored itself.
+2. What backward reads is stored beside the value or, if backward reads nothing else of it, in its place.
+3. The value stays exact, and the row says which operator is the reason.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Callable, Collection, Mapping
+from dataclasses import dataclass, field
+from typing import Literal
+
+import torch.fx as fx
+
+from prac_fx.graph_edit import allocating_node
+from prac_fx.memory import storage_nbytes
+from prac_fx.origin import origin_of
+from prac_fx.passes.soundness import Fault, Problem, Verdict
+
+Reason = tuple[str, str]  # code of `plan.REASONS` and detail
+
+_CODES: Mapping[Problem, str] = {
+    "exponential": "ill_conditioned",
+    "singular": "ill_conditioned",
+    "discontinuous": "discontinuous",
+    "unknown": "unknown_operator",
+    "sentinel": "sentinel",
+}
+
+
+@dataclass
+class Amendments:
+    """What the next draft has to do otherwise.
+
+    Attributes:
+        kept: values that may not be decoded, by the node that allocates them, and why.
+        underivable: saved values that are not to be computed again.
+        stored: forward nodes to be stored though plain Inductor computes them again: by a codec, or as they are.
+        stored_for: the values that each of these stands in for.
+        replaced: values that are not stored, since backward reads what is stored for them alone.
+    """
+
+    kept: dict[fx.Node, Reason] = field(default_factory=dict)
+    underivable: set[fx.Node] = field(default_factory=set)
+    stored: dict[fx.Node, Literal["encoded", "exact"]] = field(default_factory=dict)
+    stored_for: dict[fx.Node, set[fx.Node]] = field(default_factory=dict)
+    replaced: set[fx.Node] = field(default_factory=set)
+
+    def keep(self, node: fx.Node, reason: Reason) -> None:
+        """Keep a value exact, and store nothing for it any more."""
+        self.kept[node] = reason
+        self.replaced.discard(node)
+        for stored, sources in list(self.stored_for.items()):
+            sources.discard(node)
+            if not sources:
+                del self.stored[stored], self.stored_for[stored]
+
+
+@dataclass(frozen=True)
+class Draft:
+    """A plan before it is judged.
+
+    Attributes:
+        decoded: allocating nodes of the values that backward decodes, with an error.
+        clones: forward nodes that backward computes again from them.
+        recomputed: names of the forward nodes that plain Inductor computes again.
+        derivations: the chain of each saved value that is computed again instead of stored.
+        nbytes_exact: bytes of each saved value as plain Inductor saves it.
+        nbytes_encoded: bytes that a node would take in the codec of the input gradient; None when it cannot be encoded.
+    """
+
+    decoded: tuple[fx.Node, ...]
+    clones: tuple[fx.Node, ...]
+    recomputed: Collection[str]
+    derivations: Mapping[fx.Node, tuple[fx.Node, ...]]
+    nbytes_exact: Mapping[fx.Node, int]
+    nbytes_encoded: Callable[[fx.Node], int | None]
+
+
+def amend(amendments: Amendments, verdict: Verdict, draft: Draft) -> bool:
+    """Choose a remedy for each value with a fault. True when the next draft will be another one.
+
+    Args:
+        amendments: of the drafts so far; extended.
+        verdict: of this one.
+        draft: this one.
+    """
+    by_source: dict[fx.Node, list[Fault]] = defaultdict(list)
+    for fault in verdict.faults:
+        by_source[fault.source].append(fault)
+    for source, faults in by_source.items():
+        if not _store_derived_values(amendments, draft, faults):
+            for value in amendments.stored_for.get(source, {source}) | {source}:
+                _store_clone_or_keep(amendments, draft, value, source, faults)
+    unread = {
+        node
+        for sources in amendments.stored_for.values()
+        for node in sources
+        if node in draft.decoded and node not in verdict.read
+    }
+    amendments.replaced |= unread
+    return bool(by_source or unread)
+
+
+def _store_derived_values(amendments: Amendments, draft: Draft, faults: list[Fault]) -> bool:
+    """Remedy 1, where all that is wrong is in derivations of our own."""
+    found: set[fx.Node] = set()
+    for fault in faults:
+        if fault.read.name in draft.recomputed:
+            continue
+        found |= {node for node, chain in draft.derivations.items() if fault.read in chain}
+    amendments.underivable |= found
+    return bool(found)
+
+
+def _store_clone_or_keep(
+    amendments: Amendments,
+    draft: Draft,
+    value: fx.Node,
+    source: fx.Node,
+    faults: list[Fault],
+) -> None:
+    """Remedies 2 and 3.
+
+    Args:
+        amendments: extended.
+        draft: of the plan.
+        value: a value that plain Inductor saves.
+        source: itself, or what is stored for it.
+        faults: of `source`.
+    """
+    if value not in draft.nbytes_exact:
+        return
+    first = faults[0]
+    read = allocating_node(first.read)
+    how: Literal["encoded", "exact"] = "encoded" if first.in_forward else "exact"
+    is_clone = read in draft.clones or read in amendments.stored
+    if is_clone and amendments.stored.get(read) != how:
+        amendments.stored[read] = how
+        amendments.stored_for.setdefault(read, set()).add(value)
+        if _pays(amendments, draft, value):
+            return
+    amendments.keep(value, _reason(first))
+
+
+def _pays(amendments: Amendments, draft: Draft, value: fx.Node) -> bool:
+    """Does what is stored for a value take less than the value itself?"""
+    nbytes = 0
+    for node, sources in amendments.stored_for.items():
+        if value in sources:
+            encoded = draft.nbytes_encoded(node)
+            exact = storage_nbytes(node.meta["val"])
+            if amendments.stored[node] == "encoded" and encoded is None:
+                return False
+            nbytes += exact if amendments.stored[node] == "exact" else encoded or 0
+    return nbytes < draft.nbytes_exact[value]
+
+
+def _reason(fault: Fault) -> Reason:
+    """Reason code, and the operator with its place in the user's code."""
+    origin = origin_of(fault.operator)
+    where = f" at {origin.file}:{origin.line}" if origin.file else ""
+    return _CODES[fault.problem], f"{origin.op}{where}"

@@ -1,0 +1,153 @@
+"""Part of pass 5, soundness: which values hold numbers that stand for "nothing here".
+
+    scores = where(mask, -1e9, scores)      one such number sets the scale of its group,
+                                            and every real score beside it decodes to zero
+
+Sources of sentinels are constants of large magnitude: written by `where` or padding, or multiplied with something that only
+depends on the step's data, as in `(1 - mask) * -10000`. A mask that is an input of the graph counts, too: a floating-point
+input, not of one dimension, that is added to a larger value. Whatever maps large numbers to bounded ones ends the trail.
+"""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Collection, Mapping
+from typing import Literal
+
+import torch.fx as fx
+
+from prac_fx.graph_edit import tensor_value
+from prac_fx.memory import size_hint
+from prac_fx.passes.operators import operator_name, operator_of
+from prac_fx.passes.ranges import number
+from prac_fx.torch_compat import argument_index
+
+Sign = Literal["negative", "positive"]
+_NOTHING: frozenset[Sign] = frozenset()
+_BOTH: frozenset[Sign] = frozenset(("negative", "positive"))
+
+# An activation is smaller than this in magnitude; a constant beyond it is no scale factor.
+_LARGE = 1000.0
+_BOUNDED = frozenset(
+    """aten.sigmoid aten.tanh aten.erf aten.erfc aten.sin aten.cos aten.atan aten._softmax aten.softmax aten.sign aten.sgn
+    aten.rsqrt aten.reciprocal aten.eq aten.ne aten.lt aten.le aten.gt aten.ge aten.argmax aten.argmin""".split()
+)
+_WITHOUT_NEGATIVE = frozenset(
+    "aten.exp aten.exp2 aten.relu aten.silu aten.gelu aten.softplus aten.amax aten.max aten.clamp_min".split()
+)
+_WITHOUT_POSITIVE = frozenset("aten.amin aten.min aten.clamp_max".split())
+# These write or add one argument into another.
+_WRITES = frozenset(
+    "aten.where aten.masked_fill aten.index_put aten.scatter aten.constant_pad_nd aten.fill".split()
+)
+
+
+def sentinels(
+    graph: fx.Graph, backward: Collection[fx.Node], parameters: Collection[int]
+) -> Mapping[fx.Node, fx.Node]:
+    """The forward values that may hold sentinels, each with the operator that brought them in.
+
+    Args:
+        graph: the joint graph.
+        backward: its nodes that depend on the tangents.
+        parameters: argument indices of parameters.
+    """
+    signs: dict[fx.Node, frozenset[Sign]] = {}
+    origin: dict[fx.Node, fx.Node] = {}
+    learned = _depends_on(graph, parameters)
+    for node in graph.nodes:
+        if node.op != "call_function" or node in backward:
+            continue
+        found = _written(node, learned)
+        source = node
+        for arg in node.all_input_nodes:
+            more = _handed_on(node, signs.get(arg, _NOTHING))
+            if more:
+                found, source = found | more, origin[arg]
+        if found:
+            signs[node], origin[node] = found, source
+    return origin
+
+
+def _depends_on(graph: fx.Graph, parameters: Collection[int]) -> set[fx.Node]:
+    found: set[fx.Node] = set()
+    for node in graph.nodes:
+        is_parameter = node.op == "placeholder" and argument_index(node) in parameters
+        if is_parameter or any(arg in found for arg in node.all_input_nodes):
+            found.add(node)
+    return found
+
+
+def _handed_on(node: fx.Node, signs: frozenset[Sign]) -> frozenset[Sign]:
+    """What is left of an argument's sentinels in the result."""
+    if not signs or node.target is operator.getitem:
+        return signs
+    name = operator_name(node)
+    value = tensor_value(node)
+    if (
+        name in _BOUNDED
+        or "attention" in name
+        or (value is not None and not value.dtype.is_floating_point)
+    ):
+        return _NOTHING
+    if name in _WITHOUT_NEGATIVE:
+        return signs - {"negative"}
+    if name in _WITHOUT_POSITIVE:
+        return signs - {"positive"}
+    is_sum = operator_of(node).response(0) in ("linear", "discontinuous")
+    return signs if is_sum and name not in ("aten.neg", "aten.sub", "aten.rsub") else _BOTH
+
+
+def _written(node: fx.Node, learned: Collection[fx.Node]) -> frozenset[Sign]:
+    """Sentinels that the node itself brings in."""
+    name = operator_name(node)
+    if name in _WRITES:
+        given = [number(arg) for arg in (*node.args, *node.kwargs.values())]
+        return _signs(*given)
+    if name == "aten.mul" and node not in learned:
+        return _BOTH if _signs(*map(number, node.args)) else _NOTHING
+    if name in ("aten.add", "aten.sub"):
+        numbers = _signs(*map(number, node.args[:2]))
+        return numbers or (_BOTH if _adds_a_mask(node, learned) else _NOTHING)
+    return _NOTHING
+
+
+def _signs(*numbers: float | None) -> frozenset[Sign]:
+    found: set[Sign] = set()
+    for one in numbers:
+        if one is not None and abs(one) >= _LARGE:
+            found.add("positive" if one > 0 else "negative")
+    return frozenset(found)
+
+
+def _adds_a_mask(node: fx.Node, learned: Collection[fx.Node]) -> bool:
+    """Is one summand a smaller floating-point input, of more than one dimension, and the other one learned?"""
+    mask, other = _inputs_behind(node)
+    if mask is None or other is None or other not in learned:
+        return False
+    small, whole = tensor_value(mask), tensor_value(node)
+    if small is None or whole is None or not small.dtype.is_floating_point:
+        return False
+    sizes = [size for size in map(size_hint, small.shape) if size != 1]
+    return len(sizes) > 1 and size_hint(small.numel()) < size_hint(whole.numel())
+
+
+def _inputs_behind(node: fx.Node) -> tuple[fx.Node | None, fx.Node | None]:
+    """A summand that is an input of the graph, behind views and casts, and the other summand."""
+    summands = [arg for arg in node.args[:2] if isinstance(arg, fx.Node)]
+    if len(summands) == 2:
+        for mask, other in (summands, summands[::-1]):
+            source = mask
+            while source.op == "call_function" and len(source.all_input_nodes) == 1:
+                if operator_name(source) not in _UNCHANGED:
+                    break
+                source = source.all_input_nodes[0]
+            if source.op == "placeholder":
+                return source, other
+    return None, None
+
+
+_UNCHANGED = frozenset(
+    """aten.view aten.expand aten.unsqueeze aten.permute aten.slice aten.select aten.clone aten._to_copy
+    prims.convert_element_type""".split()
+)
