@@ -12,11 +12,9 @@ from __future__ import annotations
 
 from collections.abc import Collection
 from dataclasses import dataclass
-from typing import Any
 
 import torch.fx as fx
 
-from prac_fx.graph_edit import tensor_value
 from prac_fx.torch_compat import argument_index
 
 
@@ -28,8 +26,8 @@ class Classification:
         backward: nodes that depend on a tangent, the tangents included.
         crossing: forward nodes that a backward node reads, in graph order.
         activations: forward nodes that depend on the step's data, not on parameters and buffers alone.
-        before_parameters: forward nodes that meet a parameter later on, in this graph or, for all we know, behind
-            an output that is not a loss (one number, or one for each sample). The others are the loss.
+        before_parameters: forward nodes that meet a parameter later on in this graph. The others are the loss, or may
+            be part of one: a graph may return log-probabilities, and the loss is made of them outside.
     """
 
     backward: frozenset[fx.Node]
@@ -42,7 +40,6 @@ def classify(
     graph: fx.Graph,
     static_arguments: Collection[int] = (),
     parameters: Collection[int] = (),
-    num_fwd_outputs: int = 0,
 ) -> Classification:
     """Classify every node of a joint graph; reads only.
 
@@ -50,7 +47,6 @@ def classify(
         graph: the joint graph.
         static_arguments: argument indices of parameters and buffers.
         parameters: argument indices of parameters, frozen ones included.
-        num_fwd_outputs: how many of the graph's outputs are forward outputs.
     """
     backward: set[fx.Node] = set()
     for node in graph.nodes:
@@ -65,9 +61,7 @@ def classify(
         if node not in backward and any(user in backward for user in node.users)
     )
     activations = _activations(graph, backward, static_arguments)
-    outputs: Any = next(iter(graph.find_nodes(op="output"))).args[0]
-    results = {node for node in outputs[:num_fwd_outputs] if not _is_loss(node)}
-    before = _before_parameters(graph, backward, activations, parameters, results)
+    before = _before_parameters(graph, backward, activations, parameters)
     return Classification(frozenset(backward), crossing, activations, before)
 
 
@@ -84,17 +78,11 @@ def _activations(
     return frozenset(found)
 
 
-def _is_loss(node: object) -> bool:
-    value = tensor_value(node) if isinstance(node, fx.Node) else None
-    return value is None or value.dim() <= 1
-
-
 def _before_parameters(
     graph: fx.Graph,
     backward: Collection[fx.Node],
     activations: Collection[fx.Node],
     parameters: Collection[int],
-    results: Collection[fx.Node],
 ) -> frozenset[fx.Node]:
     # what is computed from parameters alone counts as a parameter: a cast or a transposed weight
     weights: set[fx.Node] = set()
@@ -108,7 +96,7 @@ def _before_parameters(
         if node in backward or node in weights:
             continue
         forward_users = [user for user in node.users if user not in backward]
-        if node in results or any(
+        if any(
             user in found or any(arg in weights for arg in user.all_input_nodes)
             for user in forward_users
             if user.op != "output"

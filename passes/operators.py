@@ -183,6 +183,23 @@ OPERATORS: Mapping[str, Operator] = {
 _UNKNOWN = Operator(("unknown",))
 
 
+# Products of one argument with itself.
+POWERS = frozenset(
+    "aten.pow aten.square aten.prod aten.cumprod aten.var aten.var_mean aten.linalg_vector_norm".split()
+)
+_FLOATS = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
+
+
+def is_rounded(node: fx.Node) -> bool:
+    """Are the results bools, whole numbers, or numbers of 8 bits?"""
+    if node.kwargs.get("rounding_mode") is not None:
+        return True
+    value = node.meta.get("val")
+    if not isinstance(value, torch.Tensor) or value.is_complex():
+        return False
+    return value.dtype not in _FLOATS
+
+
 def operator_name(node: fx.Node) -> str:
     """Namespace and name without the overload, such as `aten.mul`."""
     target: Any = node.target

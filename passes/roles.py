@@ -7,7 +7,9 @@
 
 A matmul in backward is a *weight gradient* when one operand is the saved value (or a reshaping view of
 it), the other depends on the tangents, and its result reaches nothing but gradients of trainable leaves,
-meeting no other activation on its way: nothing that multiplies it again depends on the step's data.
+meeting no other activation on its way: nothing that multiplies it again depends on the step's data. What it meets must
+also be linear: a gradient that the user's own code normalises, clips or rounds inside of the graph is no longer right on
+average.
 """
 
 from __future__ import annotations
@@ -21,6 +23,7 @@ import torch.fx as fx
 
 from prac_fx.graph_edit import RESHAPING_VIEWS
 from prac_fx.passes.classify import Classification
+from prac_fx.passes.operators import POWERS, is_rounded, operator_name, operator_of, positions
 from prac_fx.passes.survey import SavedValue, Survey
 from prac_fx.torch_compat import gradient_argument_index
 
@@ -82,7 +85,7 @@ class _Gradients:
 
     Attributes:
         impure: nodes that reach an output which is not the gradient of a trainable leaf, or meet an
-            activation on their way to one.
+            activation or an operator that is not linear on their way to one.
         owner: for the other nodes, the smallest argument index among the leaves they reach.
     """
 
@@ -176,11 +179,25 @@ def _trace_gradients(
             meets_activation = any(
                 arg in classification.activations for arg in user.all_input_nodes
             )
-            if user in impure or meets_activation:
+            if user in impure or meets_activation or not _is_linear(user, node, classification):
                 impure.add(node)
             if user in owner:
                 owner[node] = min(owner[user], owner.get(node, owner[user]))
     return _Gradients(frozenset(impure), owner)
+
+
+def _is_linear(user: fx.Node, gradient: fx.Node, classification: Classification) -> bool:
+    """Is an operator linear in a gradient, and in nothing else that depends on it?"""
+    row = operator_of(user)
+    responses = {row.response(position) for position in positions(user, gradient)}
+    if is_rounded(user) or not responses <= {"linear", "product"}:
+        return False
+    others = (arg for arg in user.all_input_nodes if arg is not gradient)
+    is_multiplied = operator_name(user) in POWERS or any(
+        arg in classification.backward for arg in others
+    )
+    adds_up = {row.response(position) for position in range(len(user.args))} == {"linear"}
+    return adds_up or not is_multiplied
 
 
 def _readers(

@@ -61,7 +61,7 @@ def sentinels(
         found = _written(node, learned)
         source = node
         for arg in node.all_input_nodes:
-            more = _handed_on(node, signs.get(arg, _NOTHING))
+            more = _handed_on(node, arg, signs.get(arg, _NOTHING))
             if more:
                 found, source = found | more, origin[arg]
         if found:
@@ -78,24 +78,32 @@ def _depends_on(graph: fx.Graph, parameters: Collection[int]) -> set[fx.Node]:
     return found
 
 
-def _handed_on(node: fx.Node, signs: frozenset[Sign]) -> frozenset[Sign]:
+def _handed_on(node: fx.Node, arg: fx.Node, signs: frozenset[Sign]) -> frozenset[Sign]:
     """What is left of an argument's sentinels in the result."""
     if not signs or node.target is operator.getitem:
         return signs
     name = operator_name(node)
     value = tensor_value(node)
-    if (
-        name in _BOUNDED
-        or "attention" in name
-        or (value is not None and not value.dtype.is_floating_point)
-    ):
+    if name in _BOUNDED or "attention" in name:
+        return _NOTHING
+    if value is not None and not value.dtype.is_floating_point:
         return _NOTHING
     if name in _WITHOUT_NEGATIVE:
         return signs - {"negative"}
     if name in _WITHOUT_POSITIVE:
         return signs - {"positive"}
+    if name == "aten.neg" or (name == "aten.sub" and arg is node.args[1]):
+        return _flipped(signs)
+    if name in ("aten.mul", "aten.div"):
+        factor = number(node.args[1])
+        if factor is not None:
+            return signs if factor > 0 else _flipped(signs)
     is_sum = operator_of(node).response(0) in ("linear", "discontinuous")
-    return signs if is_sum and name not in ("aten.neg", "aten.sub", "aten.rsub") else _BOTH
+    return signs if is_sum and name != "aten.rsub" else _BOTH
+
+
+def _flipped(signs: frozenset[Sign]) -> frozenset[Sign]:
+    return frozenset("positive" if sign == "negative" else "negative" for sign in signs)
 
 
 def _written(node: fx.Node, learned: Collection[fx.Node]) -> frozenset[Sign]:

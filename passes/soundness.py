@@ -33,7 +33,15 @@ import torch.fx as fx
 
 from prac_fx.graph_edit import allocating_node, tensor_value
 from prac_fx.passes.chains import is_reduction, is_view
-from prac_fx.passes.operators import Operator, Response, operator_name, operator_of, positions
+from prac_fx.passes.operators import (
+    POWERS,
+    Operator,
+    Response,
+    is_rounded,
+    operator_name,
+    operator_of,
+    positions,
+)
 from prac_fx.passes.ranges import ANYTHING, Range, number, ranges
 from prac_fx.passes.roles import attention_kind
 from prac_fx.torch_compat import has_tag_must_recompute
@@ -194,7 +202,7 @@ class _Walk:
                 self._fault(node, arg, response)
                 broken |= usable
             elif response != "linear":
-                self._curve(node, usable, response, bits)
+                self._curve(node, arg, response, bits)
             bits |= usable if is_backward else given.sources
             broken |= given.broken
         if bits:
@@ -249,10 +257,12 @@ class _Walk:
             in_forward = is_pending and read not in self.backward and read is not source
             self.faults[Fault(source, operator, response, read, in_forward)] = None
 
-    def _curve(self, node: fx.Node, sources: int, response: Response, others: int) -> None:
+    def _curve(self, node: fx.Node, arg: fx.Node, response: Response, others: int) -> None:
         """Note that gradients are right to first order only. Products of different values are right on average."""
-        is_square = len(node.all_input_nodes) == 1
-        twice = sources & others if response == "product" and not is_square else sources
+        is_power = operator_name(node) in POWERS or len(list(positions(node, arg))) > 1
+        given = self.noise[arg]
+        sources = given.sources & ~given.broken
+        twice = sources if is_power or response != "product" else sources & others
         for source in self._sources(twice):
             self.curved.setdefault(source, node)
 
@@ -269,7 +279,7 @@ class _Walk:
         response = max(found, key=_SEVERITY.__getitem__)
         if response == "size_only":
             return response
-        if _is_rounded(node):
+        if is_rounded(node):
             response = "discontinuous"
         if operator_name(node) == "aten.pow":
             response = _power(node, arg)
@@ -399,20 +409,11 @@ _LOGISTIC = {
     ("aten.log", "one plus exponential"),
     ("aten.log1p", "exponential"),
 }
-_FLOATS = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
 
 def _reads_bits(node: fx.Node) -> bool:
     """`view(dtype)`: the same bits as other numbers."""
     return str(node.target) == "aten.view.dtype"
-
-
-def _is_rounded(node: fx.Node) -> bool:
-    """Are the results bools, whole numbers, or numbers of 8 bits?"""
-    if node.kwargs.get("rounding_mode") is not None:
-        return True
-    value = tensor_value(node)
-    return value is not None and not value.is_complex() and value.dtype not in _FLOATS
 
 
 def _power(node: fx.Node, arg: fx.Node) -> Response:

@@ -53,7 +53,7 @@ def joint_facts(graph: fx.Graph, num_results: int, parameters: Collection[int]) 
     loss: set[fx.Node] = set()
     logits: set[fx.Node] = set()
     if loss_result >= 0:
-        found = classify(graph, parameters, parameters, 0)
+        found = classify(graph, parameters, parameters)
         loss, logits = _forward_loss(outputs[loss_result], found)
         loss |= _backward_loss(graph, found, loss, parameters)
     return JointFacts(

@@ -83,7 +83,7 @@ def analyse(
         *(partition_options.get("static_lifetime_input_indices") or ()),
     }
     num_fwd_outputs = partition_options["num_fwd_outputs"]
-    classification = classify(gm.graph, static, arguments.parameters, num_fwd_outputs)
+    classification = classify(gm.graph, static, arguments.parameters)
     roles = assign_roles(
         gm.graph,
         classification,
