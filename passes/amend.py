@@ -24,6 +24,7 @@ from prac_fx.graph_edit import allocating_node
 from prac_fx.memory import storage_nbytes
 from prac_fx.origin import origin_of
 from prac_fx.passes.soundness import Fault, Problem, Verdict
+from prac_fx.torch_compat import has_tag_must_recompute
 
 Reason = tuple[str, str]  # code of `plan.REASONS` and detail
 
@@ -142,8 +143,9 @@ def _store_clone_or_keep(
     first = faults[0]
     read = allocating_node(first.read)
     how: Literal["encoded", "exact"] = "encoded" if first.in_forward else "exact"
-    is_clone = read in draft.clones or read in amendments.stored
-    if is_clone and amendments.stored.get(read) != how:
+    # of a region that the user has computed again, nothing is stored
+    is_clone = read in draft.clones and not has_tag_must_recompute(read)
+    if (is_clone or read in amendments.stored) and amendments.stored.get(read) != how:
         amendments.stored[read] = how
         amendments.stored_for.setdefault(read, set()).add(value)
         if _pays(amendments, draft, value):

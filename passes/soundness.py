@@ -24,6 +24,7 @@ belong to that value, and only roots, quotients and roundings of single elements
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Literal
@@ -239,23 +240,23 @@ class _Walk:
             return
         self.read.update(self._sources(given.sources))
         for source in self._sources(given.broken):
-            operator, problem = self.broken_by[arg, source]
+            culprit, problem = self.broken_by[arg, source]
             is_clone = allocating_node(arg) is not source
-            self.faults[Fault(source, operator, problem, arg, is_clone)] = None
+            self.faults[Fault(source, culprit, problem, arg, is_clone)] = None
 
     def _fault(self, node: fx.Node, arg: fx.Node, response: Response) -> None:
         """An operator does not tolerate the error of an argument."""
         given = self.noise[arg]
         is_pending = given.form != "plain" and given.exponential is not None
-        operator = given.exponential if is_pending and given.exponential else node
+        culprit = given.exponential if is_pending and given.exponential else node
         if node not in self.backward and node.op != "output":
             for source in self._sources(given.sources & ~given.broken):
-                self.broken_by.setdefault((node, source), (operator, response))
+                self.broken_by.setdefault((node, source), (culprit, response))
             return
         read = given.read or arg
         for source in self._sources(given.sources & ~given.broken):
             in_forward = is_pending and read not in self.backward and read is not source
-            self.faults[Fault(source, operator, response, read, in_forward)] = None
+            self.faults[Fault(source, culprit, response, read, in_forward)] = None
 
     def _curve(self, node: fx.Node, arg: fx.Node, response: Response, others: int) -> None:
         """Note that gradients are right to first order only. Products of different values are right on average."""
@@ -270,6 +271,8 @@ class _Walk:
 
     def _response(self, node: fx.Node, arg: fx.Node) -> Response:
         """What the operator makes of an error in one argument, everything considered."""
+        if node.target is operator.getitem:
+            return "linear"
         if is_view(node):
             return "linear" if not _reads_bits(node) else "discontinuous"
         if "attention" in str(node.target):
@@ -299,7 +302,9 @@ class _Walk:
             return "smooth"
         if arg in self.backward:
             return "linear"
-        return "exponential" if attention_kind(node, arg) == "attention_statistic" else "product"
+        is_statistic = attention_kind(node, arg) == "attention_statistic"
+        # a region's own statistics belong to the decoded value
+        return "exponential" if is_statistic and not has_tag_must_recompute(arg) else "product"
 
     def _is_average(self, node: fx.Node, arg: fx.Node) -> bool:
         """Is the argument, or the result, an average over many elements in which single errors do not count?"""
