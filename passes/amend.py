@@ -23,6 +23,7 @@ import torch.fx as fx
 from prac_fx.graph_edit import allocating_node
 from prac_fx.memory import storage_nbytes
 from prac_fx.origin import origin_of
+from prac_fx.passes.operators import operator_name
 from prac_fx.passes.soundness import Fault, Problem, Verdict
 from prac_fx.torch_compat import has_tag_must_recompute
 
@@ -35,6 +36,12 @@ _CODES: Mapping[Problem, str] = {
     "unknown": "unknown_operator",
     "sentinel": "sentinel",
 }
+
+# Singular where their slope is, but their results are no larger than what they are of.
+_MODERATE = frozenset(
+    """aten.sqrt aten.log aten.log2 aten.log10 aten.log1p aten.hypot aten.linalg_vector_norm aten.std aten.atan2
+    aten.angle aten.asin aten.acos aten.asinh""".split()
+)
 
 
 @dataclass
@@ -142,7 +149,7 @@ def _store_clone_or_keep(
         return
     first = faults[0]
     read = allocating_node(first.read)
-    how: Literal["encoded", "exact"] = "encoded" if first.in_forward else "exact"
+    how: Literal["encoded", "exact"] = "encoded" if _is_moderate(first) else "exact"
     # of a region that the user has computed again, nothing is stored
     is_clone = read in draft.clones and not has_tag_must_recompute(read)
     if (is_clone or read in amendments.stored) and amendments.stored.get(read) != how:
@@ -151,6 +158,13 @@ def _store_clone_or_keep(
         if _pays(amendments, draft, value):
             return
     amendments.keep(value, _reason(first))
+
+
+def _is_moderate(fault: Fault) -> bool:
+    """Could a codec store what the operator made? Not if single elements may be as large as one pleases."""
+    if not fault.in_forward:
+        return False
+    return fault.problem != "singular" or operator_name(fault.operator) in _MODERATE
 
 
 def _pays(amendments: Amendments, draft: Draft, value: fx.Node) -> bool:

@@ -33,7 +33,7 @@ import torch
 import torch.fx as fx
 
 from prac_fx.graph_edit import allocating_node, tensor_value
-from prac_fx.passes.chains import is_reduction, is_view
+from prac_fx.passes.chains import is_cheap, is_reduction, is_view
 from prac_fx.passes.operators import (
     POWERS,
     Operator,
@@ -103,6 +103,7 @@ class _Noise:
         exponential: the operator that made it one.
         read: the clone with the exponential that backward read.
         averaged: a reduction over many elements.
+        curved: those of the sources whose mean is right to first order only.
     """
 
     sources: int
@@ -112,6 +113,7 @@ class _Noise:
     exponential: fx.Node | None = None
     read: fx.Node | None = None
     averaged: bool = False
+    curved: int = 0
 
 
 def judge(
@@ -151,7 +153,8 @@ class _Walk:
         self.decoded = decoded
         self.clones = clones
         self.ranges = ranges(graph, backward, decoded)
-        self.noise = {node: _Noise(1 << bit) for bit, node in enumerate(decoded)}
+        self.bits = {node: 1 << bit for bit, node in enumerate(decoded)}
+        self.noise = {node: _Noise(bit) for node, bit in self.bits.items()}
         # the first operator that broke a source on the way to a clone
         self.broken_by: dict[tuple[fx.Node, fx.Node], tuple[fx.Node, Problem]] = {}
         self.faults: dict[Fault, None] = {}
@@ -172,7 +175,7 @@ class _Walk:
             if node.op == "output":
                 for arg in noisy:
                     if arg in self.backward and self.noise[arg].form != "plain":
-                        self._fault(node, arg, "exponential")
+                        self._fault(node, arg, "exponential", self.noise[arg].sources)
             elif noisy and (node in self.backward or node in self.clones):
                 self._pass_on(node, noisy)
 
@@ -193,21 +196,24 @@ class _Walk:
         form, responses = self._with_exponentials(
             node, {arg: self._response(node, arg) for arg in noisy}
         )
-        bits = broken = 0
+        bits = broken = curved = 0
         for arg, response in responses.items():
             given = self.noise[arg]
             usable = given.sources & ~given.broken
             if response == "size_only":
                 continue
             if _SEVERITY[response] >= _SEVERITY["exponential"]:
-                self._fault(node, arg, response)
-                broken |= usable
+                broken |= self._fault(node, arg, response, usable)
             elif response != "linear":
-                self._curve(node, arg, response, bits)
+                curved |= self._curve(node, arg, response, bits)
+            amplified = given.curved & self._divides(node, arg)
+            broken |= self._fault(node, arg, "singular", amplified) if amplified else 0
             bits |= usable if is_backward else given.sources
             broken |= given.broken
+            curved |= given.curved
         if bits:
             self._set(node, responses, bits, 0 if is_backward else broken, form)
+            self.noise[node] = replace(self.noise[node], curved=curved)
 
     def _set(
         self,
@@ -244,21 +250,22 @@ class _Walk:
             is_clone = allocating_node(arg) is not source
             self.faults[Fault(source, culprit, problem, arg, is_clone)] = None
 
-    def _fault(self, node: fx.Node, arg: fx.Node, response: Response) -> None:
-        """An operator does not tolerate the error of an argument."""
+    def _fault(self, node: fx.Node, arg: fx.Node, response: Response, bits: int) -> int:
+        """An operator does not tolerate the errors of these sources in an argument."""
         given = self.noise[arg]
         is_pending = given.form != "plain" and given.exponential is not None
         culprit = given.exponential if is_pending and given.exponential else node
         if node not in self.backward and node.op != "output":
-            for source in self._sources(given.sources & ~given.broken):
+            for source in self._sources(bits):
                 self.broken_by.setdefault((node, source), (culprit, response))
-            return
+            return bits
         read = given.read or arg
-        for source in self._sources(given.sources & ~given.broken):
+        for source in self._sources(bits):
             in_forward = is_pending and read not in self.backward and read is not source
             self.faults[Fault(source, culprit, response, read, in_forward)] = None
+        return bits
 
-    def _curve(self, node: fx.Node, arg: fx.Node, response: Response, others: int) -> None:
+    def _curve(self, node: fx.Node, arg: fx.Node, response: Response, others: int) -> int:
         """Note that gradients are right to first order only. Products of different values are right on average."""
         is_power = operator_name(node) in POWERS or len(list(positions(node, arg))) > 1
         given = self.noise[arg]
@@ -266,6 +273,41 @@ class _Walk:
         twice = sources if is_power or response != "product" else sources & others
         for source in self._sources(twice):
             self.curved.setdefault(source, node)
+        return twice
+
+    def _divides(self, node: fx.Node, arg: fx.Node) -> int:
+        """The sources that an exact divisor of an argument follows from, element by element.
+
+        Where they are small, so is the divisor, and what is right to first order only is off by as much more.
+        """
+        name = operator_name(node)
+        if name == "aten.div" and node.args[0] is arg:
+            divisor = node.args[1]
+        elif name == "aten.mul":
+            divisor = node.args[1 if node.args[0] is arg else 0]
+            if not isinstance(divisor, fx.Node) or operator_name(divisor) not in _INVERSES:
+                return 0
+        else:
+            return 0
+        if not isinstance(divisor, fx.Node) or divisor in self.noise or divisor in self.backward:
+            return 0
+        low, high = self._range(divisor)
+        return (
+            0 if low >= _SMALLEST_SUMMAND or high <= -_SMALLEST_SUMMAND else self._behind(divisor)
+        )
+
+    def _behind(self, node: fx.Node) -> int:
+        """The sources behind a forward node, by elementwise operators and views alone."""
+        bits, pending, seen = 0, [node], {node}
+        while pending:
+            one = pending.pop()
+            if one in self.bits:
+                bits |= self.bits[one]
+            elif is_cheap(one):
+                fresh = [arg for arg in one.all_input_nodes if arg not in seen]
+                seen.update(fresh)
+                pending += fresh
+        return bits
 
     # -- responses ---------------------------------------------------------------------------------------------
 
@@ -407,6 +449,7 @@ _SEVERITY: Mapping[Response, int] = {
     )
 }
 _CARRY = ("aten.expand", "aten.clone", "prims.convert_element_type", "aten._to_copy", "aten.neg")
+_INVERSES = ("aten.reciprocal", "aten.rsqrt")
 _EXPONENTIALS = ("aten.exp", "aten.exp2", "aten.expm1")
 # with z = exp(x): 1 / (1 + z), log(1 + z)
 _LOGISTIC = {
