@@ -10,7 +10,8 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
-from prac_fx.errors import StateError
+from prac_fx.errors import StateError, one_line
+from prac_fx.saved_entries import shown
 from prac_fx.saved_state import load_state_dict, state_dict
 
 _SHARED = "shared"
@@ -56,8 +57,11 @@ class CheckpointState:
         pipeline stages may lie elsewhere than in the saved run.
 
         Raises:
-            StateError: an entry is not what `state_dict` returned, or does not fit the model.
+            StateError: an entry is not what `state_dict` returned, or does not fit the model. Nothing is
+                changed then.
         """
+        if not isinstance(state, Mapping):
+            raise StateError(f"state of all ranks: expected a mapping, got {shown(state)}")
         for key in (_own_key(), _SHARED):
             packed = state.get(key)
             # an entry that the checkpoint lacks is still the object that was handed out to be filled
@@ -78,4 +82,4 @@ def _unpack(packed: object, key: str) -> Any:
     try:
         return torch.load(io.BytesIO(packed), weights_only=True, map_location="cpu")
     except Exception as error:
-        raise StateError(f"entry {key!r} cannot be read: {error}") from error
+        raise StateError(f"entry {key!r} cannot be read: {one_line(error)}") from error

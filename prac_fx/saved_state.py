@@ -2,27 +2,34 @@
 
 from __future__ import annotations
 
-import dataclasses
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
 
-from prac_fx.codecs import PracCodec
 from prac_fx.data_parallel import home_of, sharded_parameters
-from prac_fx.errors import StateError
+from prac_fx.errors import StateError, one_line
 from prac_fx.rounding_state import rounding_seed_of, set_rounding_seed
+from prac_fx.saved_entries import (
+    NUMBERS,
+    LoadedSeed,
+    LoadedSubspace,
+    parameter_of,
+    read_seed,
+    read_subspace,
+    seed_entry,
+    shown,
+    subspace_entry,
+)
 from prac_fx.state import Subspace, SubspaceKey, adopt, owned_by
 
-STATE_VERSION = 3
+STATE_VERSION = 4
 
-# Fields of a `Subspace` that are saved as they are, beside its stream.
-_NUMBERS = ("replica", "steps", "next_refresh", "next_tail", "draws", "refreshes")
 # Parts of names that wrappers add: a checkpoint of a wrapped model fits the bare one, and the other way round.
 _WRAPPERS = ("_orig_mod.", "_checkpoint_wrapped_module.")
-_STREAM_DIGITS = 32
+_FIELDS = ("version", "subspaces", "rounding")
 
 
 def state_dict(model: torch.nn.Module) -> dict[str, Any]:
@@ -32,30 +39,17 @@ def state_dict(model: torch.nn.Module) -> dict[str, Any]:
 
     Returns:
         Plain tensors, numbers and text, so that `torch.load(weights_only=True)` reads it. The tensors
-        are copies. Loading it on the same rank resumes a run bit for bit.
+        are copies. Loading it on the same rank resumes a run bit for bit. A basis that is damaged (see
+        `is_basis`) is left out: who loads this starts from a new one.
     """
     subspaces, seeds = [], []
     for name, owner in _owners(model).items():
         rounding = rounding_seed_of(owner)
         if rounding is not None:
-            entry = {"parameter": name, "stream": rounding.stream, "steps": rounding.steps}
-            seeds.append(entry)
-        subspaces += [_entry(name, subspace) for subspace in owned_by(owner).values()]
+            seeds.append(seed_entry(name, rounding))
+        entries = [subspace_entry(name, owner, subspace) for subspace in owned_by(owner).values()]
+        subspaces += [entry for entry in entries if entry is not None]
     return {"version": STATE_VERSION, "subspaces": subspaces, "rounding": seeds}
-
-
-def _entry(name: str, subspace: Subspace) -> dict[str, Any]:
-    key = subspace.key
-    return {
-        "parameter": name,
-        "slot": key.slot,
-        "codec": dataclasses.asdict(key.codec),
-        "dtype": str(key.dtype).removeprefix("torch."),
-        "basis": subspace.basis.clone(),
-        "rows": None if subspace.rows is None else subspace.rows.clone(),
-        "stream": subspace.stream,
-        **{number: getattr(subspace, number) for number in _NUMBERS},
-    }
 
 
 def _owners(model: torch.nn.Module) -> dict[str, Tensor]:
@@ -72,6 +66,7 @@ def _owners(model: torch.nn.Module) -> dict[str, Tensor]:
     return found
 
 
+@torch.inference_mode(False)  # a basis made within inference mode could not be refreshed outside
 @torch.no_grad()
 def load_state_dict(
     model: torch.nn.Module, state: Mapping[str, Any], *, strict: bool = True
@@ -88,30 +83,78 @@ def load_state_dict(
         strict: refuse parameters that the model does not have, instead of leaving them out.
 
     Raises:
-        StateError: wrong version, missing or unknown fields, a parameter that the model does not have, or
-            a tensor whose shape does not fit its codec. Nothing is changed then.
+        StateError: it is not what `state_dict` returned for such a model: another version; missing, unknown or
+            ill-typed fields; the same state twice; a parameter that the model does not have, that has another
+            shape there, or that has no values yet; numbers that contradict each other; a basis or rows of another
+            shape or dtype, sparse, without values or not finite; a basis that is not orthonormal. All of `state`
+            is checked before anything is changed.
     """
-    if not isinstance(state, Mapping) or state.get("version") != STATE_VERSION:
-        found = state.get("version") if isinstance(state, Mapping) else type(state).__name__
-        raise StateError(f"subspace state: expected version {STATE_VERSION}, got {found!r}")
-    owners = _owners(model)
-
-    def known(entries: Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
-        return [entry for entry in entries if strict or entry["parameter"] in owners]
-
     try:
-        subspaces = [_parse(entry, owners) for entry in known(state["subspaces"])]
-        seeds = [_parse_seed(entry, owners) for entry in known(state["rounding"])]
-    except (KeyError, TypeError, AttributeError) as error:
-        raise StateError(f"subspace state: not what state_dict() returned: {error!r}") from error
-    for owner, stream, steps in seeds:
-        set_rounding_seed(owner, stream, steps, owner.device)
-    for owner, loaded in subspaces:
-        bound = owned_by(owner).get(loaded.key)
+        subspaces, seeds = _read(_owners(model), state, strict)
+    except StateError:
+        raise
+    except Exception as error:  # objects of unknown classes: nothing is changed yet
+        message = f"subspace state: not what state_dict() returned: {one_line(error)}"
+        raise StateError(message) from error
+    for seed in seeds:
+        set_rounding_seed(seed.owner, seed.stream, seed.steps, seed.owner.device)
+    for loaded in subspaces:
+        bound = owned_by(loaded.owner).get(loaded.subspace.key)
         if bound is None:
-            adopt(owner, loaded)
+            adopt(loaded.owner, loaded.subspace)
         else:
-            _overwrite(bound, loaded)
+            _overwrite(bound, loaded.subspace)
+
+
+def _read(
+    owners: Mapping[str, Tensor], state: object, strict: bool
+) -> tuple[list[LoadedSubspace], list[LoadedSeed]]:
+    """Everything in a saved state, checked."""
+    version = state.get("version") if isinstance(state, Mapping) else type(state).__name__
+    if not isinstance(state, Mapping) or type(version) is not int or version != STATE_VERSION:
+        raise StateError(f"subspace state: expected version {STATE_VERSION}, got {shown(version)}")
+    for name in _FIELDS:
+        if name not in state:
+            raise StateError(f"subspace state: field {name!r} is missing")
+    unknown = [name for name in state if name not in _FIELDS]
+    if unknown:
+        raise StateError(f"subspace state: unknown field {shown(unknown[0])}")
+    subspaces = [
+        read_subspace(entry, owners)
+        for entry in _entries(state["subspaces"], "subspaces", owners, strict)
+    ]
+    seeds = [
+        read_seed(entry, owners)
+        for entry in _entries(state["rounding"], "rounding", owners, strict)
+    ]
+    _check_distinct(subspaces, seeds)
+    return subspaces, seeds
+
+
+def _entries(
+    entries: object, where: str, owners: Mapping[str, Tensor], strict: bool
+) -> list[Mapping[str, Any]]:
+    """Entries of parameters that the model has; of all, when strict."""
+    if not isinstance(entries, list | tuple):
+        raise StateError(f"subspace state: {where} is {shown(entries)}, not a list")
+    names = [
+        parameter_of(entry, f"subspace state: {where}[{index}]")
+        for index, entry in enumerate(entries)
+    ]
+    pairs = zip(names, entries, strict=True)
+    return [entry for name, entry in pairs if strict or name in owners]
+
+
+def _check_distinct(subspaces: list[LoadedSubspace], seeds: list[LoadedSeed]) -> None:
+    """Of two entries for one state, one would be lost."""
+    seen: set[tuple[str, SubspaceKey | None]] = set()
+    keys = [(one.name, one.subspace.key) for one in subspaces]
+    for name, key in [*keys, *((one.name, None) for one in seeds)]:
+        if (name, key) in seen:
+            what = "rounding state" if key is None else "subspace state"
+            slot = "" if key is None else f", slot {key.slot} with this codec and dtype"
+            raise StateError(f"{what} of {name!r}{slot}: there twice")
+        seen.add((name, key))
 
 
 def _overwrite(bound: Subspace, loaded: Subspace) -> None:
@@ -120,59 +163,6 @@ def _overwrite(bound: Subspace, loaded: Subspace) -> None:
     if bound.rows is not None and loaded.rows is not None:
         bound.rows.copy_(loaded.rows)
     replica = bound.replica
-    for name in ("stream", "due", *_NUMBERS):
+    for name in ("stream", "due", *NUMBERS):
         setattr(bound, name, getattr(loaded, name))
     bound.draw_as(replica)
-
-
-def _parse_seed(entry: Mapping[str, Any], owners: Mapping[str, Tensor]) -> tuple[Tensor, str, int]:
-    where = f"rounding state of {entry['parameter']!r}"
-    return (
-        _owner(entry, owners, "rounding state"),
-        _stream(entry["stream"], where),
-        _number(entry["steps"], where, "steps"),
-    )
-
-
-def _parse(entry: Mapping[str, Any], owners: Mapping[str, Tensor]) -> tuple[Tensor, Subspace]:
-    owner = _owner(entry, owners, "subspace state")
-    where = f"subspace state of {entry['parameter']!r}"
-    codec = PracCodec(**entry["codec"])
-    key = SubspaceKey(entry["slot"], codec, getattr(torch, entry["dtype"]))
-    basis, rows = entry["basis"], entry["rows"]
-    if tuple(basis.shape) != codec.basis_shape:
-        raise StateError(
-            f"{where}: basis has shape {tuple(basis.shape)}, its codec needs {codec.basis_shape}"
-        )
-    expected_rows = (codec.sample_rows, codec.features) if codec.sample_rows else None
-    if (None if rows is None else tuple(rows.shape)) != expected_rows:
-        raise StateError(f"{where}: rows do not fit {expected_rows}")
-    place = {"device": owner.device, "dtype": key.dtype, "copy": True}
-    subspace = Subspace(
-        key=key,
-        basis=basis.to(**place),
-        rows=None if rows is None else rows.to(**place),
-        stream=_stream(entry["stream"], where),
-        **{name: _number(entry[name], where, name) for name in _NUMBERS},
-    )
-    return owner, subspace
-
-
-def _owner(entry: Mapping[str, Any], owners: Mapping[str, Tensor], what: str) -> Tensor:
-    name = entry["parameter"]
-    if name not in owners:
-        raise StateError(f"{what}: the model has no parameter {name!r}")
-    return owners[name]
-
-
-def _stream(stream: object, where: str) -> str:
-    is_text = isinstance(stream, str) and len(stream) == _STREAM_DIGITS
-    if not is_text or set(str(stream)) - set("0123456789abcdef"):
-        raise StateError(f"{where}: {stream!r} is not the name of a stream")
-    return str(stream)
-
-
-def _number(number: object, where: str, what: str) -> int:
-    if not isinstance(number, int) or number < 0:
-        raise StateError(f"{where}: {what} is {number!r}, not a count")
-    return number

@@ -24,6 +24,7 @@ from prac_fx.schedule import next_due
 from prac_fx.subspace import (
     draw_tail,
     initial_basis,
+    is_basis,
     join_basis,
     refresh_principal,
     seeded_generator,
@@ -59,7 +60,7 @@ class Subspace:
         steps: training forward passes begun so far.
         next_refresh, next_tail: step counts at which the principal basis or the tail is due.
         draws: how many times randomness was drawn; names the next draw.
-        refreshes: how many times the rows gave a new principal basis.
+        refreshes: how many times the rows gave a new principal basis, since it last was random.
         refresh_every, tail_every: schedule, from the options of the last compilation that bound it.
     """
 
@@ -105,18 +106,22 @@ class Subspace:
 
     @torch.no_grad()
     def _refresh(self) -> None:
-        principal = self.rows is not None and self.steps >= self.next_refresh
-        r1 = self.key.codec.principal // self.key.codec.blocks
+        """Renew what is due: the tail in any case, the principal basis on its schedule or when it is damaged."""
+        codec = self.key.codec
+        r1, r2 = codec.principal // codec.blocks, codec.random // codec.blocks
         q1 = self.basis[..., :r1].to(working_dtype(self.key.dtype))
-        if principal:
-            assert self.rows is not None
+        is_damaged = not is_basis(q1, r1)
+        if is_damaged:  # NaN would stay in it for ever: start again as at creation
+            generator = _generator(q1.device, self.stream, f"restart {self.draws}", self.replica)
+            q1 = initial_basis(q1.shape, r1, q1.dtype, generator)[0]
+            self.refreshes = 0
+        if self.rows is not None and (is_damaged or self.steps >= self.next_refresh):
             iterations = _WARM_ITERATIONS if self.refreshes else _COLD_ITERATIONS
             new = refresh_principal(self.rows, q1, iterations)
             if new is not None:  # else the rows say nothing, and the old basis stays
                 q1 = new
                 self.refreshes += 1
             self.next_refresh = self._next_on_grid(self.refresh_every)
-        r2 = self.key.codec.random // self.key.codec.blocks
         generator = _generator(q1.device, self.stream, self.draws, self.replica)
         self.draws += 1
         self.basis.copy_(join_basis(q1, draw_tail(q1, r2, generator)))

@@ -20,6 +20,9 @@ from torch import Tensor
 # Share of the mean squared row norm that keeps old directions alive where a sample says nothing about
 # them: fewer rows than directions, or rank-deficient rows.
 _TIE_BREAK = 1e-2
+# How far from orthonormal a basis may look. Rounding to bfloat16 gives 0.02, matmuls in reduced precision no more.
+_TOLERANCE = 0.05
+_PROBES = 4
 
 
 def tail_scale(n: int, r1: int, r2: int) -> float:
@@ -102,6 +105,31 @@ def join_basis(q1: Tensor, q2: Tensor) -> Tensor:
     """P = [Q1, sqrt(k) Q2], shape (..., n, r1 + r2), so that the rebuilt value is X P P^T."""
     n, r1, r2 = q1.shape[-2], q1.shape[-1], q2.shape[-1]
     return torch.cat([q1, math.sqrt(tail_scale(n, r1, r2)) * q2], dim=-1)
+
+
+def is_basis(p: Tensor, r1: int) -> bool:
+    """Is this P = [Q1, sqrt(k) Q2] of orthonormal columns [Q1, Q2], up to rounding?
+
+    Source: Freivalds 1977. The Gram matrix of the columns has to give some vectors of random signs back, which costs
+    far less than the matrix. On a GPU the answer waits for the device.
+
+    Args:
+        p: (..., n, r1 + r2), any floating dtype. With r2 = 0 it is Q1 alone.
+        r1: how many of the columns are principal directions.
+
+    Returns:
+        False for a number that is not finite, for a zero or missing direction, and for wrong lengths.
+    """
+    n, r = p.shape[-2:]
+    if r == 0:
+        return True
+    q = p.to(working_dtype(p.dtype), copy=True)
+    q[..., r1:] /= math.sqrt(tail_scale(n, r1, r - r1))
+    generator = seeded_generator(q.device, "probes", r)
+    signs = torch.randint(0, 2, (r, _PROBES), device=q.device, generator=generator) * 2 - 1
+    probes = signs.to(q.dtype)
+    error = (q.mT @ (q @ probes) - probes).abs().amax()
+    return bool(error <= _TOLERANCE)  # not when it is NaN
 
 
 def initial_basis(

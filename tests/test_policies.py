@@ -195,19 +195,19 @@ def test_resume_continues_the_rounding_bit_for_bit() -> None:
 
 
 @pytest.mark.parametrize(
-    "entry",
+    ("entry", "message"),
     [
-        {"parameter": "nobody", "stream": "0" * 32, "steps": 0},
-        {"parameter": "0.weight", "stream": "short", "steps": 0},
-        {"parameter": "0.weight", "stream": "z" * 32, "steps": 0},
-        {"parameter": "0.weight", "stream": "0" * 32, "steps": -1},
-        {"parameter": "0.weight", "stream": "0" * 32},
+        ({"parameter": "nobody", "stream": "0" * 32, "steps": 0}, "no parameter 'nobody'"),
+        ({"parameter": "0.weight", "stream": "short", "steps": 0}, "stream is 'short'"),
+        ({"parameter": "0.weight", "stream": "z" * 32, "steps": 0}, "stream is 'zz"),
+        ({"parameter": "0.weight", "stream": "0" * 32, "steps": -1}, "steps is -1"),
+        ({"parameter": "0.weight", "stream": "0" * 32}, "field 'steps' is missing"),
     ],
 )
-def test_rounding_state_that_does_not_fit_is_refused(entry: dict[str, Any]) -> None:
+def test_rounding_state_that_does_not_fit_is_refused(entry: dict[str, Any], message: str) -> None:
     model = models.Sequential()
-    state = {"version": 2, "subspaces": [], "rounding": [entry]}
-    with pytest.raises(prac_fx.StateError):
+    state = {**prac_fx.state_dict(model), "rounding": [entry]}
+    with pytest.raises(prac_fx.StateError, match=message):
         prac_fx.load_state_dict(model, state)
     assert rounding_seed_of(model[0].weight) is None
 

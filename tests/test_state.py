@@ -6,7 +6,9 @@ import copy
 import gc
 import hashlib
 import io
+import random
 import weakref
+from collections.abc import Callable, Iterator, Mapping
 from itertools import pairwise
 from typing import Any
 
@@ -14,12 +16,16 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from prac_fx import CheckpointState
 from prac_fx.codecs import PracCodec
 from prac_fx.config import PracConfig
 from prac_fx.errors import StateError
+from prac_fx.passes.plan import _ENCODABLE_DTYPES
 from prac_fx.random_streams import Draws, identity_of
-from prac_fx.rounding_state import RoundingSeed, step_number
-from prac_fx.saved_state import load_state_dict, state_dict
+from prac_fx.rounding_state import RoundingSeed, rounding_seed_of, step_number
+from prac_fx.saved_entries import DTYPES as SAVED_DTYPES
+from prac_fx.saved_entries import NUMBERS
+from prac_fx.saved_state import STATE_VERSION, load_state_dict, state_dict
 from prac_fx.state import (
     Subspace,
     SubspaceKey,
@@ -27,6 +33,7 @@ from prac_fx.state import (
     subspace_for,
     subspaces_of,
 )
+from prac_fx.subspace import is_basis
 from prac_fx.torch_compat import autograd_references
 
 CPU = torch.device("cpu")
@@ -79,6 +86,11 @@ def _steps_with_a_draw(subspace: Subspace, steps: int) -> list[int]:
             assert subspace.draws == draws + 1
             found.append(step)
     return found
+
+
+def _is_sound(subspace: Subspace) -> bool:
+    codec = subspace.key.codec
+    return is_basis(subspace.basis, codec.principal // codec.blocks)
 
 
 def _parts(subspace: Subspace) -> tuple[Tensor, Tensor]:
@@ -491,6 +503,121 @@ def test_rac_draws_a_tail_on_schedule() -> None:
         torch.testing.assert_close(basis.mT @ basis, gram, rtol=0, atol=1e-5)
 
 
+# -- a damaged basis ------------------------------------------------------------------------------
+
+DAMAGES: dict[str, Callable[[Tensor], object]] = {
+    "nan": lambda basis: basis.view(-1)[0].fill_(float("nan")),
+    "inf": lambda basis: basis.view(-1)[0].fill_(float("inf")),
+    "all nan": lambda basis: basis.fill_(float("nan")),
+    "tail nan": lambda basis: basis[..., -1].fill_(float("nan")),
+    "zero": lambda basis: basis.zero_(),
+    "scaled": lambda basis: basis.mul_(3.0),
+    "huge": lambda basis: basis.fill_(torch.finfo(basis.dtype).max),
+}
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("codec", CODECS, ids=PracCodec.describe)
+@pytest.mark.parametrize("damage", DAMAGES)
+def test_a_damaged_basis_heals_at_the_next_refresh(
+    damage: str, codec: PracCodec, dtype: torch.dtype
+) -> None:
+    """Whatever happened to it, principal part and tail are what a codec needs again, in place."""
+    owner = _parameter()
+    subspace = _subspace(owner, _key(codec, dtype=dtype), config=PracConfig(refresh_every=4))
+    for step in range(9):
+        _forward(subspace, step)
+    address = subspace.basis.data_ptr()
+    DAMAGES[damage](subspace.basis)
+    assert not _is_sound(subspace)
+    draws = subspace.draws
+    for step in range(9, 14):
+        _forward(subspace, step)
+        assert _is_sound(subspace) == (subspace.draws > draws)
+    assert subspace.draws > draws
+    assert subspace.basis.data_ptr() == address
+
+
+def test_a_new_tail_alone_heals_the_principal_part_too() -> None:
+    """The first thing that is due, long before the next principal basis; from rows, as from a cold start."""
+    owner = _parameter()
+    config = PracConfig(refresh_every=64, tail_every=4)
+    subspace = _subspace(owner, _key(dtype=torch.float64), config=config)
+    u = torch.linalg.qr(_randn(16, 16, seed=1, dtype=torch.float64))[0]
+    v = torch.linalg.qr(_randn(16, 16, seed=2, dtype=torch.float64))[0]
+    values = torch.tensor([3.0] * 4 + [1.0] * 12, dtype=torch.float64)
+    for step in range(70):
+        _forward(subspace, step)
+    assert subspace.rows is not None
+    subspace.rows.copy_((u * values) @ v.mT)
+    subspace.basis.fill_(float("nan"))
+    assert subspace.next_tail < subspace.next_refresh
+    while not subspace.basis.isfinite().all():
+        assert subspace.steps <= subspace.next_tail
+        subspace.begin_step()
+    assert _is_sound(subspace)
+    q1, top = _parts(subspace)[0], v[:, :4]
+    assert float(torch.linalg.matrix_norm(top - q1 @ (q1.mT @ top), ord=2)) < 0.05
+    assert subspace.refreshes == 1
+
+
+@pytest.mark.parametrize("codec", [PRAC, PRAC_4, PAC], ids=PracCodec.describe)
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), 0.0])
+def test_damaged_basis_and_rows_without_information(value: float, codec: PracCodec) -> None:
+    """Random directions as at creation, and a cold start with the next good rows."""
+    owner = _parameter()
+    subspace = _subspace(owner, _key(codec), config=PracConfig(refresh_every=4))
+    for step in range(9):
+        _forward(subspace, step)
+    assert subspace.rows is not None
+    subspace.rows.fill_(value)
+    subspace.basis.fill_(float("nan"))
+    while not _is_sound(subspace):
+        assert subspace.steps < 14
+        subspace.begin_step()
+    first = _parts(subspace)[0]
+    assert subspace.refreshes == 0
+    for _ in range(4):  # a sound basis stays now
+        subspace.begin_step()
+    torch.testing.assert_close(_parts(subspace)[0], first, rtol=0, atol=1e-6)
+    for step in range(5):
+        _forward(subspace, step)
+    assert subspace.refreshes >= 1
+    assert not torch.allclose(_parts(subspace)[0], first, rtol=0.1, atol=0.1)
+
+
+def test_steps_without_a_refresh_do_not_look_at_the_basis(monkeypatch: pytest.MonkeyPatch) -> None:
+    """On a GPU looking would wait for the device."""
+    looked = []
+
+    def recorded(basis: Tensor, r1: int) -> bool:
+        looked.append(subspace.steps)
+        return is_basis(basis, r1)
+
+    owner = _parameter()
+    subspace = _subspace(owner, config=PracConfig(refresh_every=50))
+    monkeypatch.setattr("prac_fx.state.is_basis", recorded)
+    drawn = _steps_with_a_draw(subspace, 200)
+    assert looked == drawn
+    assert len(drawn) < 12
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_steps_without_a_refresh_do_not_wait_for_the_gpu() -> None:
+    owner, draws = _parameter(), Draws("weight", ())
+    state = subspace_for(owner, _key(), torch.device("cuda", 0), draws, PracConfig())
+    for step in range(3):
+        _forward(state, step)
+    state.due = state.next_refresh = state.next_tail = 10**9
+    mode = torch.cuda.get_sync_debug_mode()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        for _ in range(3):
+            state.begin_step()
+    finally:
+        torch.cuda.set_sync_debug_mode(mode)
+
+
 # -- a backward that is still to come --------------------------------------------------------------
 
 
@@ -614,6 +741,7 @@ def _assert_same(found: list[Tensor], expected: list[Tensor]) -> None:
 
 def _assert_same_state(found: dict[str, Any], expected: dict[str, Any]) -> None:
     assert found["version"] == expected["version"]
+    assert found["rounding"] == expected["rounding"]
     assert len(found["subspaces"]) == len(expected["subspaces"])
     for a, b in zip(found["subspaces"], expected["subspaces"], strict=True):
         assert a.keys() == b.keys()
@@ -688,7 +816,7 @@ def test_saved_state_is_plain() -> None:
     model = _Model(0)
     _bind(model)
     saved = state_dict(model)
-    assert saved["version"] == 3
+    assert saved["version"] == STATE_VERSION
     named = [(entry["parameter"], entry["slot"], entry["dtype"]) for entry in saved["subspaces"]]
     assert named == [
         ("first.weight", 0, "float32"),
@@ -698,7 +826,8 @@ def test_saved_state_is_plain() -> None:
     ]
     for entry in saved["subspaces"]:
         for value in entry.values():
-            assert isinstance(value, Tensor | int | str | dict | None)
+            assert isinstance(value, Tensor | int | str | list | dict | None)
+        assert entry["parameter_shape"] == list(model.get_parameter(entry["parameter"]).shape)
 
 
 def test_parameters_that_are_not_mentioned_keep_their_state() -> None:
@@ -753,54 +882,402 @@ def test_parameters_that_the_model_lacks_can_be_left_out() -> None:
     assert [s.steps for s in subspaces_of(other.second.weight).values()] == [5, 5]
 
 
-def _spoil(saved: dict[str, Any], how: str) -> object:
-    last = saved["subspaces"][-1]
-    if how == "version":
-        saved["version"] = 99
-    elif how == "no version":
-        del saved["version"]
-    elif how == "not a mapping":
-        return [saved]
-    elif how == "parameter":
-        last["parameter"] = "third.weight"
-    elif how == "basis":
-        last["basis"] = last["basis"][..., :-1]
-    elif how == "rows":
-        last["rows"] = last["rows"][:-1]
-    elif how == "rows missing":
-        last["rows"] = None
-    elif how == "stream":
-        last["stream"] = "not hexadecimal"
-    elif how == "steps":
-        last["steps"] = -1
-    elif how == "replica missing":
-        del last["replica"]
-    return saved
+# -- states that are refused -----------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("inside", [torch.inference_mode, torch.no_grad, torch.enable_grad])
+def test_loading_within_any_mode(inside: Callable[[], Any]) -> None:
+    """The state can be refreshed afterwards."""
+    model, fresh = _Model(0), _Model(1)
+    _train(_bind(model), range(3))
+    with inside():
+        load_state_dict(fresh, state_dict(model))
+    _train(_bind(fresh), range(3, 9))
+
+
+def test_loaded_tensors_are_contiguous() -> None:
+    """Compiled code takes them for that."""
+    model, fresh = _Model(0), _Model(1)
+    _train(_bind(model), range(3))
+    saved = state_dict(model)
+    for entry in saved["subspaces"]:
+        entry["basis"] = entry["basis"].mT.contiguous().mT
+        assert not entry["basis"].is_contiguous()
+    load_state_dict(fresh, saved)
+    assert all(state.basis.is_contiguous() for state in _bind(fresh))
+    _assert_same_state(state_dict(fresh), saved)
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_state_with_rows_of_an_overflow_resumes_bit_for_bit(value: float) -> None:
+    """Half precision overflows now and then: what is saved then can be loaded, and continues as that run does."""
+    model, fresh = _Model(0), _Model(1)
+    subspaces = _bind(model)
+    _train(subspaces, range(8))
+    for subspace in subspaces:
+        if subspace.rows is not None:
+            subspace.rows[1, 2] = value
+    saved = _through_a_file(state_dict(model))
+    expected = _train(subspaces, range(8, 20))
+    load_state_dict(fresh, saved)
+    _assert_same(_train(_bind(fresh), range(8, 20)), expected)
+
+
+def test_a_damaged_basis_is_not_saved() -> None:
+    """What `state_dict` returns can always be loaded; that site starts anew, the others go on."""
+    model, fresh = _Model(0), _Model(1)
+    subspaces = _bind(model)
+    _train(subspaces, range(5))
+    subspaces[0].basis[0, 0] = float("nan")
+    load_state_dict(fresh, _through_a_file(state_dict(model)))
+    assert [state.steps for state in _bind(fresh)] == [0, 5, 5, 5]
+
+
+def test_dtypes_that_can_be_saved_are_those_that_are_projected() -> None:
+    assert set(SAVED_DTYPES.values()) == set(_ENCODABLE_DTYPES)
+
+
+def _trained(seed: int = 0, steps: int = 5) -> _Model:
+    """With state of all kinds: four subspaces, and two seeds of rounding."""
+    model = _Model(seed)
+    _train(_bind(model), range(steps))
+    for name, parameter in model.named_parameters():
+        seeded = rounding_seed_for(parameter, CPU, Draws(name, (seed,)), CONFIG)
+        for _ in range(steps):
+            seeded.begin_step()
+    return model
+
+
+class _Broken(Mapping[str, Any]):
+    """A mapping that fails however it is used, with an error of several lines."""
+
+    def __getitem__(self, key: str) -> Any:
+        raise RuntimeError("no\nitems")
+
+    def __iter__(self) -> Iterator[str]:
+        raise RuntimeError("no\nitems")
+
+    def __len__(self) -> int:
+        return 1
+
+    def __repr__(self) -> str:
+        raise RuntimeError("no\nrepr")
+
+
+def _change(*path: Any, to: Any = None, by: Callable[[Any], Any] | None = None) -> Any:
+    """A function that replaces what a path of keys leads to in a saved state."""
+
+    def changed(saved: Any) -> Any:
+        place = saved
+        for key in path[:-1]:
+            place = place[key]
+        place[path[-1]] = to if by is None else by(place[path[-1]])
+        return saved
+
+    return changed
+
+
+def _without(*path: Any) -> Any:
+    def changed(saved: Any) -> Any:
+        place = saved
+        for key in path[:-1]:
+            place = place[key]
+        del place[path[-1]]
+        return saved
+
+    return changed
+
+
+def _instead(value: object) -> Any:
+    return lambda saved: value
+
+
+def _last(field: str, to: Any = None, by: Callable[[Any], Any] | None = None) -> Any:
+    return _change("subspaces", -1, field, to=to, by=by)
+
+
+def _codec(**changes: Any) -> Any:
+    return _last("codec", by=lambda codec: {**codec, **changes})
+
+
+def _with(index: tuple[Any, ...], value: float) -> Callable[[Tensor], Tensor]:
+    def changed(tensor: Tensor) -> Tensor:
+        tensor[index] = value
+        return tensor
+
+    return changed
+
+
+def _freed(tensor: Tensor) -> Tensor:
+    tensor.untyped_storage().resize_(0)
+    return tensor
+
+
+def _swapped(basis: Tensor) -> Tensor:
+    """Tail first."""
+    return basis.roll(2, dims=-1)
+
+
+# The last entry is `PRAC_4` in bfloat16: basis (4, 8, 4), rows (16, 32).
+IN = "subspace state of 'second.weight'"
+COUNT = "not a count from 0"
+# what is changed in a saved state -> what the error says of it
+REFUSED: dict[str, tuple[Any, str]] = {
+    "version": (_change("version", to=99), f"expected version {STATE_VERSION}, got 99"),
+    "no version": (_without("version"), f"expected version {STATE_VERSION}, got None"),
+    "version as float": (_change("version", by=float), "got 4.0"),
+    "version as tensor": (_change("version", by=torch.tensor), "got a Tensor of torch.int64"),
+    "a list": (_instead([1]), f"expected version {STATE_VERSION}, got 'list'"),
+    "nothing": (_instead(None), "got 'NoneType'"),
+    "a text": (_instead("state"), "got 'str'"),
+    "broken": (_instead(_Broken()), "not what state_dict.. returned: RuntimeError: no$"),
+    "no subspaces": (_without("subspaces"), "field 'subspaces' is missing"),
+    "no rounding": (_without("rounding"), "field 'rounding' is missing"),
+    "one more part": (_change("more", to=1), "unknown field 'more'"),
+    "subspaces as dict": (_change("subspaces", to={}), "subspaces is {}, not a list"),
+    "subspaces as text": (_change("subspaces", to="ab"), "subspaces is 'ab', not a list"),
+    "subspaces as iterator": (_change("subspaces", by=iter), "subspaces is .*, not a list"),
+    "rounding is None": (_change("rounding", to=None), "rounding is None, not a list"),
+    "entry is None": (_change("subspaces", -1, to=None), r"subspaces\[3\]: expected a mapping"),
+    "entry is a list": (_change("subspaces", -1, to=[1]), r"a 'parameter', got \[1\]"),
+    "entry is broken": (_change("subspaces", -1, to=_Broken()), "RuntimeError: no$"),
+    "rounding entry is 3": (_change("rounding", 0, to=3), r"rounding\[0\]: expected a mapping"),
+    "same twice": (
+        _change("subspaces", by=lambda entries: [*entries, dict(entries[0])]),
+        "subspace state of 'first.weight', slot 0 with this codec and dtype: there twice",
+    ),
+    "same seed twice": (
+        _change("rounding", by=lambda entries: entries * 2),
+        "rounding state of 'first.weight': there twice",
+    ),
+    # entries of subspaces
+    "unknown parameter": (_last("parameter", "third.weight"), "no parameter 'third.weight'"),
+    "parameter is a list": (_last("parameter", ["second.weight"]), "with a 'parameter', got"),
+    "parameter of many lines": (_last("parameter", "a\nb"), r"no parameter 'a\\nb'"),
+    "parameter of another shape": (
+        _last("parameter", "first.weight"),
+        r"saved for a parameter of shape \(8, 32\), the model's has \(8, 16\)",
+    ),
+    "other shape": (
+        _last("parameter_shape", [8, 33]),
+        r"shape \(8, 33\), the model's has \(8, 32\)",
+    ),
+    "shape is None": (_last("parameter_shape"), "parameter_shape is None, not a list"),
+    "shape of texts": (_last("parameter_shape", ["8", "32"]), f"size in .* is '8', {COUNT}"),
+    "unknown field": (_last("more", 1), f"{IN}: unknown field 'more', it has parameter, "),
+    "unknown key": (_last(1, 1), f"{IN}: unknown field 1, it has"),  # type: ignore[arg-type]
+    "slot is a list": (_last("slot", [1]), rf"{IN}: slot is \[1\], {COUNT}"),
+    "slot is True": (_last("slot", True), f"slot is True, {COUNT}"),
+    "slot is a tensor": (_last("slot", torch.tensor(0)), f"slot is a Tensor of .*, {COUNT}"),
+    "slot is huge": (_last("slot", 10**5000), f"slot is a int, {COUNT}"),
+    "codec is None": (_last("codec"), f"{IN}: codec is None, not a mapping of features"),
+    "codec is broken": (_last("codec", _Broken()), "RuntimeError: no$"),
+    "codec lacks blocks": (
+        _without("subspaces", -1, "codec", "blocks"),
+        "codec: field 'blocks' is",
+    ),
+    "codec has more": (_codec(more=1), "codec: unknown field 'more', it has features, "),
+    "codec of floats": (_codec(features=32.0), f"codec.features is 32.0, {COUNT}"),
+    "codec of bools": (_codec(blocks=True), f"codec.blocks is True, {COUNT}"),
+    "no blocks": (_codec(blocks=0), "features and blocks are at least 1, but codec is"),
+    "no features": (_codec(features=0, principal=0, random=0), "features and blocks are at least"),
+    "rank above features": (_codec(principal=32), "principal . random is at least 1 and at most"),
+    "no rank": (_codec(principal=0, random=0), "principal . random is at least 1 and at most"),
+    "blocks do not divide": (_codec(blocks=5), "are divisible by blocks, but codec is"),
+    "ranks do not divide": (_codec(random=7), "are divisible by blocks, but codec is"),
+    "never sampled": (_codec(sample_rows=0), "there are sample_rows where there are principal"),
+    "dtype of integers": (_last("dtype", "int64"), "dtype is 'int64', not one of float64, "),
+    "dtype of 8 bits": (_last("dtype", "float8_e4m3fn"), "not one of float64, float32, bfl"),
+    "dtype of complex": (_last("dtype", "complex64"), "not one of float64, float32, bfloat16"),
+    "no dtype": (_last("dtype", "Tensor"), "dtype is 'Tensor', not one of"),
+    "dtype as object": (_last("dtype", torch.bfloat16), "dtype is torch.bfloat16, not one of"),
+    "another dtype": (_last("dtype", "float32"), "basis has dtype torch.bfloat16, the entry says"),
+    "basis is None": (_last("basis"), f"{IN}: basis: expected a plain tensor, got None"),
+    "basis is a list": (_last("basis", by=Tensor.tolist), "basis: expected a plain tensor"),
+    "basis too narrow": (
+        _last("basis", by=lambda basis: basis[..., :-1]),
+        rf"{IN}: basis has shape \(4, 8, 3\), its codec needs \(4, 8, 4\)",
+    ),
+    "basis transposed": (_last("basis", by=lambda basis: basis.mT), r"has shape \(4, 4, 8\)"),
+    "basis in float32": (_last("basis", by=Tensor.float), "has dtype torch.float32, the entry"),
+    "integer basis": (_last("basis", by=Tensor.long), "has dtype torch.int64, the entry says"),
+    "sparse basis": (_last("basis", by=Tensor.to_sparse), "expected a dense tensor, got"),
+    "meta basis": (_last("basis", by=lambda basis: basis.to("meta")), "on meta without values"),
+    "freed basis": (_last("basis", by=_freed), "basis: a tensor on cpu without values"),
+    "nan in basis": (
+        _last("basis", by=_with((0, 0, 0), float("nan"))),
+        f"{IN}: basis: 1 of 128 numbers are not finite",
+    ),
+    "inf in basis": (_last("basis", by=_with((3, 7), float("-inf"))), "4 of 128 numbers are not"),
+    "zero basis": (
+        _last("basis", by=torch.zeros_like),
+        f"{IN}: columns of basis are not orthogonal",
+    ),
+    "basis of ones": (_last("basis", by=torch.ones_like), "of length 1 and 8 of length 1.732"),
+    "scaled basis": (_last("basis", by=lambda basis: basis * 2), "are not orthogonal, 8 of length"),
+    "huge basis": (_last("basis", by=lambda basis: basis * 1e38), "are not orthogonal, 8 of len"),
+    "tail first": (_last("basis", by=_swapped), "columns of basis are not orthogonal"),
+    "a zero column": (_last("basis", by=_with((1, slice(None), 3), 0.0)), "are not orthogonal"),
+    "a column twice": (
+        _last("basis", by=lambda basis: basis[..., [0, 0, 2, 3]]),
+        "columns of basis are not orthogonal",
+    ),
+    "no rows": (_last("rows"), r"rows are None, its codec needs \(16, 32\)"),
+    "rows of rac": (_change("subspaces", 1, "rows", to=torch.ones(2)), "its codec needs None"),
+    "rows too few": (_last("rows", by=lambda rows: rows[:-1]), r"rows has shape \(15, 32\), its"),
+    "rows in float16": (_last("rows", by=Tensor.half), "rows has dtype torch.float16, the entry"),
+    "meta rows": (_last("rows", by=lambda rows: rows.to("meta")), "rows: a tensor on meta"),
+    "nan in rows": (_last("rows", by=_with((1, 2), float("nan"))), "rows: 1 of 512 numbers are"),
+    "stream of words": (_last("stream", "not hexadecimal"), "'not hexadecimal', not 32 hexadec"),
+    "stream of capitals": (_last("stream", by=lambda _: "A" * 32), "not 32 hexadecimal digits"),
+    "stream of bytes": (_last("stream", b"0" * 32), "stream is b'0.*, not 32 hexadecimal"),
+    **{
+        f"{number} is {value}": (_last(number, value), f"{IN}: {number} is {value}, {COUNT}")
+        for number in NUMBERS
+        for value in (-1, True, None, 1.0)
+    },
+    **{
+        f"no {field}": (_without("subspaces", -1, field), f"{IN}: field '{field}' is missing")
+        for field in ("parameter_shape", "slot", "codec", "dtype", "basis", "rows", *NUMBERS)
+    },
+    # entries of rounding
+    "seed of nobody": (_change("rounding", 1, "parameter", to="third"), "no parameter 'third'"),
+    "seed: more": (_change("rounding", 1, "more", to=1), "unknown field 'more'"),
+    "seed: no steps": (_without("rounding", 1, "steps"), "rounding state of .*: field 'steps' is"),
+    "seed: steps": (_change("rounding", 1, "steps", to=True), f"steps is True, {COUNT}"),
+    "seed: stream": (_change("rounding", 1, "stream", to="z" * 32), "not 32 hexadecimal digits"),
+}
 
 
 @pytest.mark.parametrize("bound", [True, False], ids=["bound", "fresh"])
+@pytest.mark.parametrize("what", REFUSED)
+def test_state_that_does_not_fit_changes_nothing(what: str, bound: bool) -> None:
+    """One line says what is wrong, even in the last entry, and nothing was loaded by then."""
+    change, message = REFUSED[what]
+    other = _trained(1, steps=3) if bound else _Model(1)
+    before = state_dict(other)
+    with pytest.raises(StateError, match=message) as caught:
+        load_state_dict(other, change(state_dict(_trained())))
+    assert "\n" not in str(caught.value)
+    assert len(str(caught.value)) < 320
+    _assert_same_state(state_dict(other), before)
+
+
+@pytest.mark.parametrize("strict", [True, False])
+def test_entries_that_are_left_out_have_to_name_their_parameter(strict: bool) -> None:
+    saved = state_dict(_trained())
+    del saved["subspaces"][0]["parameter"]
+    with pytest.raises(StateError, match=r"subspaces\[0\]: expected a mapping"):
+        load_state_dict(_Model(1), saved, strict=strict)
+
+
+@pytest.mark.parametrize("kind", ["meta", "lazy"])
+def test_a_model_without_values_is_refused(kind: str) -> None:
+    """Initialising it would replace or move its parameters, and the state with them would be lost in silence."""
+    saved = state_dict(_trained())
+    model: nn.Module = _Model(1).to("meta")
+    if kind == "lazy":
+        model = nn.ModuleDict({"first": nn.LazyLinear(8), "second": nn.LazyLinear(8)})
+    with pytest.raises(StateError, match=r"parameter 'first.weight' has no values yet"):
+        load_state_dict(model, saved)
+    assert not any(subspaces_of(parameter) for parameter in model.parameters())
+
+
 @pytest.mark.parametrize(
-    ("how", "message"),
+    ("packed", "message"),
     [
-        ("version", "expected version 3, got 99"),
-        ("no version", "expected version 3, got None"),
-        ("not a mapping", "expected version 3, got 'list'"),
-        ("parameter", "no parameter 'third.weight'"),
-        ("basis", r"'second.weight': basis has shape \(4, 8, 3\), its codec needs \(4, 8, 4\)"),
-        ("rows", r"'second.weight': rows do not fit \(16, 32\)"),
-        ("rows missing", r"'second.weight': rows do not fit \(16, 32\)"),
-        ("stream", "'second.weight': 'not hexadecimal' is not the name of a stream"),
-        ("steps", "'second.weight': steps is -1, not a count"),
-        ("replica missing", r"not what state_dict\(\) returned: KeyError\('replica'\)"),
+        ([1], r"expected a mapping, got \[1\]"),
+        ({"rank_0": "text"}, "entry 'rank_0': expected bytes, got str"),
+        ({"rank_0": b"not a file\nof torch"}, "entry 'rank_0' cannot be read: "),
+        ({"shared": b""}, "entry 'shared' cannot be read: "),
+        ({"shared": "damaged"}, f"{IN}: slot is -1, {COUNT}"),
     ],
 )
-def test_state_that_does_not_fit_changes_nothing(how: str, message: str, bound: bool) -> None:
-    """The error says what is wrong, even in the last entry, and nothing was loaded by then."""
-    model, other = _Model(0), _Model(1)
-    _train(_bind(model), range(5))
-    if bound:
-        _train(_bind(other), range(3))
+def test_checkpoint_that_does_not_fit_changes_nothing(packed: Any, message: str) -> None:
+    """The same for state in `torch.distributed.checkpoint`."""
+    if packed == {"shared": "damaged"}:
+        file = io.BytesIO()
+        torch.save(_last("slot", -1)(state_dict(_trained())), file)
+        packed = {"shared": file.getvalue()}
+    other = _trained(1, steps=3)
     before = state_dict(other)
-    with pytest.raises(StateError, match=message):
-        load_state_dict(other, _spoil(state_dict(model), how))  # type: ignore[arg-type]
+    with pytest.raises(StateError, match=message) as caught:
+        CheckpointState(other).load_state_dict(packed)
+    assert "\n" not in str(caught.value)
     _assert_same_state(state_dict(other), before)
+
+
+def _places(saved: Any, path: tuple[Any, ...] = ()) -> list[tuple[Any, ...]]:
+    """Paths to everything in nested lists and dicts."""
+    found = [path] if path else []
+    keys = saved if isinstance(saved, dict) else range(len(saved) if isinstance(saved, list) else 0)
+    for key in keys:
+        found += _places(saved[key], (*path, key))
+    return found
+
+
+def _damaged(saved: Any, choice: random.Random) -> Any:
+    """With something in it replaced, left out, repeated, or a number of a tensor changed."""
+    path = choice.choice(_places(saved))
+    place = saved
+    for key in path[:-1]:
+        place = place[key]
+    old = place[path[-1]]
+    values = [None, True, -1, 0, 1, 3, 2**64, 0.5, "", "float32", [], {}, [1], {"slot": 0}, (8, 16)]
+    how = choice.choice(("replace", "leave out", "repeat", "nudge", "nudge"))
+    if how == "leave out":
+        del place[path[-1]]
+    elif how == "repeat" and isinstance(place, list):
+        place.append(copy.deepcopy(old))
+    elif type(old) is int and how == "nudge":
+        place[path[-1]] = old + choice.choice([-3, -1, 1, 2, 1000])
+    elif how == "nudge" and isinstance(old, Tensor):
+        changed = choice.choice(
+            [
+                lambda: old.float() * choice.choice([0.0, 0.5, 1.01, 2.0, 1e30]),
+                lambda: old.to(choice.choice([*DTYPES, torch.int8, torch.bool])),
+                lambda: old.mT,
+                lambda: old.flatten()[:-1],
+                lambda: old.flip(-1),
+                lambda: torch.randn(old.shape).to(old.dtype),
+            ]
+        )()
+        if choice.random() < 0.5:
+            number = choice.choice([0.0, 0.02, 7.0, 1e38, float("nan"), float("inf")])
+            changed = old.index_fill(-1, torch.tensor([0]), number)
+        place[path[-1]] = changed.to(old.dtype) if choice.random() < 0.7 else changed
+    else:
+        other = choice.choice(_places(saved))
+        value: Any = saved
+        for key in other:
+            value = value[key]
+        place[path[-1]] = choice.choice([*values, copy.deepcopy(value)])
+    return saved
+
+
+def test_any_damage_is_refused_or_harmless() -> None:
+    """A state damaged at random: an error and nothing changed, or training that stays sound."""
+    good, choice, accepted, refused = state_dict(_trained()), random.Random(0), 0, 0
+    for _ in range(300):
+        saved = copy.deepcopy(good)
+        for _ in range(choice.choice((1, 1, 2, 3))):
+            saved = _damaged(saved, choice)
+        model = _trained(1, steps=1)
+        before = state_dict(model)
+        try:
+            load_state_dict(model, saved)
+        except StateError:
+            _assert_same_state(state_dict(model), before)
+            refused += 1
+            continue
+        accepted += 1
+        subspaces = [one for owner in model.parameters() for one in subspaces_of(owner).values()]
+        for basis in _train(subspaces, range(5, 12)):
+            assert basis.isfinite().all()
+        assert all(map(_is_sound, subspaces))
+        for owner in model.parameters():
+            seed = rounding_seed_of(owner)
+            assert seed is not None
+            seed.begin_step()
+    assert accepted > 20
+    assert refused > 200

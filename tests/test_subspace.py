@@ -12,6 +12,7 @@ from torch import Tensor
 from prac_fx.subspace import (
     draw_tail,
     initial_basis,
+    is_basis,
     join_basis,
     orthonormalize,
     refresh_principal,
@@ -134,6 +135,39 @@ def test_join_basis(batch: tuple[int, ...], n: int, r1: int, r2: int) -> None:
     assert p.shape == (*batch, n, r1 + r2)
     assert torch.equal(p[..., :r1], q1)
     torch.testing.assert_close(p @ p.mT, q1 @ q1.mT + tail_scale(n, r1, r2) * q2 @ q2.mT)
+
+
+@pytest.mark.parametrize(
+    "dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16], ids=str
+)
+@pytest.mark.parametrize(("batch", "n", "r1", "r2"), SHAPES)
+def test_is_basis(batch: tuple[int, ...], n: int, r1: int, r2: int, dtype: torch.dtype) -> None:
+    """Rounding to any dtype is tolerated, in many draws; one wrong column, wherever it is, never."""
+    for seed in range(20):
+        q1, q2 = initial_basis((*batch, n, r1 + r2), r1, torch.float64, _generator(seed))
+        p = join_basis(q1, q2).to(dtype)
+        assert is_basis(p, r1)
+        assert is_basis(p[..., :r1], r1)
+    before = p.clone()
+    for column in range(r1 + r2):
+        for factor in (0.0, 0.9, 1.1, 1e4, math.nan, math.inf):
+            wrong = p.clone()
+            wrong[..., column] *= factor
+            assert not is_basis(wrong, r1)
+        if column:
+            wrong = p.clone()
+            wrong[..., column] = p[..., column - 1]
+            assert not is_basis(wrong, r1)
+    assert torch.equal(p, before)
+
+
+def test_a_basis_has_the_scale_of_its_tail() -> None:
+    """Orthonormal columns alone are not P where there is a tail."""
+    q = _orthonormal(16, 8)
+    assert is_basis(q, 8)
+    assert not is_basis(q, 4)
+    assert is_basis(join_basis(q[:, :4], q[:, 4:]), 4)
+    assert is_basis(q[:, :0], 0)
 
 
 def test_working_dtype() -> None:
