@@ -47,6 +47,11 @@ class Arguments:
     parameters: frozenset[int]
     trainable: frozenset[int]
 
+    @property
+    def owner(self) -> int:
+        """The parameter that owns what belongs to the whole graph: the first that trains, or the first of all."""
+        return min(self.trainable or self.parameters)
+
 
 class AnalysisDone(Exception):
     """Leaves the first phase with its result; never reaches a user."""
@@ -91,7 +96,13 @@ def analyse(
         trainable=arguments.trainable,
     )
     joint = JointGraph(
-        gm.graph, classification, surveyed, roles, arguments.names, min(arguments.trainable)
+        gm.graph,
+        classification,
+        surveyed,
+        roles,
+        arguments.names,
+        arguments.owner,
+        bool(arguments.trainable),
     )
     return make_plan(joint, config, blocked)
 
