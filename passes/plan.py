@@ -254,7 +254,7 @@ class JointGraph:
     roles: tuple[ValueRole, ...]
     argument_names: Mapping[int, str]
     owner: int
-    trains: bool = True
+    trains: bool
 
 
 def make_plan(joint: JointGraph, config: PracConfig, blocked: Collection[str] = ()) -> Plan:
