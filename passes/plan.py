@@ -254,7 +254,8 @@ class JointGraph:
         survey: of it.
         roles: of it.
         argument_names: names of the arguments by index, relative to the compiled module.
-        owner: argument index of the first trainable parameter.
+        owner: argument index of the first trainable parameter, or else of the first parameter.
+        trains: is there a trainable parameter?
         sentinels: values of it that may hold constants of large magnitude, with the operators that brought them in.
     """
 
@@ -264,6 +265,7 @@ class JointGraph:
     roles: tuple[ValueRole, ...]
     argument_names: Mapping[int, str]
     owner: int
+    trains: bool
     sentinels: Mapping[fx.Node, fx.Node]
 
 
@@ -551,8 +553,10 @@ class _Planner:
             outcome = chosen
         elif chosen == "prac" and role.role == "W":
             outcome = self._factor(role)
-        elif chosen == "prac":
+        elif chosen == "prac" and self.joint.trains:
             outcome = self._project(role)
+        elif chosen == "prac":
+            outcome = self._quantize(role, "int8", "no parameter trains here, to own a basis")
         else:
             outcome = self._quantize(role, chosen)
         if outcome is not None:

@@ -16,10 +16,10 @@ from prac_fx.passes.plan import Plan, PlannedValue
 
 @dataclass(frozen=True)
 class CompiledGraph:
-    """A graph with something to train, and what became of it. Sizes that depend on the batch are left out.
+    """A graph that has a backward, and what became of it. Sizes that depend on the batch are left out.
 
     Attributes:
-        parameters: names of its trainable parameters, relative to the compiled module.
+        parameters: names of its trainable parameters, relative to the compiled module; of all when none is.
         options: of the backend, one line each.
         decisions: one line for each value that backward needs: where it is made, how it is stored and why, and
             whose gradients read it.
@@ -34,6 +34,8 @@ class CompiledGraph:
     @property
     def title(self) -> str:
         """How a message names it."""
+        if not self.parameters:
+            return "a graph without parameters"
         return f"the graph of {self.parameters[0]!r} ({len(self.parameters)} parameters)"
 
 
@@ -52,10 +54,10 @@ def record_graph(
 
     Args:
         compiled: what Dynamo was given.
-        parameters: names of the trainable parameters.
+        parameters: names of the trainable parameters; of all when none is.
         config: the options.
-        plan: what it was compiled by; None after a fallback.
-        fallback: the reason of a fallback.
+        plan: what it was compiled by; None for plain Inductor without one.
+        fallback: why it is plain Inductor's then.
     """
     values = () if plan is None else plan.values
     decisions = tuple(_decision(value) for value in values if value.reason != "input")

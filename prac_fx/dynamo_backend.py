@@ -16,7 +16,7 @@ from typing import Any, NoReturn, cast
 
 import torch
 import torch.fx as fx
-from torch import nn
+from torch import Tensor, nn
 
 from prac_fx.buffer_reuse import without_higher_peak
 from prac_fx.compiled_graphs import record_graph
@@ -33,6 +33,8 @@ from prac_fx.runtime import state_inputs, training_step
 from prac_fx.torch_compat import (
     CustomPartitionerFn,
     FakeTensor,
+    causes,
+    comparing_sparse_results,
     compile_fx,
     compile_fx_inner,
     copy_dynamo_graph,
@@ -40,12 +42,16 @@ from prac_fx.torch_compat import (
     guard_loop_split,
     inductor_config,
     placeholder_source_name,
+    raise_signal,
     trace_structured,
     tracing_fake_mode,
+    with_backward_at_once,
     without_autograd_cache,
 )
 
 log = logging.getLogger(__name__)
+
+_NO_PARAMETER = "no nn.Parameter enters this graph, which would own what is kept from step to step"
 
 # How many values may fail to be encoded before a graph is given up.
 _MOST_RETRIES = 8
@@ -176,14 +182,23 @@ def _compile(
         )
         return cast(Callable[..., Any], compiled)
 
+    def record(compiled: Callable[..., Any], plan: Plan | None, reason: str = "") -> None:
+        record_graph(compiled, graph.record_names, config, plan, reason)
+        report_graph(gm, config, plan, reason)
+
     graph = DynamoGraph(gm, tuple(example_inputs))
-    if not graph.trainable:
-        if torch.is_grad_enabled():
-            log.info("plain Inductor: no nn.Parameter that requires a gradient enters this graph")
+    if not graph.requires_grad:
         return plain()
+    if not graph.parameters:
+        compiled = plain()
+        if graph.returns_grad:
+            log.info("plain Inductor: %s", _NO_PARAMETER)
+            record(compiled, None, _NO_PARAMETER)
+        return compiled
     try:
         plan, rewritten = plan_and_compile(graph, config, patches)
     except Exception as error:
+        raise_signal(error)
         if config.strict:
             raise
         # if plain Inductor fails too, its error is the one to see
@@ -195,15 +210,13 @@ def _compile(
             stacklevel=2,
         )
         log.debug("fallback", exc_info=error)
-        record_graph(compiled, graph.trainable_names, config, None, reason)
-        report_graph(gm, config, None, reason)
+        record(compiled, None, reason)
         return compiled
     _log_plan(plan)
     if plan is None:
         return plain()
     compiled = plain() if rewritten is None else training_step(rewritten, plan, config)
-    record_graph(compiled, graph.trainable_names, config, plan)
-    report_graph(gm, config, plan)
+    record(compiled, plan)
     return compiled
 
 
@@ -229,20 +242,17 @@ def plan_and_compile(
         try:
             return plan, compile_rewritten(graph, plan, config, patches, inner_compile)
         except Exception as error:
-            failed = _failed_value(error)
+            failed = failed_value(error)
             if config.strict or failed in ("", *blocked) or len(blocked) >= _MOST_RETRIES:
                 raise
             log.warning("%s is kept exact: %s", failed, error)
             blocked.append(failed)
 
 
-def _failed_value(error: BaseException | None) -> str:
+def failed_value(error: BaseException | None) -> str:
     """The value at fault, from our own error or from what Inductor made of it; empty when there is none."""
-    while error is not None:
-        if isinstance(error, CannotRewriteError):
-            return error.value
-        error = error.__cause__ or getattr(error, "inner_exception", None)
-    return ""
+    ours = (one.value for one in causes(error) if isinstance(one, CannotRewriteError))
+    return next(ours, "")
 
 
 @dataclass(frozen=True)
@@ -266,15 +276,35 @@ class DynamoGraph:
     @property
     def arguments(self) -> Arguments:
         """What the passes need to know of the arguments."""
-        values = (node.meta.get("example_value") for node in self.placeholders)
-        parameters = frozenset(i for i, v in enumerate(values) if isinstance(v, nn.Parameter))
-        return Arguments(self.argument_names, parameters, self.trainable)
+        return Arguments(self.argument_names, self.parameters, self.trainable)
 
     @property
-    def trainable_names(self) -> tuple[str, ...]:
-        """Names of the parameters that require a gradient, in order."""
+    def record_names(self) -> tuple[str, ...]:
+        """Names of the parameters that require a gradient, in order; of all of them when none does."""
         names = self.argument_names
-        return tuple(names[index] for index in sorted(self.trainable))
+        return tuple(names[index] for index in sorted(self.trainable or self.parameters))
+
+    @property
+    def requires_grad(self) -> bool:
+        """Does an argument require a gradient? If not, the graph has no backward. If so, it has one in nearly all cases."""
+        return torch.is_grad_enabled() and any(map(_requires_grad, self.placeholders))
+
+    @property
+    def returns_grad(self) -> bool:
+        """Does a result require a gradient, as far as Dynamo knows?"""
+        output = next(iter(self.gm.graph.find_nodes(op="output")))
+        return any(map(_requires_grad, output.all_input_nodes))
+
+    @property
+    def is_planned(self) -> bool:
+        """Is its backward looked at?"""
+        return self.requires_grad and bool(self.parameters)
+
+    @property
+    def parameters(self) -> frozenset[int]:
+        """Indices of parameters, frozen ones included."""
+        values = (node.meta.get("example_value") for node in self.placeholders)
+        return frozenset(i for i, v in enumerate(values) if isinstance(v, nn.Parameter))
 
     @property
     def trainable(self) -> frozenset[int]:
@@ -283,14 +313,13 @@ class DynamoGraph:
         Other leaves do not count: Dynamo does not guard on being a leaf, so the next call of the same
         graph may pass an activation there, whose gradient runs on into earlier layers.
         """
-        if not torch.is_grad_enabled():
-            return frozenset()
-        values = (node.meta.get("example_value") for node in self.placeholders)
-        return frozenset(
-            index
-            for index, value in enumerate(values)
-            if isinstance(value, nn.Parameter) and value.requires_grad
-        )
+        placeholders = self.placeholders
+        return frozenset(i for i in self.parameters if _requires_grad(placeholders[i]))
+
+
+def _requires_grad(node: fx.Node) -> bool:
+    value = node.meta.get("example_value")
+    return isinstance(value, Tensor) and value.requires_grad
 
 
 class _NoBackward(Exception):
@@ -378,7 +407,9 @@ def compile_rewritten(
     partitioner = RewritePartitioner(plan, len(graph.example_inputs), config)
     settings = {**rewritten_patches(plan, patches), "custom_partitioner_fn": partitioner}
     inner_compile = without_higher_peak(inner_compile or compile_fx_inner)
-    compiled = compile_fx(gm, inputs, inner_compile=inner_compile, config_patches=settings)
+    with with_backward_at_once(), comparing_sparse_results():
+        # forward is still to run, so that an error in backward leaves plain Inductor to fall back to
+        compiled = compile_fx(gm, inputs, inner_compile=inner_compile, config_patches=settings)
     return cast(Callable[..., Any], compiled)
 
 

@@ -64,7 +64,7 @@ class JobGraph:
 
     Attributes:
         parameters, buffers, inputs: what enters it.
-        device: type of the device of its parameters.
+        device: type of the device of its parameters; of its inputs when there are none.
         start: file and line of the first operator.
         values: what its backward needs, as planned.
         fallback: why plain Inductor compiled it; empty when it did not.
@@ -114,8 +114,8 @@ def report_graph(
     Args:
         gm: Dynamo's graph.
         config: the options; nothing happens without `report` among them.
-        plan: what it was compiled by; None after a fallback.
-        fallback: the reason of a fallback.
+        plan: what it was compiled by; None for plain Inductor without one.
+        fallback: why it is plain Inductor's then.
 
     If the file cannot be written any more, that is a warning: a full disk is no reason to stop a training run.
     """
@@ -178,7 +178,7 @@ def _job_graph(gm: fx.GraphModule, plan: Plan | None, fallback: str) -> JobGraph
         _job_tensors(parameters),
         _job_tensors(buffers),
         _job_tensors(inputs),
-        next((one.device.type for one in parameters.values()), "cpu"),
+        next((one.device.type for one in {**parameters, **named}.values()), "cpu"),
         _start(gm.graph),
         () if plan is None else plan.values,
         fallback,

@@ -75,7 +75,7 @@ class _Budgeter:
     def __call__(self, gm: fx.GraphModule, example_inputs: Sequence[Any]) -> Callable[..., Any]:
         graph = DynamoGraph(gm, tuple(example_inputs))
         forward: Callable[..., Any] = gm.forward
-        found = self._partitions(graph) if graph.trainable else {}
+        found = self._partitions(graph) if graph.is_planned else {}
         if not found:
             return forward
 

@@ -20,6 +20,7 @@ from prac_fx.torch_compat import (
     compile_fx,
     copy_dynamo_graph,
     make_boxed_func,
+    raise_signal,
     without_autograd_cache,
 )
 
@@ -43,7 +44,7 @@ class Variants:
     With `by_value` there is a variant for each group of values, too.
 
     Attributes:
-        ran: the graphs with something to train that ran since `begin_step`.
+        ran: the graphs with a backward that ran since `begin_step`.
         notes: of what could not be compiled.
         failed: groups that cannot be encoded alone.
     """
@@ -70,7 +71,7 @@ class Variants:
     def __call__(self, gm: fx.GraphModule, example_inputs: Sequence[Any]) -> Callable[..., Any]:
         """Compile one of Dynamo's graphs in all variants."""
         graph = DynamoGraph(gm, tuple(example_inputs))
-        if not graph.trainable:
+        if not graph.is_planned:
             forward: Callable[..., Any] = gm.forward
             return forward
         with without_autograd_cache():
@@ -90,6 +91,7 @@ class Variants:
         try:
             plan, rewritten = plan_and_compile(graph, self._config, self._patches, _run_eagerly)
         except Exception as error:
+            raise_signal(error)
             if self._config.strict:
                 raise
             self.notes.append(f"a graph is kept exact: {type(error).__name__}: {error}")
@@ -108,6 +110,7 @@ class Variants:
                     graph, alone, self._config, self._patches, _run_eagerly
                 )
             except Exception as error:
+                raise_signal(error)
                 self.failed.add(key)
                 self.notes.append(f"not measured alone: {' '.join(key)}: {error}")
                 continue

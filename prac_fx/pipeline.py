@@ -48,6 +48,11 @@ class Arguments:
     parameters: frozenset[int]
     trainable: frozenset[int]
 
+    @property
+    def owner(self) -> int:
+        """The parameter that owns what belongs to the whole graph: the first that trains, or the first of all."""
+        return min(self.trainable or self.parameters)
+
 
 class AnalysisDone(Exception):
     """Leaves the first phase with its result; never reaches a user."""
@@ -97,7 +102,8 @@ def analyse(
         surveyed,
         roles,
         arguments.names,
-        min(arguments.trainable),
+        arguments.owner,
+        bool(arguments.trainable),
         sentinels(gm.graph, classification.backward, arguments.parameters),
     )
     return make_plan(joint, config, blocked)

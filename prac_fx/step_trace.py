@@ -24,10 +24,11 @@ from prac_fx.config import PracConfig
 from prac_fx.dynamo_backend import (
     DynamoGraph,
     analyse_graph,
+    failed_value,
     rewritten_patches,
     with_state_inputs,
 )
-from prac_fx.errors import CannotRewriteError
+from prac_fx.errors import one_line
 from prac_fx.flops import graph_flops
 from prac_fx.inductor_plan import GraphPlan, plan_graph
 from prac_fx.joint_facts import JointFacts, joint_facts
@@ -43,6 +44,7 @@ from prac_fx.torch_compat import (
     functorch_config,
     make_boxed_func,
     min_cut_rematerialization_partition,
+    raise_signal,
     storage_key,
     without_recompile_limit,
 )
@@ -214,7 +216,7 @@ class _Planner:
     def __call__(self, gm: fx.GraphModule, example_inputs: Sequence[Any]) -> Callable[..., Any]:
         graph = DynamoGraph(gm, tuple(example_inputs))
         forward: Callable[..., Any] = gm.forward
-        before = self._plain(graph) if graph.trainable else None
+        before = self._plain(graph) if graph.is_planned else None
         if before is None:
             return forward
         after = before
@@ -413,10 +415,12 @@ def plan_rewritten(
     while plan is not None and plan.changes_graph:
         try:
             return _plan_rewritten(graph, plan, config, patches)
-        except CannotRewriteError as error:
-            if error.value in ("", *blocked) or len(blocked) >= _MOST_RETRIES:
-                return dataclasses.replace(before, refused=str(error))
-            blocked.append(error.value)
+        except Exception as error:
+            raise_signal(error)
+            failed = failed_value(error)
+            if failed in ("", *blocked) or len(blocked) >= _MOST_RETRIES:
+                return dataclasses.replace(before, refused=one_line(error))
+            blocked.append(failed)
             plan = analyse_graph(graph, config, patches, blocked)
     return before
 

@@ -17,7 +17,7 @@ import sympy
 import torch
 import torch.fx as fx
 from torch._dynamo import config as dynamo_config
-from torch._dynamo.exc import ShortenTraceback
+from torch._dynamo.exc import RestartAnalysis, ShortenTraceback, SkipFrame
 from torch._functorch import config as functorch_config
 from torch._functorch._aot_autograd.utils import make_boxed_func
 from torch._functorch.compile_utils import fx_graph_cse
@@ -28,6 +28,7 @@ from torch._functorch.partitioners import (
 )
 from torch._guards import TracingContext
 from torch._inductor import config as inductor_config
+from torch._inductor import fx_utils as inductor_fx_utils
 from torch._inductor import ir as inductor_ir
 from torch._inductor.codegen import wrapper as inductor_wrapper
 from torch._inductor.codegen.common import Kernel
@@ -83,6 +84,8 @@ __all__ = [
     "argument_index",
     "assign_memory_planning_info_for_scheduler_buffers",
     "autograd_references",
+    "causes",
+    "comparing_sparse_results",
     "compile_fx",
     "compile_fx_inner",
     "copy_dynamo_graph",
@@ -112,6 +115,7 @@ __all__ = [
     "offloaded_node",
     "peak_estimate",
     "placeholder_source_name",
+    "raise_signal",
     "rename_node",
     "result_index",
     "saving_what_must_be_saved",
@@ -120,6 +124,7 @@ __all__ = [
     "tracing_fake_mode",
     "tree_leaves",
     "tree_map_only",
+    "with_backward_at_once",
     "without_autograd_cache",
     "without_memory_budget",
     "without_recompile_limit",
@@ -133,6 +138,34 @@ def without_autograd_cache() -> Any:
     must not meet one.
     """
     return functorch_config.patch(enable_autograd_cache=False)
+
+
+def with_backward_at_once() -> Any:
+    """Context in which AOTAutograd compiles a backward graph with its forward graph, and raises what that raises.
+
+    As it is, the first backward compiles it, when forward has run. A graph with symbolic sizes is compiled at once in
+    any case, but an error is only logged, and the first backward tries again. Source: `_aot_stage2b_bw_compile`
+    (torch._functorch._aot_autograd.graph_compile).
+    """
+    return functorch_config.patch(force_non_lazy_backward_lowering=True)
+
+
+def causes(error: BaseException | None) -> Iterator[BaseException]:
+    """An error and what it was made from, which Inductor keeps as `inner_exception` (torch._inductor.exc)."""
+    while error is not None:
+        yield error
+        error = error.__cause__ or getattr(error, "inner_exception", None)
+
+
+def raise_signal(error: BaseException) -> None:
+    """Raise what tells Dynamo how to go on with a frame, if an error is such a signal or was made from one.
+
+    Some are raised while a backend compiles: `TensorifyScalarRestartAnalysis` has Dynamo trace the frame again with a
+    number as a constant. Source: torch._dynamo.exc, `call_user_compiler` (torch._dynamo.output_graph).
+    """
+    for one in causes(error):
+        if isinstance(one, RestartAnalysis | SkipFrame):
+            raise one
 
 
 def without_recompile_limit() -> Any:
@@ -418,6 +451,22 @@ def gpu_fusion_patches() -> dict[str, Any]:
 
 
 @contextmanager
+def comparing_sparse_results() -> Iterator[None]:
+    """Context in which Inductor may replace what a sparse tensor is computed from.
+
+    Once its patterns have replaced a node, `FakeTensorUpdater` (torch._inductor.fx_utils, torch 2.11 to 2.13) compares
+    the results of the nodes after it by their storage, and a sparse one, such as the gradient of
+    `nn.Embedding(sparse=True)`, has none: it raises NotImplementedError. Here each counts as another one.
+    """
+
+    def get_storage(value: torch.Tensor) -> int:
+        return storage_key(value) if torch._C._has_storage(value) else id(value)
+
+    with patch.object(inductor_fx_utils, "get_storage", get_storage):
+        yield
+
+
+@contextmanager
 def peak_estimate(estimate: type[EfficientPeakEstimate]) -> Iterator[None]:
     """Context in which Inductor decides about the reuse of buffers by another estimate of a graph's peak.
 
@@ -479,6 +528,7 @@ def lower_and_schedule(
     with (
         inductor_config.patch(settings),
         patch.object(GraphLowering, "codegen", stop_when_scheduled),
+        comparing_sparse_results(),
     ):
         try:
             compile_fx_inner(gm, example_inputs, **options)
