@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+import warnings
 from dataclasses import replace
 from typing import Any
 
@@ -17,15 +18,26 @@ _MOST_ELEMENTS = 40_000
 _LARGEST = 300.0
 
 
-def generate(seed: int, policy: str | None = None) -> Program:
-    """The program of a seed; its policy is the seed's in turn, or the given one."""
-    rng = random.Random(seed)
+def generate(seed: int, policy: str | None = None, most: int = 8) -> Program:
+    """The program of a seed.
+
+    Args:
+        seed: a program of its own.
+        policy: instead of the seed's, which are taken in turn.
+        most: statements, before the last layer and the loss.
+    """
+    with warnings.catch_warnings(), torch.random.fork_rng(devices=[]):
+        warnings.simplefilter("ignore")  # torch's, about what is left out again
+        return _generate(random.Random(seed), seed, policy, most)
+
+
+def _generate(rng: random.Random, seed: int, policy: str | None, most: int) -> Program:
     policy_of_seed = POLICIES[seed % len(POLICIES)]
     program = Program(seed, _inputs(rng), (), (), (4,), policy=policy or policy_of_seed)
     program = replace(program, dtype=_choose_dtype(rng), autocast=rng.random() < 0.08)
     if program.autocast:
         program = replace(program, dtype="float32")
-    program = _with_statements(program, rng)
+    program = _with_statements(program, rng, most)
     program = replace(program, frozen=_frozen(program, rng), options=_options(rng))
     return _with_batches(program, rng)
 
@@ -63,7 +75,7 @@ def _sizes(shape: tuple[int, ...]) -> list[object]:
     return ["batch" if len(shape) > 1 else "16 * batch", *shape]
 
 
-def _with_statements(program: Program, rng: random.Random) -> Program:
+def _with_statements(program: Program, rng: random.Random, most: int) -> Program:
     torch.manual_seed(program.seed)
     builder = Builder(rng, {})
     for one, value in zip(program.inputs, load(_runnable(program)).inputs(4), strict=True):
@@ -72,7 +84,7 @@ def _with_statements(program: Program, rng: random.Random) -> Program:
         else:
             builder.tokens[one.name] = 50
     growth = _Growth(builder)
-    wanted = rng.randint(3, 8)
+    wanted = rng.randint(most // 3 + 1, most)
     for _ in range(60):
         if len(growth.statements) == wanted:
             break
@@ -212,9 +224,10 @@ def _options(rng: random.Random) -> tuple[tuple[str, Any], ...]:
 
 def _with_batches(program: Program, rng: random.Random) -> Program:
     """Change batch sizes where the program runs with any."""
-    if rng.random() > 0.2:
+    # symbolic sizes take torch several times as long
+    if rng.random() > 0.08:
         return program
-    several = replace(program, batches=(4, 6, 5), dynamic=rng.choice([True, None]))
+    several = replace(program, batches=(4, 6), dynamic=rng.choice([True, None]))
     space = load(several)
     try:
         torch.manual_seed(0)

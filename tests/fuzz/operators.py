@@ -61,12 +61,16 @@ class Draft:
 Maker = Callable[[Builder, str], "Draft | None"]
 
 ACTIVATIONS = (
-    "F.relu({0})|F.gelu({0})|F.gelu({0}, approximate='tanh')|F.silu({0})|F.mish({0})|F.elu({0})|F.celu({0}, 0.7)"
-    "|F.selu({0})|F.softplus({0})|F.leaky_relu({0}, 0.1)|F.hardtanh({0})|F.hardswish({0})|F.hardsigmoid({0})"
-    "|F.relu6({0})|F.logsigmoid({0})|torch.sigmoid({0})|torch.tanh({0})|F.softsign({0})|F.tanhshrink({0})"
-    "|F.softshrink({0}, 0.1)|F.hardshrink({0}, 0.1)|F.threshold({0}, 0.1, 0.0)|torch.sin({0})|torch.cos({0})"
+    "F.gelu({0})|F.gelu({0}, approximate='tanh')|F.silu({0})|F.mish({0})|F.elu({0})|F.celu({0}, 0.7)|F.softplus({0})"
+    "|F.logsigmoid({0})|torch.sigmoid({0})|torch.tanh({0})|F.softsign({0})|F.tanhshrink({0})|torch.sin({0})|torch.cos({0})"
     "|torch.atan({0})|torch.erf({0})|torch.asinh({0})|torch.exp(-{0}.square())|torch.exp({0}.clamp(max=2))|{0}.square()"
-    "|torch.sinc({0})|F.rrelu({0}, training=False)|F.softmin({0}, -1)|F.alpha_dropout({0}, 0.1, False)|{0} * torch.sigmoid({0})"
+    "|torch.sinc({0})|F.softmin({0}, -1)|F.alpha_dropout({0}, 0.1, False)|{0} * torch.sigmoid({0})|{0}.sinh()|{0}.pow(3)"
+).split("|")
+
+# their derivatives jump, so backward needs masks of the exact values
+KINKED = (
+    "F.relu({0})|F.selu({0})|F.leaky_relu({0}, 0.1)|F.hardtanh({0})|F.hardswish({0})|F.hardsigmoid({0})|F.relu6({0})"
+    "|F.softshrink({0}, 0.1)|F.hardshrink({0}, 0.1)|F.threshold({0}, 0.1, 0.0)|F.rrelu({0}, training=False)|F.elu({0}, 0.3)"
 ).split("|")
 
 SINGULAR = (
@@ -137,8 +141,8 @@ GRADIENTS = (
 ).split("|")
 
 
-def _first_call(code: str) -> str:
-    """A name for one-line code."""
+def _in_one_line(code: str) -> str:
+    """Code as a name."""
     return code.replace("{0}", "x").replace("{out}", "y").replace("\n", "; ")
 
 
@@ -146,7 +150,7 @@ def _table(kind: str, codes: list[str], *, smooth: bool) -> Maker:
     def maker(builder: Builder, x: str) -> Draft:
         code = builder.rng.choice(codes)
         text = code if "{out}" in code else "{out} = " + code
-        return Draft(f"{kind}: {_first_call(code)}", text, (x,), smooth)
+        return Draft(f"{kind}: {_in_one_line(code)}", text, (x,), smooth)
 
     return maker
 
@@ -265,7 +269,9 @@ def _norm(builder: Builder, x: str) -> Draft | None:
     if value.dim() == 4:
         choices += [f"nn.BatchNorm2d({value.shape[1]})", f"nn.InstanceNorm2d({value.shape[1]})"]
     code = rng.choice(choices)
-    return Draft("norm: " + code.split("(")[0], f"{{out}} = {builder.member(code)}({{0}})", (x,))
+    # torch's own GroupNorm on channels_last may crash the process where only its weights need gradients
+    taken = "{0}.contiguous()" if "GroupNorm" in code else "{0}"
+    return Draft("norm: " + code.split("(")[0], f"{{out}} = {builder.member(code)}({taken})", (x,))
 
 
 def _convolution(builder: Builder, x: str) -> Draft | None:
@@ -364,7 +370,7 @@ def _distances(builder: Builder, x: str) -> Draft | None:
             "{out} = F.cosine_similarity({out}[:, :, None], {out}[:, None] + 0.1, dim=-1)",
         ]
     )
-    return Draft("singular: " + _first_call(code), f"{{out}} = {points}\n{code}", (x,), False)
+    return Draft("singular: " + _in_one_line(code), f"{{out}} = {points}\n{code}", (x,), False)
 
 
 def _gated(builder: Builder, x: str) -> Draft | None:
@@ -387,7 +393,7 @@ def _gated(builder: Builder, x: str) -> Draft | None:
         ("dist", "torch.hypot({0}, {1} + 0.1)", (x, builder.like(x))),
     ]
     name, code, args = builder.rng.choice(choices)
-    rough = name in ("learned step", "quotient", "dist", "where")
+    rough = name in ("learned step", "quotient", "dist", "where", "prelu")
     return Draft(f"pair: {name}", "{out} = " + code, args, not rough)
 
 
@@ -425,7 +431,8 @@ MAKERS: Mapping[Maker, int] = {
     _norm: 9,
     _convolution: 9,
     _attention: 9,
-    _table("activation", ACTIVATIONS, smooth=True): 12,
+    _table("activation", ACTIVATIONS, smooth=True): 10,
+    _table("activation", KINKED, smooth=False): 4,
     _table("singular", SINGULAR, smooth=False): 7,
     _table("rounding", ROUNDING, smooth=False): 4,
     _table("mask", MASKS, smooth=False): 5,

@@ -120,7 +120,7 @@ class Statement:
         """Python source."""
         code = self.code.replace("{out}", self.out)
         for number, name in enumerate(self.args):
-            code = code.replace("{%d}" % number, name)
+            code = code.replace(f"{{{number}}}", name)
         return "\n".join(indent + line for line in code.splitlines())
 
 
