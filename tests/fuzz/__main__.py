@@ -20,9 +20,7 @@ from tests.fuzz.shrink import shrink
 _MAIN = """
 
 if __name__ == "__main__":  # from the root of the repository
-    import contextlib
-
-    from tests.fuzz.check import loss_of
+    from tests.fuzz.running import loss_of
     from tests.uncompiled import compile_plain, no_code_generation
 
     def run(compiler, draws, **options):
@@ -59,9 +57,10 @@ if __name__ == "__main__":  # from the root of the repository
 """
 
 
-def show(program: Program, failure: Failure | None) -> str:
+def show(program: Program, failure: Failure) -> str:
     """The program as a Python module that runs by itself."""
-    how = f"Found by tests.fuzz, seed {program.seed}, policy {program.policy}.\n\n{failure}\n"
+    reason = str(failure).replace("\\", "/").replace('"', "'")
+    how = f"Found by tests.fuzz, seed {program.seed}, policy {program.policy}.\n\n{reason}\n"
     main = _MAIN.format(
         seed=program.seed,
         dtype=program.dtype,
@@ -75,7 +74,7 @@ def show(program: Program, failure: Failure | None) -> str:
 
 
 def main() -> int:
-    """Run; the number of kinds of failures is the exit status' truth."""
+    """Exit status 1 where a program fails."""
     parser = argparse.ArgumentParser(prog="python -m tests.fuzz", description=__doc__)
     parser.add_argument("--minutes", type=float, help="run random programs for so long")
     parser.add_argument("--seed", type=int, help="the program to show; with --minutes the first")

@@ -18,7 +18,7 @@ _MOST_ELEMENTS = 40_000
 _LARGEST = 300.0
 
 
-def generate(seed: int, policy: str | None = None, most: int = 8) -> Program:
+def generate(seed: int, policy: str | None = None, most: int = 6) -> Program:
     """The program of a seed.
 
     Args:

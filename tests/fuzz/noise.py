@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from tests.fuzz.programs import Program, load
+from tests.fuzz.running import Run
 
 _DRAWS = 16
 _MIN_FEATURES = 8
@@ -25,37 +26,19 @@ def smooth_bias(program: Program, bits: int) -> dict[str, float]:
         program: runs in eager mode.
         bits: of the rounded values.
     """
-    from tests.fuzz.check import autocast, inputs_of, loss_of
-
     space = load(program, noisy=True)
     torch.manual_seed(program.seed)
     model = space.Model().to(getattr(torch, program.dtype))
     rounding = _Rounding(bits, {p.untyped_storage().data_ptr() for p in model.parameters()})
     model.noise = rounding.context
-    buffers = {name: value.clone() for name, value in model.named_buffers()}
-
-    def draw() -> dict[str, Tensor]:
-        for name, value in model.named_buffers():
-            value.copy_(buffers[name])
-        model.zero_grad()
-        inputs = inputs_of(program, space.inputs, program.batches[-1])
-        for one, value in zip(program.inputs, inputs, strict=True):
-            value.requires_grad_(one.requires_grad)
-        torch.manual_seed(0)
-        with autocast(program):
-            results = model(*inputs)
-        loss_of(results).backward()
-        found = {n: p.grad for n, p in model.named_parameters() if p.grad is not None}
-        named = zip(program.inputs, inputs, strict=True)
-        found.update({one.name: x.grad for one, x in named if x.grad is not None})
-        return {name: gradient.detach().double().clone() for name, gradient in found.items()}
-
+    run = Run(program, model, model, space.inputs)
+    batch = program.batches[-1]
     rounding.active = False
-    exact = draw()
+    exact = run.draw(batch).gradients
     rounding.active = True
-    draws = [draw() for _ in range(_DRAWS)]
+    draws = [run.draw(batch).gradients for _ in range(_DRAWS)]
     return {
-        name: float((torch.stack([d[name] for d in draws]).mean(0) - gradient).norm())
+        name: float((torch.stack([d[name].double() for d in draws]).mean(0) - gradient).norm())
         for name, gradient in exact.items()
     }
 

@@ -12,7 +12,7 @@ from tests.fuzz.programs import Program, Statement
 Check = Callable[[Program], "Failure | None"]
 
 
-def shrink(program: Program, failure: Failure, check: Check, limit: int = 60) -> Program:
+def shrink(program: Program, failure: Failure, check: Check, limit: int = 40) -> Program:
     """The smallest program found with a failure of the same kind.
 
     Args:
