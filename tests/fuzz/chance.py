@@ -10,7 +10,7 @@ from torch import Tensor
 _CHANCE_HALVES, _CHANCE_ALONG = 20.0, 8.0
 
 
-def bias_beyond_chance(exact: Tensor, deviations: Tensor) -> float:
+def bias_beyond_chance(exact: Tensor, deviations: Tensor, certainty: float = 1.0) -> float:
     """Norm of the mean deviation that independent halves agree on; 0 where chance may explain it.
 
     The product of the halves' means estimates the squared bias without the variance of the mean. Along the exact
@@ -21,12 +21,12 @@ def bias_beyond_chance(exact: Tensor, deviations: Tensor) -> float:
     squared = float(halves[0] @ halves[1])
     variance = float(deviations.var(0).sum())
     bias = 0.0
-    if squared > _CHANCE_HALVES * 2 * variance / count:
+    if squared > certainty**2 * _CHANCE_HALVES * 2 * variance / count:
         bias = math.sqrt(squared)
     size = float(exact.norm())
     if size > 0:
         along = deviations @ exact / size
         error = float(along.std()) / math.sqrt(count)
-        if abs(float(along.mean())) > _CHANCE_ALONG * error:
+        if abs(float(along.mean())) > certainty * _CHANCE_ALONG * error:
             bias = max(bias, abs(float(along.mean())))
     return bias
