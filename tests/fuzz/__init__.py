@@ -1,0 +1,1 @@
+"""Random training programs, compiled by `backend="prac"` and by plain Inductor: `python -m tests.fuzz`."""
