@@ -13,7 +13,7 @@ import torch
 import transformers
 
 from tests.zoo.architectures import ARCHITECTURES
-from tests.zoo.check import DRAWS, POLICIES, check
+from tests.zoo.check import DRAWS, WAYS, check
 
 
 def main() -> int:
@@ -27,15 +27,15 @@ def main() -> int:
     for name in given.names or ARCHITECTURES:
         start = time.monotonic()
         try:
-            result = check(name, given.policy or POLICIES, given.draws)
+            result = check(name, given.policy or WAYS, given.draws)
         except Exception as error:
             traceback.print_exc()
             print(f"{name}: FAILED {type(error).__name__}: {error}", flush=True)
             failed.append(name)
             continue
         print(f"{result} [{time.monotonic() - start:.0f} s]", flush=True)
-        policies = {policy: one.saved for policy, one in result.policies.items()}
-        saved[name] = {"plain": result.plain_saved, **policies}
+        ways = {way: one.saved for way, one in result.ways.items()}
+        saved[name] = {"plain": result.plain_saved, **ways}
         failed += [name] if result.failures else []
         if given.json:
             with open(given.json, "w", encoding="utf-8") as file:
@@ -48,7 +48,7 @@ def main() -> int:
 def _arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m tests.zoo", description=__doc__)
     parser.add_argument("names", nargs="*", metavar="NAME", help="default: all")
-    parser.add_argument("--policy", action="append", choices=POLICIES, help="default: all")
+    parser.add_argument("--policy", action="append", choices=WAYS, help="default: all")
     parser.add_argument("--draws", type=int, default=DRAWS, help="estimates of each gradient")
     parser.add_argument("--json", metavar="FILE", help="write saved bytes by name and policy")
     given = parser.parse_args()
