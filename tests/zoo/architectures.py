@@ -153,7 +153,7 @@ _DECODERS: dict[str, dict[str, Any]] = {
         "n_groups": 2,
         "chunk_size": 8,
     },
-    "rwkv": {"attention_hidden_size": 64, "context_length": 64},
+    "rwkv": {**_TWO_BLOCKS, "attention_hidden_size": 64, "context_length": 64},
     "recurrent_gemma": {
         **_TWO_BLOCKS,
         **_GROUPED,

@@ -10,23 +10,26 @@ import math
 import statistics
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field
 from itertools import combinations
 from typing import Any
+from unittest.mock import patch
 
 import torch
 import torch._dynamo
+import torch.fx as fx
 from torch import Tensor
 from torch._dynamo.utils import counters
 
-from prac_fx import PracWarning
+from prac_fx import PracWarning, pipeline
 from prac_fx.codecs import PracCodec
 from prac_fx.dynamo_backend import prac
+from prac_fx.graph_edit import Inliner
 from prac_fx.held_memory import all_tensors, held_nbytes
 from prac_fx.passes.plan import Plan
 from tests.compiling import gradients
-from tests.uncompiled import _plain, no_code_generation
+from tests.uncompiled import no_code_generation, plain_graphs
 from tests.zoo.architectures import ARCHITECTURES, Build
 
 # Options to check. In a first step the bases of PRAC say nothing yet, and every draw needs a tail of its own.
@@ -133,7 +136,7 @@ def check(name: str, ways: Iterable[str] = WAYS, draws: int = DRAWS) -> Result:
         draws: estimates of the gradient, each with random numbers of its own.
     """
     build = ARCHITECTURES[name]
-    plain = _Run(build, _plain)
+    plain = _Run(build, plain_graphs)
     plain.step()
     result = Result(name, plain.held, plain.graphs)
     for way in ways:
@@ -150,14 +153,14 @@ def _outcome(run: _Run, plain: _Run, policy: str) -> Outcome:
     by_prac = _estimated_by_prac(run) & exact.keys()
     others = [name for name in exact if name not in by_prac]
     if others:
-        outcome.noise = noise = _noise(run, exact, others)
+        outcome.noise = noise = noise_of(run.estimates, exact, others)
         outcome.worst = _worst(run, exact, others)
         if noise.exceeds(_MOST_BIAS[policy]):
             outcome.failures.append(f"biased: {noise}")
         if not noise.error <= _MOST_ERROR[policy]:
             outcome.failures.append(f"inexact: {noise}")
     if by_prac:
-        outcome.projected = _noise(run, exact, by_prac)
+        outcome.projected = noise_of(run.estimates, exact, by_prac)
         if outcome.projected.exceeds(_MOST_PROJECTED_BIAS):
             outcome.failures.append(f"PRAC is biased: {outcome.projected}")
     return outcome
@@ -224,7 +227,9 @@ def _worst(run: _Run, exact: Gradients, names: Iterable[str]) -> str:
     """The parameter with the largest bias of its own among those whose gradient matters, in words."""
     smallest = _SMALL_SHARE * math.sqrt(sum(float(g.square().sum()) for g in exact.values()))
     alone = {
-        name: _noise(run, exact, [name]) for name in names if float(exact[name].norm()) > smallest
+        name: noise_of(run.estimates, exact, [name])
+        for name in names
+        if float(exact[name].norm()) > smallest
     }
     if not alone:
         return ""
@@ -232,13 +237,16 @@ def _worst(run: _Run, exact: Gradients, names: Iterable[str]) -> str:
     return f" (worst {name} {alone[name]})" if alone[name].error else ""
 
 
-def _noise(run: _Run, exact: Gradients, names: Iterable[str]) -> Noise:
-    """Inner products of different draws' deviations have the squared bias as their mean."""
-    products = torch.zeros(len(run.estimates), len(run.estimates), dtype=torch.float64)
+def noise_of(estimates: Sequence[Gradients], exact: Gradients, names: Iterable[str]) -> Noise:
+    """Of the gradients of some parameters together.
+
+    Inner products of different draws' deviations have the squared bias as their mean.
+    """
+    products = torch.zeros(len(estimates), len(estimates), dtype=torch.float64)
     size = 0.0
     for name in names:
         gradient = exact[name].double()
-        draws = torch.stack([(one[name].double() - gradient).flatten() for one in run.estimates])
+        draws = torch.stack([(one[name].double() - gradient).flatten() for one in estimates])
         products += draws @ draws.mT
         size += float(gradient.square().sum())
     products /= size or 1.0  # of gradients of zero the deviation itself
@@ -316,7 +324,7 @@ class _Run:
 def _prac(build: Build, options: Mapping[str, Any], steps: int = 1) -> _Run:
     """Some steps with our backend, each with random numbers of its own."""
     given = {f"prac.{name}": value for name, value in {"min_nbytes": 0, **options}.items()}
-    with no_code_generation() as plans, _retries() as retries:
+    with no_code_generation() as plans, _retries() as retries, _shared_traces():
         run = _Run(build, prac, {"options": given})
         with warnings.catch_warnings(record=True) as caught:
             warnings.simplefilter("always", PracWarning)
@@ -329,6 +337,20 @@ def _prac(build: Build, options: Mapping[str, Any], steps: int = 1) -> _Run:
         if "plain Inductor" in str(one.message)
     ]
     return run
+
+
+def _shared_traces() -> AbstractContextManager[Any]:
+    """Codecs are traced once for all architectures instead of once for each graph: half of the time."""
+
+    def inliner(graph: fx.Graph) -> Inliner:
+        made = Inliner(graph)
+        made._traced = _TRACED
+        return made
+
+    return patch.object(pipeline, "Inliner", inliner)
+
+
+_TRACED: dict[object, fx.GraphModule] = {}
 
 
 @contextmanager
