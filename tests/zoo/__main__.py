@@ -1,4 +1,4 @@
-"""`python -m tests.zoo [NAMES] [--policy P] [--json FILE]`: check architectures, one line for each."""
+"""`python -m tests.zoo [NAMES] [--policy WAY] [--json FILE]`: check architectures, one line for each."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ import torch
 import transformers
 
 from tests.zoo.architectures import ARCHITECTURES
-from tests.zoo.check import DRAWS, WAYS, check
+from tests.zoo.check import WAYS, check
 
 
 def main() -> int:
@@ -27,7 +27,7 @@ def main() -> int:
     for name in given.names or ARCHITECTURES:
         start = time.monotonic()
         try:
-            result = check(name, given.policy or WAYS, given.draws)
+            result = check(name, given.policy or WAYS)
         except Exception as error:
             traceback.print_exc()
             print(f"{name}: FAILED {type(error).__name__}: {error}", flush=True)
@@ -49,7 +49,6 @@ def _arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m tests.zoo", description=__doc__)
     parser.add_argument("names", nargs="*", metavar="NAME", help="default: all")
     parser.add_argument("--policy", action="append", choices=WAYS, help="default: all")
-    parser.add_argument("--draws", type=int, default=DRAWS, help="estimates of each gradient")
     parser.add_argument("--json", metavar="FILE", help="write saved bytes by name and policy")
     given = parser.parse_args()
     unknown = set(given.names) - set(ARCHITECTURES)
