@@ -40,10 +40,10 @@ def no_code_generation() -> Iterator[list[Plan]]:
 
 def compile_plain(model: Any, **options: Any) -> Any:
     """`torch.compile(model)`; what Inductor would compile runs operator by operator."""
-    return torch.compile(model, backend=_plain, **options)
+    return torch.compile(model, backend=plain_graphs, **options)
 
 
-def _plain(gm: fx.GraphModule, example_inputs: Sequence[Any]) -> Callable[..., Any]:
+def plain_graphs(gm: fx.GraphModule, example_inputs: Sequence[Any]) -> Callable[..., Any]:
     with without_autograd_cache():
         compiled: Callable[..., Any] = compile_fx(gm, example_inputs, inner_compile=_run_eagerly)
     return compiled

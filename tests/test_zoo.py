@@ -1,0 +1,46 @@
+"""Architectures of transformers hold the backend to its promises; `python -m tests.zoo` has the whole list."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from tests.zoo.architectures import ARCHITECTURES
+from tests.zoo.check import Noise, check, noise_of
+
+# what is special about each
+CASES = [
+    ("qwen3", "linear"),  # norms of query and key
+]
+
+
+@pytest.mark.parametrize(("name", "way"), CASES)
+def test_architecture(name: str, way: str) -> None:
+    result = check(name, [way])
+    assert result.failures == []
+
+
+def _draws(bias: float, noise: float, count: int = 6) -> Noise:
+    generator = torch.Generator().manual_seed(0)
+    exact = torch.randn(4000, generator=generator)
+    size = float(exact.norm())
+    away = torch.randn(4000, generator=generator)
+    shift = bias * size * away / away.norm()
+    draws = [
+        exact + shift + noise * size * torch.randn(4000, generator=generator) / 4000**0.5
+        for _ in range(count)
+    ]
+    return noise_of([{"weight": one} for one in draws], {"weight": exact}, ["weight"])
+
+
+def test_a_bias_is_told_from_noise() -> None:
+    clean, shifted = _draws(0.0, 0.2), _draws(0.05, 0.2)
+    assert not clean.exceeds(0.01)
+    assert shifted.exceeds(0.01)
+    assert not shifted.exceeds(0.08)
+    assert abs(clean.error - 0.2) < 0.02
+    assert abs(shifted.bias_square - 0.05**2) < 3 * shifted.standard_error
+
+
+def test_there_are_many() -> None:
+    assert len(ARCHITECTURES) >= 50
