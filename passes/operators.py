@@ -111,6 +111,13 @@ OPERATORS: Mapping[str, Operator] = {
         "discontinuous",
         "linear",
     ),
+    **_group(
+        "aten._unsafe_masked_index aten._unsafe_masked_index_put_accumulate",
+        "linear",
+        "discontinuous",
+        "discontinuous",
+        "linear",
+    ),
     **_group("aten.where", "discontinuous", "linear"),
     # backward of pooling is linear in the gradient, and of the value it only reads the shape
     **_group(

@@ -154,6 +154,15 @@ EXAMPLES: dict[str, Call] = {
     "aten.scatter_add": lambda x: aten.scatter_add(_seen(x), 1, _ROWS_INDEX, x),
     "aten.index_add": lambda x: aten.index_add(_seen(x), 0, _INDEX[:4], x),
     "aten.index_copy": lambda x: aten.index_copy(_seen(x), 0, _INDEX[:3], x[:3]),
+    "aten._unsafe_masked_index": lambda x: aten._unsafe_masked_index(
+        x, (_INDEX[:ROWS] > 0)[:, None], [_INDEX[:ROWS]], 0.0
+    ),
+    "aten._unsafe_masked_index_put_accumulate": lambda x: aten._unsafe_masked_index_put_accumulate(
+        torch.zeros(5, 16, dtype=x.dtype),
+        (_INDEX[:ROWS] > 0)[:, None],
+        [_INDEX[:ROWS]],
+        x,
+    ),
     "aten.where": lambda x: aten.where(_MASK, x, _seen(x)),
     "aten.avg_pool2d_backward": lambda x: aten.avg_pool2d_backward(
         _image(x),
