@@ -19,7 +19,6 @@ from __future__ import annotations
 import operator
 from collections.abc import Collection
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 import torch.fx as fx

@@ -20,6 +20,7 @@ import torch
 import torch.fx as fx
 
 from prac_fx.torch_compat import (
+    annotate_seeds_with_budget,
     drawing_once,
     has_tag_must_recompute,
     min_cut_rematerialization_partition,
@@ -87,6 +88,7 @@ def partition_drawing_once(
         joint_inputs: as the partitioner received them.
         **options: of torch's partitioner.
     """
+    annotate_seeds_with_budget(gm)
     with drawing_once(_cannot_be_repeated):
         return min_cut_rematerialization_partition(gm, joint_inputs, **options)
 

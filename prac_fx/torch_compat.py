@@ -29,6 +29,7 @@ from torch._functorch.partitioners import (
 )
 from torch._guards import TracingContext
 from torch._inductor import config as inductor_config
+from torch._inductor import inductor_prims
 from torch._inductor import ir as inductor_ir
 from torch._inductor.codegen import wrapper as inductor_wrapper
 from torch._inductor.codegen.common import Kernel
@@ -81,6 +82,7 @@ __all__ = [
     "TorchDispatchMode",
     "V",
     "active_data_parallel_group",
+    "annotate_seeds_with_budget",
     "argument_index",
     "assign_memory_planning_info_for_scheduler_buffers",
     "autograd_references",
@@ -325,9 +327,36 @@ def _results(node: fx.Node) -> list[fx.Node]:
     return [result for user in node.users for result in _results(user)]
 
 
+def annotate_seeds_with_budget(gm: fx.GraphModule) -> None:
+    """Give Inductor's seeds the memory budget of the region that reads them.
+
+    `fuse_seed_creation_pass` (torch._inductor.fx_passes.replace_random) makes one node for all seeds, without the annotation
+    of `torch.autograd.graph.region_activation_memory_budget`. The partitioner refuses a graph in which a forward operator
+    lacks it, and so every model with dropout (torch 2.13). Once torch has mended that,
+    `tests/test_random_numbers.py::test_torch_refuses_dropout_in_a_region_with_a_budget` fails and this can go.
+    """
+    for node in (node for module in gm.modules() for node in _nodes_of(module)):
+        if node.target in _SEEDS and _region_budget(node) is None:
+            budgets = {_region_budget(user) for user in node.users}
+            if len(budgets) == 1 and None not in budgets:
+                custom = {**(node.meta.get("custom") or {}), _REGION_BUDGET: budgets.pop()}
+                node.meta["custom"] = custom
+
+
+_SEEDS = [
+    getattr(inductor_prims, name)
+    for name in ("seed", "seeds", "rand_eager_offset", "rand_eager_offsets")
+    if hasattr(inductor_prims, name)  # torch 2.11 has the first two
+]
+
+
 def _annotated_with_budget(gm: fx.GraphModule) -> dict[fx.Node, Any]:
-    nodes = [node for module in gm.modules() for node in getattr(module, "graph", fx.Graph()).nodes]
+    nodes = [node for module in gm.modules() for node in _nodes_of(module)]
     return {node: node.meta["custom"] for node in nodes if _region_budget(node) is not None}
+
+
+def _nodes_of(module: torch.nn.Module) -> Iterable[fx.Node]:
+    return module.graph.nodes if isinstance(module, fx.GraphModule) else ()
 
 
 _REGION_BUDGET = (
