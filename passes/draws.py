@@ -57,8 +57,9 @@ def _draws(operand: object, node: fx.Node) -> bool:
     if not isinstance(operand, fx.Node):
         return _is_tagged(operand)
     body = getattr(node.graph.owning_module, str(operand.target), None)
-    is_graph = operand.op == "get_attr" and isinstance(body, fx.GraphModule)
-    return is_graph and any(map(is_random, body.graph.nodes))
+    if operand.op != "get_attr" or not isinstance(body, fx.GraphModule):
+        return False
+    return any(map(is_random, body.graph.nodes))
 
 
 def _is_tagged(target: object) -> bool:
