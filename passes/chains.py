@@ -19,7 +19,6 @@ from __future__ import annotations
 import operator
 from collections.abc import Collection
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 import torch.fx as fx
@@ -27,6 +26,7 @@ import torch.fx as fx
 from prac_fx.graph_edit import RESHAPING_VIEWS, allocating_node, tensor_value
 from prac_fx.memory import size_hint
 from prac_fx.passes.classify import Classification
+from prac_fx.passes.draws import is_random
 from prac_fx.torch_compat import has_tag_must_recompute
 
 _aten, _prims = torch.ops.aten, torch.ops.prims
@@ -114,18 +114,6 @@ def is_statistic(node: fx.Node, classification: Classification) -> bool:
                 seen.add(source)
                 pending.append(source)
     return found
-
-
-def is_random(node: fx.Node) -> bool:
-    """Does the node draw from the random stream? Attention does so for its dropout alone."""
-    target: Any = node.target
-    if torch.Tag.nondeterministic_seeded not in getattr(target, "tags", ()):
-        return False
-    for position, argument in enumerate(target._schema.arguments):
-        if argument.name == "dropout_p":
-            given = node.args[position] if position < len(node.args) else argument.default_value
-            return bool(node.kwargs.get("dropout_p", given) != 0)
-    return True
 
 
 def is_repeatable(node: fx.Node) -> bool:

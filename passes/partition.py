@@ -20,6 +20,7 @@ import torch.fx as fx
 
 from prac_fx.errors import CannotRewriteError
 from prac_fx.graph_edit import allocating_node, storage_of
+from prac_fx.passes.draws import partition_drawing_once
 from prac_fx.passes.plan import Plan
 from prac_fx.passes.rewrite import EncodedSite
 from prac_fx.passes.sample import sample
@@ -28,7 +29,6 @@ from prac_fx.torch_compat import (
     CheckpointPolicy,
     functorch_config,
     has_memory_budget,
-    min_cut_rematerialization_partition,
     saving_what_must_be_saved,
 )
 
@@ -135,7 +135,7 @@ def _partition_with_outputs(
     _replace_outputs(gm.graph, slice(start, start), stored)
     # duplicates were merged before: merging again would undo a clone that reads nothing decoded
     with functorch_config.patch(cse=False):
-        fw, bw = min_cut_rematerialization_partition(gm, joint_inputs, **with_stored)
+        fw, bw = partition_drawing_once(gm, joint_inputs, **with_stored)
     for graph in (gm.graph, fw.graph):
         _replace_outputs(graph, slice(start, end), [])
     fw.recompile()

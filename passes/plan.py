@@ -34,11 +34,11 @@ from prac_fx.passes.chains import (
     Region,
     derivation,
     find_clones,
-    is_random,
     is_statistic,
     region_from,
 )
 from prac_fx.passes.classify import Classification
+from prac_fx.passes.draws import is_random
 from prac_fx.passes.masks import masks_of, without_masks
 from prac_fx.passes.quantizer import quantizer
 from prac_fx.passes.ranks import (

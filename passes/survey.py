@@ -16,11 +16,11 @@ import torch.fx as fx
 
 from prac_fx.graph_edit import storage_of, tensor_value
 from prac_fx.memory import storage_nbytes
+from prac_fx.passes.draws import partition_drawing_once
 from prac_fx.torch_compat import (
     has_memory_budget,
     has_tag_must_recompute,
     is_random_state,
-    min_cut_rematerialization_partition,
     offloaded_node,
     without_memory_budget,
 )
@@ -86,7 +86,7 @@ def _partition(
     gm: fx.GraphModule, joint_inputs: Sequence[object], partition_options: Mapping[str, Any]
 ) -> tuple[tuple[SavedValue, ...], frozenset[str]]:
     """What is saved, and the names of what is computed again."""
-    fw, bw = min_cut_rematerialization_partition(gm, joint_inputs, **partition_options)
+    fw, bw = partition_drawing_once(gm, joint_inputs, **partition_options)
     recomputed = {node.name for node in bw.graph.nodes if node.op == "call_function"}
     forward = {node.name for node in fw.graph.nodes}
     # where a checkpointed region draws random numbers, the partitioner replaces the node in both graphs

@@ -36,6 +36,11 @@ _FP8 = {
     }
 }
 
+_DRAWS_ANEW = (
+    "torch's partitioner has backward draw random numbers anew, such as the mask of dropout: these are gradients of "
+    'another step than the forward pass took; backend="prac" with the same budget draws once'
+)
+
 # Share of the FLOPs that two analyses of the same step may differ by.
 _ROUNDING = 0.01
 
@@ -90,6 +95,7 @@ class Alternative:
         largest_batch: that fits the bytes that were asked for.
         measured: by real steps.
         note: what else there is to know, such as why it failed.
+        draws_anew: torch's partitioner has backward draw random numbers again.
     """
 
     way: Way
@@ -99,6 +105,7 @@ class Alternative:
     largest_batch: int | None = None
     measured: Measured | None = None
     note: str = ""
+    draws_anew: bool = False
 
     @property
     def name(self) -> str:
@@ -107,8 +114,13 @@ class Alternative:
 
     @property
     def gradient(self) -> str:
-        """Of the way."""
-        return self.way.gradient
+        """Of the way; "wrong" where backward goes on with other random numbers than those of forward."""
+        return "wrong" if self.draws_anew else self.way.gradient
+
+    @property
+    def notes(self) -> str:
+        """All that there is to know, a line for each note."""
+        return "\n".join(filter(None, [_DRAWS_ANEW if self.draws_anew else "", self.note]))
 
 
 def ways_to_train(config: PracConfig) -> list[Way]:
@@ -171,7 +183,13 @@ def row_of(way: Way, found: AnalysedStep, plain: AnalysedStep | None) -> Alterna
     if way.config is None and added is not None and added < -_ROUNDING:
         # exact gradients with fewer FLOPs: Dynamo left parts of the model to Python, which no graph tells of
         return Alternative(way, note="Dynamo compiles this only in part: --measure finds out")
-    return Alternative(way, found.handed_over_after_nbytes, found.after.peak.total, added)
+    return Alternative(
+        way,
+        found.handed_over_after_nbytes,
+        found.after.peak.total,
+        added,
+        draws_anew=way.config is None and found.draws_anew,
+    )
 
 
 def added_flops(flops: int, plain: AnalysedStep | None) -> float | None:

@@ -141,6 +141,11 @@ class AnalysedStep:
         return len({id(call.before) for call in self.calls})
 
     @property
+    def draws_anew(self) -> bool:
+        """Does torch's own partitioner have a backward draw random numbers again? Its gradients are wrong then."""
+        return any(call.before.draws_anew for call in self.calls)
+
+    @property
     def saved_before_nbytes(self) -> int:
         """Bytes that plain Inductor holds between forward and backward, inputs not counted."""
         return sum(value.nbytes_before for value in self.values)

@@ -78,7 +78,8 @@ def _known(way: Way, analysed: AnalysedStep, config: PracConfig) -> Alternative 
     """The row of a way that the analysis of the step is about already."""
     if way.name == PLAIN:
         peak = analysed.before.peak.total
-        return Alternative(way, analysed.handed_over_before_nbytes, peak, 0.0)
+        saved, anew = analysed.handed_over_before_nbytes, analysed.draws_anew
+        return Alternative(way, saved, peak, 0.0, draws_anew=anew)
     if (
         way.config is not None
         and way.config.cache_key() == replace(config, strict=way.config.strict).cache_key()
@@ -120,7 +121,8 @@ def _budget_row(
     way: Way, found: Partition, peaks: Mapping[Partition, int | None], analysed: AnalysedStep
 ) -> Alternative:
     peak, added = peaks[found], added_flops(found.flops, analysed)
-    return Alternative(way, found.saved_nbytes, peak, added, note="" if peak else _NO_PEAK)
+    note = "" if peak else _NO_PEAK
+    return Alternative(way, found.saved_nbytes, peak, added, note=note, draws_anew=found.draws_anew)
 
 
 def _nearly(one: int, other: int) -> bool:

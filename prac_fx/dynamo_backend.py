@@ -27,7 +27,13 @@ from prac_fx.job_report import check_report_path, report_graph
 from prac_fx.memory import format_nbytes
 from prac_fx.origin import clean_path
 from prac_fx.passes.plan import Plan
-from prac_fx.pipeline import AnalysePartitioner, AnalysisDone, Arguments, RewritePartitioner
+from prac_fx.pipeline import (
+    AnalysePartitioner,
+    AnalysisDone,
+    Arguments,
+    PlainPartitioner,
+    RewritePartitioner,
+)
 from prac_fx.plan_text import plan_as_text
 from prac_fx.runtime import state_inputs, training_step
 from prac_fx.torch_compat import (
@@ -178,7 +184,7 @@ def _compile(
             copy_dynamo_graph(gm),
             list(example_inputs),
             inner_compile=compile_fx_inner,
-            config_patches=patches or None,
+            config_patches=plain_patches(patches),
         )
         return cast(Callable[..., Any], compiled)
 
@@ -386,6 +392,11 @@ def with_state_inputs(graph: DynamoGraph, plan: Plan) -> tuple[fx.GraphModule, l
             extra.append((one.name, fake))
     gm = copy_dynamo_graph(graph.gm, extra)
     return gm, [*graph.example_inputs, *(fake for _, fake in extra)]
+
+
+def plain_patches(patches: Mapping[str, Any]) -> dict[str, Any]:
+    """Inductor's config patches for a graph that is not rewritten: the user's, and a partitioner that draws once."""
+    return {**patches, "custom_partitioner_fn": PlainPartitioner()}
 
 
 def rewritten_patches(plan: Plan, patches: Mapping[str, Any]) -> dict[str, Any]:

@@ -17,6 +17,7 @@ import torch.fx as fx
 
 from prac_fx.dynamo_backend import DynamoGraph, call_partitioner
 from prac_fx.flops import graph_flops
+from prac_fx.passes.draws import draws_anew
 from prac_fx.passes.survey import saved_values
 from prac_fx.pipeline import merge_duplicates
 from prac_fx.step_trace import Step, trace_with
@@ -35,11 +36,13 @@ class Partition:
         saved_nbytes: handed from forward to backward, inputs not counted.
         flops: of matmuls, convolutions and attention.
         recomputed_flops: those of them that backward computes again.
+        draws_anew: backward draws random numbers again, which makes gradients wrong.
     """
 
     saved_nbytes: int
     flops: int
     recomputed_flops: int
+    draws_anew: bool = False
 
 
 def partition_within(
@@ -59,6 +62,7 @@ def partition_within(
             sum(call[budget].saved_nbytes for call in backend.calls),
             sum(call[budget].flops for call in backend.calls),
             sum(call[budget].recomputed_flops for call in backend.calls),
+            any(call[budget].draws_anew for call in backend.calls),
         )
         for budget in budgets
     }
@@ -115,7 +119,8 @@ class _BudgetsPartitioner(CustomPartitionerFn):
             saved = saved_values(gm.graph, fw, options["num_fwd_outputs"])
             flops = graph_flops(fw.graph).total() + graph_flops(bw.graph).total()
             nbytes = sum(value.nbytes for value in saved)
-            self.found[budget] = Partition(nbytes, flops, flops - joint_flops)
+            anew = draws_anew(gm.graph, fw, bw)
+            self.found[budget] = Partition(nbytes, flops, flops - joint_flops, anew)
         raise _Stop
 
     def uuid(self) -> None:

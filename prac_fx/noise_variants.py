@@ -12,7 +12,12 @@ from torch import Tensor
 
 from prac_fx.codecs import BitCodec
 from prac_fx.config import PracConfig
-from prac_fx.dynamo_backend import DynamoGraph, compile_rewritten, plan_and_compile
+from prac_fx.dynamo_backend import (
+    DynamoGraph,
+    compile_rewritten,
+    plain_patches,
+    plan_and_compile,
+)
 from prac_fx.origin import any_layer
 from prac_fx.passes.plan import Plan, PlannedValue
 from prac_fx.runtime import training_step
@@ -85,7 +90,8 @@ class Variants:
         return run
 
     def _compile(self, graph: DynamoGraph) -> _CompiledGraph:
-        options: Any = {"inner_compile": _run_eagerly, "config_patches": self._patches}
+        patches = plain_patches(self._patches)
+        options: Any = {"inner_compile": _run_eagerly, "config_patches": patches}
         exact = compile_fx(copy_dynamo_graph(graph.gm), list(graph.example_inputs), **options)
         variants = {EXACT: cast(Callable[..., Any], exact)}
         try:

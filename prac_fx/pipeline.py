@@ -17,6 +17,7 @@ from prac_fx.config import PracConfig
 from prac_fx.errors import CannotRewriteError
 from prac_fx.graph_edit import Inliner, with_names_in_order
 from prac_fx.passes.classify import classify
+from prac_fx.passes.draws import partition_drawing_once
 from prac_fx.passes.factor import factor
 from prac_fx.passes.partition import PartitionedGraph, partition
 from prac_fx.passes.plan import JointGraph, Plan, fingerprint, make_plan
@@ -231,6 +232,20 @@ class RewritePartitioner(CustomPartitionerFn):
     def uuid(self) -> str:
         """Hash of our sources, the configuration and the plan (torch._inductor.custom_graph_pass)."""
         return self._key
+
+
+class PlainPartitioner(CustomPartitionerFn):
+    """For graphs that are left to plain Inductor: torch's partitioner, but nothing random is drawn anew."""
+
+    def __call__(
+        self, gm: fx.GraphModule, joint_inputs: Sequence[object], **options: Any
+    ) -> tuple[fx.GraphModule, fx.GraphModule]:
+        """Forward and backward graph."""
+        return partition_drawing_once(gm, joint_inputs, **options)
+
+    def uuid(self) -> str:
+        """Hash of our sources: torch's cache must not mix up these graphs with those of its own partitioner."""
+        return _sources_digest().hex()
 
 
 def cache_key(plan: Plan, config: PracConfig) -> str:

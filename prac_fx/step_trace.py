@@ -32,6 +32,7 @@ from prac_fx.errors import one_line
 from prac_fx.flops import graph_flops
 from prac_fx.inductor_plan import GraphPlan, plan_graph
 from prac_fx.joint_facts import JointFacts, joint_facts
+from prac_fx.passes.draws import draws_anew, partition_drawing_once
 from prac_fx.passes.partition import PartitionedGraph
 from prac_fx.passes.plan import Plan
 from prac_fx.pipeline import Arguments, RewritePartitioner, analyse, merge_duplicates
@@ -85,6 +86,7 @@ class PlannedGraph:
         plan: what our passes decide; None when they were not asked.
         rewritten: what they made; None for plain Inductor.
         refused: why the graph cannot be rewritten; None when it can.
+        draws_anew: torch's own partitioner has backward draw random numbers again, which makes gradients wrong.
     """
 
     facts: JointFacts
@@ -95,6 +97,7 @@ class PlannedGraph:
     plan: Plan | None = None
     rewritten: PartitionedGraph | None = None
     refused: str | None = None
+    draws_anew: bool = False
 
 
 @dataclass(frozen=True)
@@ -302,7 +305,7 @@ class _Observer:
 
 
 class _PlainPartitioner(CustomPartitionerFn):
-    """torch's own partitioner; our passes may look at the joint graph first."""
+    """torch's own partitioner, or, where our passes look at the joint graph first, what our backend leaves graphs to."""
 
     def __init__(
         self, observer: _Observer, arguments: Arguments, config: PracConfig | None
@@ -311,6 +314,7 @@ class _PlainPartitioner(CustomPartitionerFn):
         self._arguments = arguments
         self._config = config
         self.plan: Plan | None = None
+        self.draws_anew = False
 
     def __call__(
         self, gm: fx.GraphModule, joint_inputs: Sequence[object], **options: Any
@@ -321,7 +325,11 @@ class _PlainPartitioner(CustomPartitionerFn):
             self.plan = analyse(
                 gm, joint_inputs, options, config=self._config, arguments=self._arguments
             )
-        return min_cut_rematerialization_partition(gm, joint_inputs, **options)
+        halves = min_cut_rematerialization_partition(gm, joint_inputs, **options)
+        self.draws_anew = draws_anew(gm.graph, *halves)
+        if self._config is not None and self.draws_anew:
+            return partition_drawing_once(gm, joint_inputs, **options)
+        return halves
 
     def uuid(self) -> None:
         """Nothing is compiled, so there is nothing to cache."""
@@ -394,7 +402,8 @@ def plan_plain(
     gm = copy_dynamo_graph(graph.gm)
     if not _partition(gm, graph.example_inputs, observer.compile, partitioner, patches):
         return None
-    return observer.planned(partitioner.plan, None)
+    planned = observer.planned(partitioner.plan, None)
+    return dataclasses.replace(planned, draws_anew=partitioner.draws_anew)
 
 
 def plan_rewritten(

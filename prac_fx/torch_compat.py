@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import functools
 import operator
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any, TypeVar, cast
 from unittest.mock import patch
@@ -19,6 +19,7 @@ import torch.fx as fx
 from torch._dynamo import config as dynamo_config
 from torch._dynamo.exc import RestartAnalysis, ShortenTraceback, SkipFrame
 from torch._functorch import config as functorch_config
+from torch._functorch import partitioners
 from torch._functorch._aot_autograd.utils import make_boxed_func
 from torch._functorch.compile_utils import fx_graph_cse
 from torch._functorch.partitioners import (
@@ -29,6 +30,7 @@ from torch._functorch.partitioners import (
 from torch._guards import TracingContext
 from torch._inductor import config as inductor_config
 from torch._inductor import fx_utils as inductor_fx_utils
+from torch._inductor import inductor_prims
 from torch._inductor import ir as inductor_ir
 from torch._inductor.codegen import wrapper as inductor_wrapper
 from torch._inductor.codegen.common import Kernel
@@ -81,6 +83,7 @@ __all__ = [
     "TorchDispatchMode",
     "V",
     "active_data_parallel_group",
+    "annotate_seeds_with_budget",
     "argument_index",
     "assign_memory_planning_info_for_scheduler_buffers",
     "autograd_references",
@@ -89,6 +92,7 @@ __all__ = [
     "compile_fx",
     "compile_fx_inner",
     "copy_dynamo_graph",
+    "drawing_once",
     "estimate_peak_memory",
     "fresh_inductor_cache",
     "fsdp_parameters",
@@ -291,9 +295,101 @@ def saving_what_must_be_saved() -> Iterator[None]:
         yield
 
 
+@contextmanager
+def drawing_once(is_draw: Callable[[fx.Node], bool]) -> Iterator[None]:
+    """Context in which the partitioner has backward compute no random draw again that forward has made.
+
+    Below an activation memory budget of 1 `choose_saved_values_set` (torch._functorch.partitioners) takes three operators
+    alone for random (`random_ops` of `get_default_op_list`) and not Inductor's seeds; its knapsack may choose even those
+    three; at 0 it saves nothing but inputs. Backward then draws other numbers, and gradients are wrong:
+    https://github.com/pytorch/pytorch/issues/190758, torch 2.11 to 2.13. Once torch has mended it,
+    `tests/test_random_numbers.py::test_torch_draws_anew_within_a_budget` fails and this can go.
+
+    Args:
+        is_draw: must a node not be computed again, because it draws?
+    """
+    choose = partitioners.choose_saved_values_set
+
+    def choose_without_draws(
+        graph: fx.Graph, node_info: Any, memory_budget: float = 1
+    ) -> list[fx.Node]:
+        draws = [node for node in graph.nodes if node.op == "call_function" and is_draw(node)]
+        untagged = {node: node.meta for node in draws}
+        for node in draws:
+            node.meta = {**node.meta, "recompute": CheckpointPolicy.MUST_SAVE}
+        try:
+            saved = choose(graph, node_info, memory_budget=memory_budget)
+        finally:
+            for node, meta in untagged.items():
+                node.meta = meta
+        # where that is all there is to save, torch lists the operator in place of its results
+        saved = [one for node in saved for one in (_results(node) if node in untagged else [node])]
+        return list(dict.fromkeys([*saved, *_results_needed_again(draws, saved, node_info)]))
+
+    with patch.object(partitioners, "choose_saved_values_set", choose_without_draws):
+        yield
+
+
+def _results_needed_again(
+    draws: Sequence[fx.Node], saved: Sequence[fx.Node], node_info: Any
+) -> list[fx.Node]:
+    """What forward has drawn and backward would draw again, given what is saved."""
+    in_backward = _with_inputs(node_info.required_bw_nodes, stop=saved)
+    in_forward = _with_inputs([*node_info.required_fw_nodes, *saved])
+    again = [node for node in draws if node in in_backward and node in in_forward]
+    return [result for node in again for result in _results(node) if result in in_backward]
+
+
+def _with_inputs(nodes: Iterable[fx.Node], stop: Iterable[fx.Node] = ()) -> set[fx.Node]:
+    """Nodes and what they are computed from, except for what `stop` provides."""
+    provided = set(stop)
+    found: set[fx.Node] = set()
+    pending = list(nodes)
+    while pending:
+        node = pending.pop()
+        if node not in found and node not in provided:
+            found.add(node)
+            pending += node.all_input_nodes
+    return found
+
+
+def _results(node: fx.Node) -> list[fx.Node]:
+    """The node itself, or, of an operator with several results, the nodes that stand for each of them."""
+    if not isinstance(node.meta.get("val", ()), tuple | list):
+        return [node]
+    return [result for user in node.users for result in _results(user)]
+
+
+def annotate_seeds_with_budget(gm: fx.GraphModule) -> None:
+    """Give Inductor's seeds the memory budget of the region that reads them.
+
+    `fuse_seed_creation_pass` (torch._inductor.fx_passes.replace_random) makes one node for all seeds, without the annotation
+    of `torch.autograd.graph.region_activation_memory_budget`. The partitioner refuses a graph in which a forward operator
+    lacks it, and so every model with dropout (torch 2.13). Once torch has mended that,
+    `tests/test_random_numbers.py::test_torch_refuses_dropout_in_a_region_with_a_budget` fails and this can go.
+    """
+    for node in (node for module in gm.modules() for node in _nodes_of(module)):
+        if node.target in _SEEDS and _region_budget(node) is None:
+            budgets = {_region_budget(user) for user in node.users}
+            if len(budgets) == 1 and None not in budgets:
+                custom = {**(node.meta.get("custom") or {}), _REGION_BUDGET: budgets.pop()}
+                node.meta["custom"] = custom
+
+
+_SEEDS = [
+    getattr(inductor_prims, name)
+    for name in ("seed", "seeds", "rand_eager_offset", "rand_eager_offsets")
+    if hasattr(inductor_prims, name)  # torch 2.11 has the first two
+]
+
+
 def _annotated_with_budget(gm: fx.GraphModule) -> dict[fx.Node, Any]:
-    nodes = [node for module in gm.modules() for node in getattr(module, "graph", fx.Graph()).nodes]
+    nodes = [node for module in gm.modules() for node in _nodes_of(module)]
     return {node: node.meta["custom"] for node in nodes if _region_budget(node) is not None}
+
+
+def _nodes_of(module: torch.nn.Module) -> Iterable[fx.Node]:
+    return module.graph.nodes if isinstance(module, fx.GraphModule) else ()
 
 
 _REGION_BUDGET = (

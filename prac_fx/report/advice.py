@@ -79,7 +79,7 @@ def _about_free_recomputation(document: Document) -> str:
         if not one["name"].startswith("budget") or saved is None or flops is None:
             continue
         less = 1 - saved / plain["saved_nbytes"]
-        if less >= 0.1 and flops <= _FREE_FLOPS:
+        if less >= 0.1 and flops <= _FREE_FLOPS and one["gradient"] == "exact":
             budget = one["name"].removeprefix("budget ")
             return (
                 f"activation_memory_budget={budget} saves {less:.0%} of what is kept for backward with exact "

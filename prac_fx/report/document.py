@@ -199,7 +199,8 @@ class Alternative(TypedDict):
     """One way to train the same model on the same inputs. Null: not known.
 
     `added_flops`: recomputed or added FLOPs over those of the step; negative when it saves some.
-    `gradient`: "exact", "unbiased", "biased" or another word. `largest_batch`: that fits `fits_nbytes`.
+    `gradient`: "exact", "unbiased", "biased", "wrong" or another word. `largest_batch`: that fits `fits_nbytes`.
+    `note`: a line for each footnote.
     """
 
     name: str

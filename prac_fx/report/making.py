@@ -275,5 +275,5 @@ def _alternative(one: AnalysedAlternative) -> Alternative:
             "peak_nbytes": measured.peak_nbytes,
             "step_ratio": measured.step_ratio,
         },
-        "note": one.note,
+        "note": one.notes,
     }

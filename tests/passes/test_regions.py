@@ -18,7 +18,8 @@ from torch.utils.checkpoint import (
 )
 
 from prac_fx.codecs import QuantCodec
-from prac_fx.passes.chains import is_random, is_repeatable
+from prac_fx.passes.chains import is_repeatable
+from prac_fx.passes.draws import is_random
 from prac_fx.torch_compat import functorch_config, inductor_config
 from tests.graphs import Traced, rows_of, trace
 from tests.passes.modules import FEATURES, inputs
