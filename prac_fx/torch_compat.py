@@ -45,6 +45,7 @@ from torch._inductor.compile_fx import compile_fx, compile_fx_inner
 from torch._inductor.custom_graph_pass import CustomPartitionerFn
 from torch._inductor.decomposition import select_decomp_table
 from torch._inductor.graph import GraphLowering
+from torch._inductor.lowering import register_lowering
 from torch._inductor.memory import (
     assign_memory_planning_info_for_scheduler_buffers,
     estimate_peak_memory,
@@ -115,6 +116,7 @@ __all__ = [
     "offloaded_node",
     "peak_estimate",
     "placeholder_source_name",
+    "register_lowering",
     "rename_node",
     "result_index",
     "saving_what_must_be_saved",

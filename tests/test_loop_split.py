@@ -41,10 +41,11 @@ def _scales(shape: tuple[int, ...], group: int) -> Tensor:
 def _split(graph: GraphLowering) -> tuple[bool, bool, bool]:
     """Of a graph of one loop: may it be split, does torch split it, and is every step still there?"""
     (loop,) = graph.scheduler.nodes
-    nodes = loop.get_nodes()
+    nodes: list[Any] = list(loop.get_nodes())
     allowed = loses_no_step(nodes)
     before = nodes[0]._body.var_ranges
-    graph.scheduler.get_backend(torch.device("cpu")).try_loop_split(nodes)
+    backend: Any = graph.scheduler.get_backend(torch.device("cpu"))
+    backend.try_loop_split(nodes)
     after = nodes[0]._body.var_ranges
     return allowed, before != after, math.prod(before.values()) == math.prod(after.values())
 
@@ -157,7 +158,7 @@ def test_our_graphs_have_the_guard_and_no_others(monkeypatch: pytest.MonkeyPatch
 
     monkeypatch.setattr("prac_fx.loop_split.loses_no_step", recorded)
     torchs = CppScheduling.try_loop_split
-    uncached = {"fx_graph_cache": False, "cpp.simdlen": 1}
+    uncached: dict[str, Any] = {"fx_graph_cache": False, "cpp.simdlen": 1}
     torch.compile(Sequential(), options=uncached)(rows()).sum().backward()
     assert not guarded
     compiled = torch.compile(Sequential(), backend="prac", options={**SMALL, **uncached})
