@@ -38,8 +38,6 @@ CODECS: dict[str, tuple[dict[str, Any], bool]] = {
     **{f"int8/{group}": ({"format": "int8", "group": group}, False) for group in (32, 64, 128)},
     "int8/128 zero point": ({"format": "int8", "group": 128, "zero_point": True}, False),
     "int8/128 nearest": ({"format": "int8", "group": 128, "stochastic": False}, False),
-    "fp8_e4m3/128": ({"format": "fp8_e4m3", "group": 128}, False),
-    "fp8_e5m2/128": ({"format": "fp8_e5m2", "group": 128}, False),
     **{f"int4/{group}": ({"format": "int4", "group": group}, False) for group in (32, 64, 128)},
     "int4/128 zero point": ({"format": "int4", "group": 128, "zero_point": True}, False),
     "int4/128 nearest": ({"format": "int4", "group": 128, "stochastic": False}, False),

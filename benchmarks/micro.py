@@ -34,7 +34,7 @@ SHAPES = {
     "small": ((2048, 512, 512), (2048, 512, 1376), (2048, 1376, 512)),
     "paper": ((32768, 2048, 6144), (32768, 2048, 10922), (32768, 5461, 2048), (32768, 768, 3072)),
 }
-FORMATS = ("int8", "int4", "fp8_e4m3")
+FORMATS = ("int8", "int4")
 # of each measurement; side of the matmul whose rate counts as the machine's
 _SECONDS = {"tiny": 0.01, "small": 0.3, "paper": 0.5}
 _MATMUL_SIDE = {"tiny": 64, "small": 1024, "paper": 8192}

@@ -68,7 +68,6 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "W: int4": {**_EXACT, "weight_gradient": "int4"},
     "A: int8": {**_EXACT, "input_gradient": "int8"},
     "A: int4": {**_EXACT, "input_gradient": "int4"},
-    "A: fp8_e4m3": {**_EXACT, "input_gradient": "fp8_e4m3"},
     "A: prac .2+.2": {**_EXACT, "input_gradient": "prac", "principal": 0.2, "random": 0.2},
     "attention: int8": {**_EXACT, "attention": "int8", "query_key": "int8"},
     "value, result: int4": {**_EXACT, "attention": "int4"},

@@ -614,7 +614,7 @@ class _Planner:
         return ("symbolic_size" if is_symbolic(value) else "too_small"), shape
 
     def _quantize(self, role: ValueRole, name: str, detail: str = "") -> Reason | None:
-        """Add a site that stores the whole allocation in an integer or 8-bit floating-point format."""
+        """Add a site that stores the whole allocation in a quantised format, or as bits."""
         prepared = self._whole_allocation(role)
         if isinstance(prepared, tuple):
             return prepared

@@ -6,7 +6,7 @@ import torch
 
 from prac_fx.codecs import QuantCodec
 from prac_fx.codecs.words import word_bits_on
-from prac_fx.config import INTEGERS, PracConfig
+from prac_fx.config import PracConfig
 
 
 def quantizer(
@@ -27,6 +27,6 @@ def quantizer(
         config.group_size,
         dim=dim,
         stochastic=config.rounding == "stochastic",
-        zero_point=config.zero_point and name in INTEGERS,
+        zero_point=config.zero_point,
         word_bits=word_bits_on(device),
     )

@@ -47,6 +47,7 @@ from prac_fx.passes.classify import classify
 from prac_fx.passes.plan import Plan, Site
 from prac_fx.passes.roles import MATMULS
 from prac_fx.torch_compat import CheckpointPolicy, rename_node
+from prac_fx.written import WrittenChannelsLast
 
 _FORWARD = "is_forward"
 _BACKWARD = "must_be_in_backward"
@@ -129,6 +130,7 @@ def rewrite(graph: fx.Graph, plan: Plan, state: State, inline: Inliner) -> list[
         _must_save(nodes[name])
     clones = {nodes[name] for name in plan.clones}
     _Redirection(decoded, clones, inline).redirect(backward)
+    place.channels_last.redirect()
     return encoded
 
 
@@ -165,6 +167,7 @@ class _Place:
         self._columns = sum(aligned(one.padded_features) for one in random)
         self._rows_done = self._columns_done = 0
         self._tables: dict[tuple[str, int], fx.Node] = {}
+        self.channels_last = WrittenChannelsLast(graph, {value.name for value in plan.values})
 
     def after(self, *nodes: fx.Node | None) -> fx.Node:
         """The node behind the last of these."""
@@ -319,11 +322,16 @@ def _stored_site(site: Site, state: SiteState | None, value: fx.Node, place: _Pl
     layout, codec, inline = site.layout, site.codec, place.inline
     assert layout is not None
     anchor = place.after(value, state.basis if state else None)
+    # what a mask compares is in memory already, and bools are slow to write and to read on a CPU
+    is_written = not (isinstance(codec, BitCodec) and _compares_encoded(value, place.encoded))
+    source = value
+    if is_written and value in place.channels_last:
+        source = place.channels_last.write(value, inline, before=anchor, tag=_FORWARD)
     if isinstance(codec, PracCodec):
         assert state is not None
         matrix = inline(
             lambda x: layout.to_rows(x).reshape(-1, layout.features),
-            [value],
+            [source],
             before=anchor,
             tag=_FORWARD,
             like=value,
@@ -332,7 +340,7 @@ def _stored_site(site: Site, state: SiteState | None, value: fx.Node, place: _Pl
         ).result
         projected = inline(
             lambda rows, x, basis: _as_rows(codec.encode(rows, basis), layout.to_rows(x)),
-            [matrix, value, state.basis],
+            [matrix, source, state.basis],
             before=anchor,
             tag=_FORWARD,
             like=value,
@@ -342,9 +350,6 @@ def _stored_site(site: Site, state: SiteState | None, value: fx.Node, place: _Pl
         stored = _store_coordinates(site, projected, anchor, place)
         return EncodedSite(site, state, value, matrix, stored, projected)
 
-    # what a mask compares is in memory already, and bools are slow to write and to read on a CPU
-    is_written = not (isinstance(codec, BitCodec) and _compares_encoded(value, place.encoded))
-
     def encode(x: Tensor, *numbers: Tensor) -> tuple[Tensor, ...]:
         rows = layout.to_rows(x, is_written=is_written)
         flat = rows.reshape(-1, layout.features)
@@ -353,7 +358,7 @@ def _stored_site(site: Site, state: SiteState | None, value: fx.Node, place: _Pl
 
     stored = inline(
         encode,
-        [value, *place.numbers(site, value, anchor)],
+        [source, *place.numbers(site, value, anchor)],
         before=anchor,
         tag=_FORWARD,
         like=value,

@@ -13,7 +13,7 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from prac_fx.analysed_step import AnalysedStep, analyse_step, tensors_of
-from prac_fx.config import PARTS, POLICIES, PracConfig
+from prac_fx.config import POLICIES, PracConfig
 from prac_fx.dynamo_backend import PracBackend
 from prac_fx.eager_memory import eager_step
 from prac_fx.errors import PracError, ReportError, one_line
@@ -144,10 +144,7 @@ def ways_to_train(config: PracConfig) -> list[Way]:
 def _gradient(config: PracConfig) -> str:
     if config.is_biased:
         return "biased"
-    parts = [getattr(config, part) for part in PARTS]
-    if config.rounding == "nearest" or any(str(part).startswith("fp8") for part in parts):
-        return "rounded"
-    return "unbiased"
+    return "rounded" if config.rounding == "nearest" else "unbiased"
 
 
 def analyse_way(

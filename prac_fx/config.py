@@ -16,8 +16,7 @@ PREFIX = "prac."
 
 # How the saved values of each part may be stored. "auto" takes PRAC where it saves FLOPs and computes the
 # value again from stored ones where that is free.
-INTEGERS = ("int8", "int4")
-QUANTIZED = (*INTEGERS, "fp8_e4m3", "fp8_e5m2")
+QUANTIZED = ("int8", "int4")
 PARTS: Mapping[str, tuple[str, ...]] = {
     "weight_gradient": ("auto", "prac", "recompute", *QUANTIZED, "exact"),
     "input_gradient": ("prac", *QUANTIZED, "exact"),
@@ -102,8 +101,8 @@ class PracConfig:
         rules: (glob on module paths, codec) pairs, such as ("*.mlp.*", "int4"); the first match wins over the
             parts above.
         group_size: features that share one scale in the quantised codecs, at most.
-        rounding: "stochastic" (unbiased) or "nearest", in the integer codecs.
-        zero_point: the integer codecs store an offset beside each scale.
+        rounding: "stochastic" (unbiased) or "nearest", in the quantised codecs.
+        zero_point: the quantised codecs store an offset beside each scale.
         principal: r1, directions of the principal basis, one number or one per role. A float is a fraction of
             the feature count n (floor, as in the paper, section 5.1), an int is a number of directions. 0
             gives RAC.

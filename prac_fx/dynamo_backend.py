@@ -24,6 +24,7 @@ from prac_fx.config import PracConfig, config_patches, split_options
 from prac_fx.data_parallel import is_distributed
 from prac_fx.errors import CannotRewriteError, PracOptionError, PracWarning
 from prac_fx.job_report import check_report_path, report_graph
+from prac_fx.loop_split import without_lossy_splits
 from prac_fx.memory import format_nbytes
 from prac_fx.origin import clean_path
 from prac_fx.passes.plan import Plan
@@ -45,7 +46,6 @@ from prac_fx.torch_compat import (
     compile_fx_inner,
     copy_dynamo_graph,
     gpu_fusion_patches,
-    guard_loop_split,
     inductor_config,
     placeholder_source_name,
     raise_signal,
@@ -413,11 +413,10 @@ def compile_rewritten(
     inner_compile: Callable[..., Any] | None = None,
 ) -> Callable[..., Any]:
     """Phase 2: compile with the partitioner that applies the plan; arguments as for `plan_and_compile`."""
-    guard_loop_split()
     gm, inputs = with_state_inputs(graph, plan)
     partitioner = RewritePartitioner(plan, len(graph.example_inputs), config)
     settings = {**rewritten_patches(plan, patches), "custom_partitioner_fn": partitioner}
-    inner_compile = without_higher_peak(inner_compile or compile_fx_inner)
+    inner_compile = without_lossy_splits(without_higher_peak(inner_compile or compile_fx_inner))
     with with_backward_at_once(), comparing_sparse_results():
         # forward is still to run, so that an error in backward leaves plain Inductor to fall back to
         compiled = compile_fx(gm, inputs, inner_compile=inner_compile, config_patches=settings)

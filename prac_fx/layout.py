@@ -36,7 +36,7 @@ class Layout:
 
         Args:
             x: a tensor of this layout.
-            is_written: have compiled code write `x` to memory.
+            is_written: have compiled code write `x` to memory, with the strides of this layout.
 
         Made with as_strided, of which Inductor takes care as of an output: it computes `x` once, into memory. Plain
         Inductor does so with every value that it saves; where it did not, whoever reads `x` would compute it again,

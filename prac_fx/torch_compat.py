@@ -6,10 +6,11 @@ in prac_fx or passes may import from a module whose path has a leading underscor
 
 from __future__ import annotations
 
-import functools
 import operator
+import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
+from contextvars import ContextVar
 from typing import Any, TypeVar, cast
 from unittest.mock import patch
 
@@ -47,6 +48,7 @@ from torch._inductor.compile_fx import compile_fx, compile_fx_inner
 from torch._inductor.custom_graph_pass import CustomPartitionerFn
 from torch._inductor.decomposition import select_decomp_table
 from torch._inductor.graph import GraphLowering
+from torch._inductor.lowering import register_lowering
 from torch._inductor.memory import (
     assign_memory_planning_info_for_scheduler_buffers,
     estimate_peak_memory,
@@ -69,10 +71,12 @@ from torch.utils.checkpoint import CheckpointPolicy
 __all__ = [
     "AllocateLine",
     "CheckpointPolicy",
+    "CppScheduling",
     "CustomPartitionerFn",
     "EfficientPeakEstimate",
     "FakeTensor",
     "FakeTensorMode",
+    "FloorDiv",
     "FreeIfNotReusedLine",
     "FreeLine",
     "GraphLowering",
@@ -101,7 +105,6 @@ __all__ = [
     "get_freeable_input_buf",
     "gpu_fusion_patches",
     "gradient_argument_index",
-    "guard_loop_split",
     "guard_or_false",
     "has_memory_budget",
     "has_saved_tensors_hooks",
@@ -112,6 +115,7 @@ __all__ = [
     "inductor_patches",
     "inplace_decisions",
     "is_random_state",
+    "loop_split_where",
     "lower_and_schedule",
     "make_boxed_func",
     "make_fx",
@@ -120,6 +124,7 @@ __all__ = [
     "peak_estimate",
     "placeholder_source_name",
     "raise_signal",
+    "register_lowering",
     "rename_node",
     "result_index",
     "saving_what_must_be_saved",
@@ -489,34 +494,6 @@ def copy_dynamo_graph(
     return copied_gm
 
 
-@functools.cache
-def guard_loop_split() -> None:
-    """Keep Inductor's C++ backend from splitting a loop whose length the divisor does not divide.
-
-    `CppScheduling.try_loop_split` turns a loop over n with an index x // g in it into n // g times g steps, and the
-    rest of the loop is never run: its results stay uninitialised memory. (torch 2.11 to 2.13; n = 344, g = 120 is
-    one case.) A scale for each group of features gives such an index. Not splitting is right, and a little slower.
-    """
-    split = CppScheduling.try_loop_split
-
-    def split_if_divisible(self: Any, nodes: Any) -> Any:
-        return split(self, nodes) if all(map(_splits_evenly, nodes)) else nodes
-
-    CppScheduling.try_loop_split = split_if_divisible  # type: ignore[method-assign]
-
-
-def _splits_evenly(node: Any) -> bool:
-    (sizes, _), body, _ = node.node.get_default_sizes_body()
-    length = dict(zip(body.iter_vars, sizes, strict=False))
-    return all(
-        sympy.Mod(length[divided], divisor) == 0
-        for index in body.indexing_exprs.values()
-        if isinstance(index, sympy.Expr)
-        for divided, divisor in (found.args for found in index.find(FloorDiv))
-        if divided in length
-    )
-
-
 def inductor_decompositions() -> dict[Any, Any]:
     """The decomposition table that Inductor traces with."""
     return cast(dict[Any, Any], select_decomp_table())
@@ -546,8 +523,53 @@ def gpu_fusion_patches() -> dict[str, Any]:
     return {"loop_ordering_after_fusion": False}
 
 
-@contextmanager
-def comparing_sparse_results() -> Iterator[None]:
+class _Replaced:
+    """A function or class of torch's that is another one inside of a context, for the threads that are in there."""
+
+    def __init__(self, owner: Any, name: str) -> None:
+        self._owner, self._name = owner, name
+        self._lock, self._inside = threading.Lock(), 0
+        self._ours: ContextVar[Callable[..., Any] | None] = ContextVar(name, default=None)
+        self._torchs: Callable[..., Any]
+
+    @contextmanager
+    def by(self, ours: Callable[..., Any]) -> Iterator[None]:
+        """Context in which `ours(torchs)` stands for what torch has; contexts of several threads may overlap."""
+        self._enter()
+        token = self._ours.set(ours)
+        try:
+            yield
+        finally:
+            self._ours.reset(token)
+            self._leave()
+
+    def _enter(self) -> None:
+        with self._lock:
+            if not self._inside:
+                self._torchs = getattr(self._owner, self._name)
+                setattr(self._owner, self._name, self._chosen(self._torchs))
+            self._inside += 1
+
+    def _leave(self) -> None:
+        with self._lock:
+            self._inside -= 1
+            if not self._inside:
+                setattr(self._owner, self._name, self._torchs)
+
+    def _chosen(self, torchs: Callable[..., Any]) -> Callable[..., Any]:
+        def call(*args: Any, **kwargs: Any) -> Any:
+            ours = self._ours.get()
+            return (torchs if ours is None else ours(torchs))(*args, **kwargs)
+
+        return call
+
+
+_REPLACED_ESTIMATE = _Replaced(inductor_wrapper, "EfficientPeakEstimate")
+_REPLACED_SPLIT = _Replaced(CppScheduling, "try_loop_split")
+_REPLACED_STORAGE = _Replaced(inductor_fx_utils, "get_storage")
+
+
+def comparing_sparse_results() -> AbstractContextManager[None]:
     """Context in which Inductor may replace what a sparse tensor is computed from.
 
     Once its patterns have replaced a node, `FakeTensorUpdater` (torch._inductor.fx_utils, torch 2.11 to 2.13) compares
@@ -558,18 +580,30 @@ def comparing_sparse_results() -> Iterator[None]:
     def get_storage(value: torch.Tensor) -> int:
         return storage_key(value) if torch._C._has_storage(value) else id(value)
 
-    with patch.object(inductor_fx_utils, "get_storage", get_storage):
-        yield
+    return _REPLACED_STORAGE.by(lambda torchs: get_storage)
 
 
-@contextmanager
-def peak_estimate(estimate: type[EfficientPeakEstimate]) -> Iterator[None]:
+def peak_estimate(estimate: type[EfficientPeakEstimate]) -> AbstractContextManager[None]:
     """Context in which Inductor decides about the reuse of buffers by another estimate of a graph's peak.
 
     Source: `AllocateLine.should_reuse_buffer` (torch._inductor.codegen.wrapper).
     """
-    with patch.object(inductor_wrapper, "EfficientPeakEstimate", estimate):
-        yield
+    return _REPLACED_ESTIMATE.by(lambda torchs: estimate)
+
+
+def loop_split_where(allowed: Callable[[Sequence[Any]], bool]) -> AbstractContextManager[None]:
+    """Context in which Inductor's C++ backend splits a loop only where it may.
+
+    Source: `CppScheduling.try_loop_split` (torch._inductor.codegen.cpp).
+
+    Args:
+        allowed: called with fused scheduler nodes.
+    """
+
+    def guarded(torchs: Callable[..., Any]) -> Callable[..., Any]:
+        return lambda self, nodes: torchs(self, nodes) if allowed(nodes) else nodes
+
+    return _REPLACED_SPLIT.by(guarded)
 
 
 def rename_node(node: fx.Node, name: str) -> None:

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from prac_fx.state import Subspace, subspaces_of
 
 # everything that the linear policy can encode is: models in tests are small
-SMALL = {"prac.min_nbytes": 0, "prac.strict": True, "prac.policy": "linear"}
+SMALL: dict[str, Any] = {"prac.min_nbytes": 0, "prac.strict": True, "prac.policy": "linear"}
 
 # `torch.compile(model, **PLAIN)` and `torch.compile(model, **BALANCED)`: the same training loop on both. Loops over
 # numbers instead of vectors, for which the C++ compiler needs half the time.

@@ -90,6 +90,7 @@ def test_accepted_values(field: str, value: Any) -> None:
         ("input_gradient", "auto", "'int8'"),
         ("input_gradient", ["int8"], "'int8'"),
         ("attention", "prac", "'int8'"),
+        ("attention", "fp8_e4m3", "'int8', 'int4', 'exact'"),
         ("coordinates", "prac", "'int8'"),
         ("group_size", 4, "an int of at least 8"),
         ("group_size", 64.0, "an int of at least 8"),
@@ -319,7 +320,7 @@ def test_another_partitioner_is_refused() -> None:
 CHANGES: dict[str, Any] = {
     "policy": "linear",
     "weight_gradient": "int8",
-    "input_gradient": "fp8_e4m3",
+    "input_gradient": "int4",
     "attention": "exact",
     "query_key": "exact",
     "coordinates": "exact",
@@ -536,8 +537,8 @@ def test_unbiased_settings_do_not_warn(warnings_of: Callable[..., list[str]]) ->
 def test_a_policy_sets_what_the_user_does_not(policy: str) -> None:
     config = PracConfig(policy=policy)
     assert config.input_gradient == POLICIES[policy]["input_gradient"]
-    changed = PracConfig(policy=policy, input_gradient="fp8_e5m2", refresh_every=7)
-    assert (changed.input_gradient, changed.refresh_every) == ("fp8_e5m2", 7)
+    changed = PracConfig(policy=policy, input_gradient="exact", refresh_every=7)
+    assert (changed.input_gradient, changed.refresh_every) == ("exact", 7)
     assert changed.attention == config.attention
 
 

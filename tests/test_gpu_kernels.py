@@ -40,15 +40,12 @@ def _of_all_rows(kernels: Sequence[Any]) -> list[list[str]]:
     ]
 
 
-CODES = {"int8": "uint8", "int4": "uint8", "fp8_e4m3": "float8_e4m3fn", "fp8_e5m2": "float8_e5m2"}
-
-
 @pytest.mark.parametrize("shape", [(ROWS, 2048), (ROWS, 5461), (ROWS, 1224), (8, 12, 512, 64)])
-@pytest.mark.parametrize("name", CODES)
+@pytest.mark.parametrize("name", ["int8", "int4"])
 def test_encoding_is_one_kernel(name: Format, shape: tuple[int, ...]) -> None:
     codec = _codec(name, shape[-1])
     kernels = gpu_kernels(lambda x, seed: _encode(codec, x, seed), (shape, torch.bfloat16), SEED)
-    assert _of_all_rows(kernels) == [sorted(["bfloat16", CODES[name]])]
+    assert _of_all_rows(kernels) == [["bfloat16", "uint8"]]
 
 
 @pytest.mark.parametrize("name", ["int8", "int4"])
@@ -107,7 +104,7 @@ def test_encoding_is_part_of_what_reads_a_matmul() -> None:
     assert _of_all_rows(kernels)[-1] == ["bfloat16", "bfloat16", "uint8"]
 
 
-@pytest.mark.parametrize("name", CODES)
+@pytest.mark.parametrize("name", ["int8", "int4"])
 def test_decoding_is_part_of_what_reads_the_value(name: Format) -> None:
     codec = _codec(name, 2048)
 
@@ -115,7 +112,7 @@ def test_decoding_is_part_of_what_reads_the_value(name: Format) -> None:
         return (dy * torch.cos(codec.decode((codes, bounds), torch.bfloat16)),)
 
     width = 1024 if name == "int4" else 2048
-    codes = ((ROWS, width), getattr(torch, CODES[name]))
+    codes = ((ROWS, width), torch.uint8)
     kernels = gpu_kernels(read, codes, ((ROWS, 16), torch.bfloat16), ((ROWS, 2048), torch.bfloat16))
     assert _of_all_rows(kernels) == [["bfloat16"]]
 

@@ -7,13 +7,10 @@ Rounding: x / scale goes to floor(x / scale + u) with u uniform in (0, 1) (see `
 For this to be exact no value may be clipped, and both sides must use the same scale to the last bit. So each
 group stores its largest absolute value (with `zero_point` its largest and smallest value) in the dtype of x, which
 is exact, and both sides make the scale out of that. A scale rounded to bfloat16 would do neither: a compiler may
-leave out a cast to bfloat16 and back, and then one side would use what the other never sees. The float8
-formats round to nearest.
+leave out a cast to bfloat16 and back, and then one side would use what the other never sees.
 
-Layout: float8 codes lie like x. Integer codes are packed in words of p codes, 32 bits on a CPU and 8 on a GPU (see
-`words`): word i of a group holds its elements i, i + g / p, i + 2 g / p and so on, so each p-th of a group is read in
-order. Encoding runs
-over (..., k, g) or (..., k, g / p), reduction and pointwise alike, and what the reduction returns is stored as it is,
+Layout: p codes make a word, of 32 bits on a CPU and 8 on a GPU (see `words`). Word i of a group holds its elements
+i, i + g / p, i + 2 g / p and so on, so each p-th of a group is read in order. Encoding runs over (..., k, g) or (..., k, g / p), reduction and pointwise alike, and what the reduction returns is stored as it is,
 so that a compiler can make it one loop over the groups; decoding is pointwise.
 """
 
@@ -30,11 +27,10 @@ from torch import Tensor
 from prac_fx.codecs.rounding import column_numbers, row_numbers, uniform
 from prac_fx.codecs.words import WordBits, packed, packed_bytes, split, unpacked
 
-Format = Literal["int8", "int4", "fp8_e4m3", "fp8_e5m2"]
+Format = Literal["int8", "int4"]
 
-_FLOAT8 = {"fp8_e4m3": torch.float8_e4m3fn, "fp8_e5m2": torch.float8_e5m2}
 # largest code that is used, either side of zero
-_SYMMETRIC_LEVELS = {"int8": 127, "int4": 7, "fp8_e4m3": 448, "fp8_e5m2": 57344}
+_SYMMETRIC_LEVELS = {"int8": 127, "int4": 7}
 _OFFSET_LEVELS = {"int8": 255, "int4": 15}
 _BITS = {"int8": 8, "int4": 4}
 _VECTORS = (16, 8)  # words of 32 bits that CPUs read at once (AVX-512, AVX2)
@@ -51,8 +47,8 @@ class QuantCodec:
         features: n, length of the quantised dimension.
         group: at most this many elements share a scale.
         dim: the quantised dimension, -1 or -2.
-        stochastic: unbiased rounding instead of rounding to nearest; integer formats only.
-        zero_point: codes count from an offset stored for each group instead of from zero; integer formats only.
+        stochastic: unbiased rounding instead of rounding to nearest.
+        zero_point: codes count from an offset stored for each group instead of from zero.
         word_bits: of the words that codes are packed in (`words.word_bits_on`).
     """
 
@@ -72,8 +68,6 @@ class QuantCodec:
             raise ValueError(f"dim must be -1 or -2, not {self.dim}")
         if self.features < 1 or self.group < self._unit:
             raise ValueError(f"cannot make groups of {self.group} out of {self.features} features")
-        if self.zero_point and self._is_float:
-            raise ValueError(f"zero_point is for integer formats, not {self.format}")
 
     @property
     def name(self) -> str:
@@ -83,7 +77,7 @@ class QuantCodec:
     @property
     def is_unbiased(self) -> bool:
         """Is the mean of what `decode` returns, over the seeds, what was encoded?"""
-        return self.stochastic and not self._is_float
+        return self.stochastic
 
     @property
     def padded_features(self) -> int:
@@ -129,11 +123,11 @@ class QuantCodec:
 
     def _row_nbytes(self, size: int) -> int:
         """Bytes of a row in groups of that size, with scales of float32."""
-        return math.ceil(self.features / size) * (size * _BITS.get(self.format, 8) // 8 + 4)
+        return math.ceil(self.features / size) * (size * _BITS[self.format] // 8 + 4)
 
     def describe(self) -> str:
         """Short text for tables, such as `int8/128` or `int4/64 nearest`."""
-        nearest = " nearest" if not (self.stochastic or self._is_float) else ""
+        nearest = "" if self.stochastic else " nearest"
         return f"{self.format}/{self.group}{nearest}{' zero-point' if self.zero_point else ''}"
 
     # -- tensors ----------------------------------------------------------------------------------
@@ -154,7 +148,7 @@ class QuantCodec:
             columns: likewise `rounding.column_numbers`, `padded_features` that no other value of a step rounds with.
 
         Returns:
-            codes: (..., k g) float8, or words, (..., k g / p) int32 or uint8; or the same with m behind.
+            words: (..., k g / p), or the same with m behind; int32 or uint8.
             largest: of the absolute values of each group, (..., k) or (..., k, m), dtype of x. With `zero_point`, of
                 the values themselves, and the smallest as a third tensor.
 
@@ -204,20 +198,16 @@ class QuantCodec:
 
     def stored_nbytes(self, rows: int, itemsize: int) -> int:
         """Bytes stored for `rows` times n elements (`rows` is the product of all other sizes) of `itemsize` bytes."""
-        codes = self.padded_features * _BITS.get(self.format, 8) // 8
+        codes = self.padded_features * _BITS[self.format] // 8
         bounds = self.groups * (2 if self.zero_point else 1)
         return rows * (codes + bounds * itemsize)
 
     # -- parts ------------------------------------------------------------------------------------
 
     @property
-    def _is_float(self) -> bool:
-        return self.format in _FLOAT8
-
-    @property
     def _unit(self) -> int:
         """p, elements that are stored together; g is a multiple of it."""
-        return 1 if self._is_float else self.word_bits // _BITS[self.format]
+        return self.word_bits // _BITS[self.format]
 
     @property
     def _padding(self) -> int:
@@ -308,16 +298,12 @@ class QuantCodec:
         return others[0], (largest - others[0]).clamp_min(_SMALLEST)
 
     def _rounded(self, scaled: Tensor, *numbers: Tensor) -> Tensor:
-        """Codes, as float8 or as numbers from zero up; rounded to nearest without numbers of rows and columns."""
-        if self._is_float:
-            return scaled.to(_FLOAT8[self.format])
+        """Codes, as numbers from zero up; rounded to nearest without numbers of rows and columns."""
         rounded = (scaled + uniform(*numbers)).floor() if numbers else scaled.round()
         return rounded + self._bias
 
     def _packed(self, codes: list[Tensor]) -> Tensor:
         """Codes of all places, or of each, in words (..., k, g / p [, m])."""
-        if self._is_float:
-            return codes[0].squeeze(self._at)
         bits = _BITS[self.format]
         if self.word_bits == 8:
             return packed_bytes(codes, bits).squeeze(self._at)
@@ -326,8 +312,6 @@ class QuantCodec:
     def _numbers(self, codes: Tensor) -> Tensor:
         """What the codes stand for, before scaling, by group and place in a word, (..., k, p, g / p [, m])."""
         codes = split(codes, self.dim, (self.groups, self.group_size // self._unit))
-        if self._is_float:
-            return codes.unsqueeze(self._at)
         return unpacked(codes, _BITS[self.format], self.dim) - self._bias
 
 

@@ -228,7 +228,7 @@ def test_prac_is_taken_where_it_saves_flops() -> None:
     assert normed.shape == ("2048", str(FEATURES))
 
 
-@pytest.mark.parametrize("codec", ["int8", "int4", "fp8_e4m3", "fp8_e5m2", "exact"])
+@pytest.mark.parametrize("codec", ["int8", "int4", "exact"])
 def test_weight_gradient_values_can_be_quantised_too(codec: str) -> None:
     traced = trace(Mlp(), inputs(), **{**BALANCED, "weight_gradient": codec})
     (sine,) = [value for value in traced.plan.values if value.origin.op == "sin.default"]
@@ -398,11 +398,11 @@ def _is_matmul(node: fx.Node) -> bool:
 
 
 def test_the_first_matching_rule_wins() -> None:
-    rules = [("gate", "int4"), ("up", "exact"), ("*", "fp8_e4m3")]
+    rules = [("gate", "exact"), ("up", "int8"), ("*", "int4")]
     found = _decisions(trace(Gated(), inputs(), **BALANCED, rules=rules))
-    assert found["gate"].startswith("int4")
-    assert found["up"] == "rule"
-    assert found["embed"].startswith("fp8_e4m3")
+    assert found["gate"] == "rule"
+    assert found["up"].startswith("int8")
+    assert found["embed"].startswith("int4")
 
 
 def test_paper_projects_what_the_input_gradient_reads() -> None:
