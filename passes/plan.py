@@ -17,7 +17,7 @@ import torch
 import torch.fx as fx
 
 from prac_fx.codecs import BitCodec, PracCodec, QuantCodec
-from prac_fx.config import INTEGERS, PracConfig, ProjectedRole
+from prac_fx.config import QUANTIZED, PracConfig, ProjectedRole
 from prac_fx.graph_edit import (
     allocating_node,
     last_two_swapped,
@@ -461,7 +461,7 @@ class _Planner:
 
     def _input_gradient_codec(self, layout: Layout, value: torch.Tensor) -> QuantCodec:
         name = self.config.input_gradient
-        name = name if name in INTEGERS else "int8"
+        name = name if name in QUANTIZED else "int8"
         return quantizer(name, layout.features, value.device, self.config)
 
     def _note_first_order(self, verdict: Verdict) -> None:
