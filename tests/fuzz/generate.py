@@ -38,7 +38,7 @@ def _generate(rng: random.Random, seed: int, policy: str | None, most: int) -> P
     if program.autocast:
         program = replace(program, dtype="float32")
     program = _with_statements(program, rng, most)
-    program = replace(program, frozen=_frozen(program, rng), options=_options(rng))
+    program = replace(program, frozen=_frozen(program, rng), options=_options(program.policy, rng))
     return _with_batches(program, rng)
 
 
@@ -49,7 +49,7 @@ def _choose_dtype(rng: random.Random) -> str:
 def _inputs(rng: random.Random) -> tuple[Input, ...]:
     inner: list[tuple[int, ...]] = [
         (rng.choice([8, 16, 31]), rng.choice([7, 16, 32, 33, 64])),
-        (rng.choice([8, 16, 24]), rng.choice([16, 32, 64, 128])),
+        (rng.choice([16, 31, 48]), rng.choice([16, 32, 64, 128])),
         (rng.choice([3, 8, 16]), rng.choice([4, 7, 8]), rng.choice([4, 7, 8])),
         (rng.choice([8, 33, 64, 130]),),
     ]
@@ -72,7 +72,7 @@ def _inputs(rng: random.Random) -> tuple[Input, ...]:
 
 def _sizes(shape: tuple[int, ...]) -> list[object]:
     # a batch of rows is the tokens, where there is nothing else
-    return ["batch" if len(shape) > 1 else "16 * batch", *shape]
+    return ["batch" if len(shape) > 1 else "32 * batch", *shape]
 
 
 def _with_statements(program: Program, rng: random.Random, most: int) -> Program:
@@ -84,7 +84,7 @@ def _with_statements(program: Program, rng: random.Random, most: int) -> Program
         else:
             builder.tokens[one.name] = 50
     growth = _Growth(builder)
-    wanted = rng.randint(most // 3 + 1, most)
+    wanted = rng.randint((most + 1) // 2, most)
     for _ in range(60):
         if len(growth.statements) == wanted:
             break
@@ -96,7 +96,7 @@ def _with_statements(program: Program, rng: random.Random, most: int) -> Program
             maker = next(iter(MAKERS))  # a parameter before all
         growth.grow(maker, name)
     last = list(builder.values)[-1]
-    if rng.random() < 0.8:
+    if rng.random() < 0.9:
         last = growth.grow(final_linear, last) or last
     outputs = [last]
     if rng.random() < 0.35:
@@ -207,12 +207,16 @@ def _frozen(program: Program, rng: random.Random) -> tuple[str, ...]:
     return tuple(frozen) if len(set(frozen)) < len(set(members)) else ()
 
 
-def _options(rng: random.Random) -> tuple[tuple[str, Any], ...]:
+def _options(policy: str, rng: random.Random) -> tuple[tuple[str, Any], ...]:
     options: dict[str, Any] = {}
-    if rng.random() < 0.5:
+    # "linear" and "paper" encode little else than by PRAC
+    if rng.random() < (0.5 if policy in ("balanced", "max") else 0.9):
         options["tail_every"] = 1
     else:
         options["weight_gradient"] = rng.choice(["recompute", "exact"])
+    if rng.random() < 0.6:
+        # small ranks, with which coordinates and state are smaller than a value of few tokens
+        options.update(principal=rng.choice([0.1, 2, 0]), random=rng.choice([0.1, 0.2, 3]))
     if rng.random() < 0.15:
         options["group_size"] = rng.choice([8, 32])
     if rng.random() < 0.1:

@@ -335,7 +335,7 @@ def _attention(builder: Builder, x: str) -> Draft | None:
         lines.append(f"{{out}} = F.scaled_dot_product_attention({', '.join(arguments)})")
         kind = f"sdpa: {form}" + (" grouped" if grouped else "")
     else:
-        lines.append("{out}_s = {out}_q @ {out}_k.mT * " + f"{rng.choice([1.0, size**-0.5])}")
+        lines.append("{out}_s = {out}_q @ {out}_k.mT * " + f"{rng.choice([6.0, 1.0, size**-0.5])}")
         if form == "masked_fill":
             lines.append("{out}_s = {out}_s.masked_fill(causal({out}_s, 1.0) > 0, " + fill + ")")
         else:
@@ -345,7 +345,8 @@ def _attention(builder: Builder, x: str) -> Draft | None:
             lines.append(
                 f"{{out}}_s = torch.cat([{{out}}_s, {sink}.view(1, -1, 1, 1).expand(len({{out}}_s), -1, {{out}}_s.shape[2], 1)], -1)"
             )
-            lines.append("{out}_s = {out}_s - {out}_s.amax(-1, keepdim=True)")
+            largest = rng.choice(["amax(-1, keepdim=True)", "max(-1, keepdim=True).values"])
+            lines.append(f"{{out}}_s = {{out}}_s - {{out}}_s.{largest}")
             lines.append("{out} = {out}_s.softmax(-1)[..., :-1] @ {out}_v")
         else:
             precise = ", dtype=torch.float32).to({out}_v.dtype" if rng.random() < 0.5 else ""
