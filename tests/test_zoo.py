@@ -8,9 +8,23 @@ import torch
 from tests.zoo.architectures import ARCHITECTURES
 from tests.zoo.check import Noise, check, noise_of
 
-# what is special about each
+# of each kind of model and each way one or a few
 CASES = [
-    ("qwen3", "linear"),  # norms of query and key
+    ("llama", "linear"),
+    ("llama:eager", "max:recompute"),
+    ("gpt2", "balanced"),  # a graph break before the loss
+    ("gpt_oss", "linear"),
+    ("bloom", "balanced"),
+    ("gemma3_text", "max"),
+    ("qwen3_moe", "max"),
+    ("phi", "max"),
+    ("bert", "balanced:recompute"),
+    ("deberta-v2", "balanced"),
+    ("t5", "max"),
+    ("vit", "linear"),
+    ("resnet", "max"),
+    ("mamba", "balanced"),
+    ("clip_text_model:hidden", "max"),  # the loss is computed outside
 ]
 
 

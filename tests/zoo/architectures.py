@@ -212,6 +212,10 @@ _DECODERS: dict[str, dict[str, Any]] = {
     "modernbert-decoder": {**_TWO_BLOCKS, "local_attention": 16},
 }
 
+# These loop over tokens in Python, so the graph grows with their number.
+_RECURRENT = ("mamba", "falcon_mamba", "rwkv", "jamba", "recurrent_gemma")
+_FEW_TOKENS = 8
+
 # Models that compute the loss of masked tokens.
 _ENCODERS: dict[str, dict[str, Any]] = {
     "bert": _TWO_BLOCKS,
@@ -402,7 +406,7 @@ def _images(size: int = 32) -> Tensor:
 def _decoder(model_type: str, **options: Any) -> tuple[nn.Module, Inputs]:
     settings = {**_TEXT, **_DECODERS[model_type]}
     model = _model("AutoModelForCausalLM", model_type, settings, **options)
-    return model, _with_labels(_tokens())
+    return model, _with_labels(_tokens(_FEW_TOKENS if model_type in _RECURRENT else _LENGTH))
 
 
 def _encoder(model_type: str, **options: Any) -> tuple[nn.Module, Inputs]:
@@ -652,7 +656,7 @@ def _all() -> dict[str, Build]:
     }
     for name in ("roberta", "deberta-v2", "distilbert"):
         found[f"{name}:classifier"] = functools.partial(_classifier, name)
-    for name in ("llama", "gpt2", "gemma2", "mamba"):  # the caller computes the loss
+    for name in ("llama", "gpt2", "gemma2", "mamba2"):  # the caller computes the loss
         found[f"{name}:logits"] = functools.partial(
             _without_loss, "AutoModelForCausalLM", name, {**_TEXT, **_DECODERS[name]}
         )
