@@ -37,8 +37,8 @@ _FP8 = {
 }
 
 _DRAWS_ANEW = (
-    "torch's partitioner has backward draw random numbers anew, such as the mask of dropout: these are gradients of "
-    'another step than the forward pass took; backend="prac" with the same budget draws once'
+    "torch has backward draw random numbers (dropout) anew, so that its gradients are not those of the forward pass; "
+    'backend="prac" within the same budget draws once'
 )
 
 # Share of the FLOPs that two analyses of the same step may differ by.
@@ -119,8 +119,8 @@ class Alternative:
 
     @property
     def notes(self) -> str:
-        """All that there is to know, a line for each note."""
-        return "\n".join(filter(None, [_DRAWS_ANEW if self.draws_anew else "", self.note]))
+        """All that there is to know."""
+        return "; ".join(filter(None, [_DRAWS_ANEW if self.draws_anew else "", self.note]))
 
 
 def ways_to_train(config: PracConfig) -> list[Way]:

@@ -200,7 +200,6 @@ class Alternative(TypedDict):
 
     `added_flops`: recomputed or added FLOPs over those of the step; negative when it saves some.
     `gradient`: "exact", "unbiased", "biased", "wrong" or another word. `largest_batch`: that fits `fits_nbytes`.
-    `note`: a line for each footnote.
     """
 
     name: str

@@ -165,7 +165,7 @@ def _alternatives(document: Document, style: Style) -> str:
     if not alternatives:
         return ""
     has_batch = document["fits_nbytes"] is not None
-    notes = list(dict.fromkeys(note for one in alternatives for note in one["note"].splitlines()))
+    notes = list(dict.fromkeys(one["note"] for one in alternatives if one["note"]))
     rows = []
     for one in alternatives:
         row = [
@@ -177,8 +177,7 @@ def _alternatives(document: Document, style: Style) -> str:
         ]
         batch = one["largest_batch"]
         row += [NOTHING if batch is None else str(batch)] if has_batch else []
-        numbers = (f"[{notes.index(note) + 1}]" for note in one["note"].splitlines())
-        row += [" ".join(numbers)] if notes else []
+        row += [f"[{notes.index(one['note']) + 1}]" if one["note"] else ""] if notes else []
         rows.append(row)
     headers = ["", "saved", "peak", "FLOPs", "gradient"]
     fits = document["fits_nbytes"]
