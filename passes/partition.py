@@ -175,9 +175,9 @@ def _check_encodings(saved: Sequence[SavedValue], encoded: Sequence[EncodedSite]
 
 def _check_totals(saved: Sequence[SavedValue], encoded: Sequence[EncodedSite], plan: Plan) -> None:
     derived = {value.allocated_by for value in plan.values if value.reason == "derived"}
-    kept = [value for value in saved if allocating_node(value.node).name in derived]
+    kept = [name for one in saved if (name := allocating_node(one.node).name) in derived]
     if kept:
-        name = kept[0].node.name
+        name = kept[0]
         raise CannotRewriteError(
             f"the partitioner saves {name} although backward computes it again", name
         )

@@ -360,6 +360,8 @@ class _Planner:
         layout = layout_of(value)
         if layout is None or layout.features < _MIN_QUANTIZED_FEATURES:
             return False
+        if mask.name in self.blocked:
+            return False
         codec = BitCodec(layout.features)
         stored = codec.stored_nbytes(size_hint(value.numel()) // layout.features)
         row = row_without_readers(mask, "encode", "", stored)
