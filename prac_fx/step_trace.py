@@ -34,6 +34,7 @@ from prac_fx.joint_facts import JointFacts, joint_facts
 from prac_fx.passes.partition import PartitionedGraph
 from prac_fx.passes.plan import Plan
 from prac_fx.pipeline import Arguments, RewritePartitioner, analyse, merge_duplicates
+from prac_fx.retries import Retries
 from prac_fx.step_memory import StepGraph
 from prac_fx.torch_compat import (
     CustomPartitionerFn,
@@ -46,9 +47,6 @@ from prac_fx.torch_compat import (
     storage_key,
     without_recompile_limit,
 )
-
-# How many values may fail to be encoded before a graph is given up; as in compilation.
-_MOST_RETRIES = 8
 
 
 @dataclass(frozen=True)
@@ -409,16 +407,15 @@ def plan_rewritten(
     Returns:
         `before` itself when nothing is rewritten, or a copy that says why it cannot be.
     """
-    plan, blocked = before.plan, list[str]()
+    plan, retries = before.plan, Retries()
     while plan is not None and plan.changes_graph:
         try:
             return _plan_rewritten(graph, plan, config, patches)
         except CannotRewriteError as error:
-            if error.value in ("", *blocked) or len(blocked) >= _MOST_RETRIES:
+            if not retries.after(plan, error.value):
                 return dataclasses.replace(before, refused=str(error))
-            blocked.append(error.value)
-            plan = analyse_graph(graph, config, patches, blocked)
-    return before
+            plan = analyse_graph(graph, config, patches, retries.blocked)
+    return before if plan is before.plan else dataclasses.replace(before, plan=plan)
 
 
 def _plan_rewritten(
