@@ -23,7 +23,11 @@ from tests.models import rows
 from tests.passes.modules import Mlp, inputs
 from tests.uncompiled import compile_plain, no_code_generation
 
-OPTIONS = {"prac.min_nbytes": 0, "prac.policy": "balanced", "prac.weight_gradient": "recompute"}
+OPTIONS: dict[str, Any] = {
+    "prac.min_nbytes": 0,
+    "prac.policy": "balanced",
+    "prac.weight_gradient": "recompute",
+}
 
 
 @contextmanager
@@ -71,12 +75,11 @@ def test_a_graph_that_would_save_more_than_plain_drops_the_value_at_fault() -> N
 
 def _misjudge_all_of(monkeypatch: pytest.MonkeyPatch, sites: int) -> None:
     """Plain Inductor seems to save next to nothing while a plan has this many sites."""
-    honest = Plan.nbytes_before.fget
-    assert honest is not None
+    honest: Any = Plan.nbytes_before
     monkeypatch.setattr(
         Plan,
         "nbytes_before",
-        property(lambda plan: 1 if len(plan.sites) == sites else honest(plan)),
+        property(lambda plan: 1 if len(plan.sites) == sites else honest.fget(plan)),
     )
 
 
