@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import warnings
 from collections import Counter
 from collections.abc import Iterable, Sequence
@@ -19,8 +20,8 @@ from tests import models
 from tests.compiling import loss_of
 from tests.uncompiled import compile_plain, no_code_generation
 
-WIDTHS = (16, 24, 32, 48, 64, 96, 128, 192, 256, 384, 8)
-BATCHES = (1000, 700, 450, 300, 220, 150, 120, 75, 50, 30, 20)
+WIDTHS = (16, 32, 64, 128, 256, 8)
+BATCHES = (1000, 450, 220, 150, 100, 50, 30, 20)
 
 
 class ManyWidths(nn.Module):
@@ -29,7 +30,7 @@ class ManyWidths(nn.Module):
     def __init__(self) -> None:
         super().__init__()
         torch.manual_seed(0)
-        pairs = zip(WIDTHS, WIDTHS[1:], strict=False)
+        pairs = itertools.pairwise(WIDTHS)
         self.layers = nn.ModuleList(nn.Linear(*pair) for pair in pairs)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -59,9 +60,13 @@ def _tokens(batch: int, width: int = WIDTHS[0], *, mark: dict[str, int] | None =
     return x
 
 
-@pytest.mark.parametrize("policy", ["linear", "balanced"])
 @pytest.mark.parametrize(
-    "batches", [BATCHES, BATCHES[::-1], (*BATCHES[::3], *BATCHES[1::3], *BATCHES[2::3])]
+    ("policy", "batches"),
+    [
+        ("linear", BATCHES),
+        ("balanced", BATCHES[::-1]),
+        ("balanced", (*BATCHES[::3], *BATCHES[1::3], *BATCHES[2::3])),
+    ],
 )
 def test_many_batch_sizes_cost_one_more_compilation(policy: str, batches: Sequence[int]) -> None:
     inputs = [_tokens(batch) for batch in batches]
@@ -73,7 +78,7 @@ def test_many_batch_sizes_cost_one_more_compilation(policy: str, batches: Sequen
     assert plain == {"total": 2, "ok": 2}
     assert ours == {"total": 3, "ok": 3}
     assert all(plan.nbytes_after <= plan.nbytes_before for plan in plans)
-    assert sorted(bool(plan.sites) for plan in plans)[-1]
+    assert any(plan.sites for plan in plans)
 
 
 def _has_prac(plan: Plan) -> bool:
