@@ -221,7 +221,9 @@ def find_clones(
     for node in graph.nodes:
         if node.op != "call_function" or node in classification.backward or node in encoded:
             continue
-        is_alias = is_view(node) and allocating_node(node) in encoded
+        allocated = allocating_node(node)
+        # a derivation ends in one view of its value; backward may read others
+        is_alias = is_view(node) and (allocated in encoded or allocated in derived)
         if node not in derived and node.name not in recomputed and not is_alias:
             continue
         from_encoded = any(arg in dependent or arg in encoded for arg in node.all_input_nodes)

@@ -11,7 +11,7 @@ If one fails the graph is not used: `CannotRewriteError`, and the backend compil
 from __future__ import annotations
 
 import operator
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any
@@ -84,7 +84,7 @@ def partition(
     _check_encodings(saved, encoded)
     if _output_names(fw, num_fwd_outputs) != outputs:
         raise CannotRewriteError("the partitioner changed the forward outputs")
-    _check_totals(saved, encoded, plan)
+    _check_totals(gm.graph, saved, stored, plan)
     sample(fw, encoded)
     stored_by = {
         one.value.name: tuple(by_storage[storage_of(part)] for part in one.stored)
@@ -173,13 +173,15 @@ def _check_encodings(saved: Sequence[SavedValue], encoded: Sequence[EncodedSite]
             )
 
 
-def _check_totals(saved: Sequence[SavedValue], encoded: Sequence[EncodedSite], plan: Plan) -> None:
+def _check_totals(
+    graph: fx.Graph, saved: Sequence[SavedValue], stored: Collection[fx.Node], plan: Plan
+) -> None:
     derived = {
         value.allocated_by for value in plan.values if value.reason in ("derived", "replaced")
     }
-    kept = [value for value in saved if allocating_node(value.node).name in derived]
+    kept = [name for one in saved if (name := allocating_node(one.node).name) in derived]
     if kept:
-        name = kept[0].node.name
+        name = kept[0]
         raise CannotRewriteError(
             f"the partitioner saves {name} although backward computes it again", name
         )
@@ -187,5 +189,48 @@ def _check_totals(saved: Sequence[SavedValue], encoded: Sequence[EncodedSite], p
     if nbytes_after > plan.nbytes_before:
         raise CannotRewriteError(
             f"the rewritten graph would save {nbytes_after} bytes, plain Inductor saves "
-            f"{plan.nbytes_before}"
+            f"{plan.nbytes_before}",
+            _least_worthwhile(plan, _blamed(graph, _unplanned(saved, stored, plan), plan)),
         )
+
+
+def _unplanned(
+    saved: Sequence[SavedValue], stored: Collection[fx.Node], plan: Plan
+) -> list[fx.Node]:
+    """What is saved although plain Inductor does not save it and no encoding is in it."""
+    planned = {value.allocated_by for value in plan.values} | {*plan.statistics}
+    encodings = {storage_of(part) for part in stored}
+    return [
+        one.node
+        for one in saved
+        if one.nbytes
+        and storage_of(one.node) not in encodings
+        and allocating_node(one.node).name not in planned
+    ]
+
+
+def _blamed(graph: fx.Graph, unplanned: Collection[fx.Node], plan: Plan) -> set[str]:
+    """Encoded and derived values for which backward computes something from what is saved beyond the plan."""
+    names, clones = {site.value for site in plan.sites}, {*plan.clones}
+    reading, sources = set(map(allocating_node, unplanned)), dict[fx.Node, set[str]]()
+    found: set[str] = set()
+    for node in graph.nodes:
+        if node.name in names:
+            sources[node] = {node.name}
+        if node.name not in clones:
+            continue
+        args = node.all_input_nodes
+        sources[node] = {name for arg in args for name in sources.get(arg, ())}
+        sources[node] |= {allocating_node(node).name}
+        if any(arg in reading or allocating_node(arg) in reading for arg in args):
+            reading.add(node)
+            found |= sources[node]
+    return found
+
+
+def _least_worthwhile(plan: Plan, blamed: Collection[str]) -> str:
+    """The value that saves least: of those at fault, or of all when none is known to be. Masks save nothing themselves."""
+    changed = [one for one in plan.values if one.decision != "keep" and one.nbytes_before]
+    among = [one for one in changed if one.allocated_by in blamed] or changed
+    least = min(among, key=lambda one: one.nbytes_before - one.nbytes_after, default=None)
+    return least.allocated_by if least is not None else ""

@@ -26,7 +26,7 @@ from prac_fx.graph_edit import (
     without_views,
 )
 from prac_fx.layout import Layout, layout_of
-from prac_fx.memory import format_nbytes, is_symbolic, size_hint, storage_nbytes
+from prac_fx.memory import format_nbytes, is_symbolic, size_hint, storage_nbytes, value_nbytes
 from prac_fx.origin import Origin, origin_of
 from prac_fx.passes.amend import Amendments, Draft, Reason, amend
 from prac_fx.passes.chains import (
@@ -47,14 +47,16 @@ from prac_fx.passes.ranks import (
     choose_codec,
     coordinates_codec,
     coordinates_nbytes,
+    least_tokens,
     not_worthwhile,
     relative_flops,
     too_few,
 )
 from prac_fx.passes.roles import Reader, ValueRole
+from prac_fx.passes.sizes import Bound, GuardedSizes, Size, Sizes, is_guardable
 from prac_fx.passes.soundness import Verdict, judge
 from prac_fx.passes.survey import Survey
-from prac_fx.torch_compat import guard_or_false, has_tag_must_recompute, is_random_state
+from prac_fx.torch_compat import has_tag_must_recompute, is_random_state
 
 Decision = Literal["encode", "keep", "recompute"]
 
@@ -277,9 +279,15 @@ def make_plan(joint: JointGraph, config: PracConfig, blocked: Collection[str] = 
         config: the user's options.
         blocked: names of values to keep, because encoding them failed.
     """
-    amendments = Amendments()
+    values = (tensor_value(role.value.node) for role in joint.roles)
+    bounds: list[Bound] = []
+    if any(value is not None and is_symbolic(value) for value in values):
+        generous = _Planner(joint, config, (), Amendments(), Sizes())
+        generous.draft()
+        bounds = generous.bounds
+    sizes, amendments = GuardedSizes(bounds), Amendments()
     while True:
-        planner = _Planner(joint, config, blocked, amendments)
+        planner = _Planner(joint, config, blocked, amendments, sizes)
         draft = planner.draft()
         verdict = judge(
             joint.graph,
@@ -313,11 +321,14 @@ class _Planner:
         config: PracConfig,
         blocked: Collection[str],
         amendments: Amendments,
+        sizes: Sizes,
     ) -> None:
         self.joint = joint
         self.config = config
         self.blocked = blocked
         self.amendments = amendments
+        self.sizes = sizes
+        self.bounds: list[Bound] = []  # of what is encoded or computed again
         self.rows: dict[fx.Node, PlannedValue] = {}
         self.sites: dict[fx.Node, Site] = {}  # by allocating node
         self.derivations: dict[fx.Node, tuple[fx.Node, ...]] = {}  # chains by saved value
@@ -418,6 +429,8 @@ class _Planner:
         assert value is not None
         layout = layout_of(value)
         if layout is None or layout.features < _MIN_QUANTIZED_FEATURES:
+            return False
+        if mask.name in self.blocked:
             return False
         codec = BitCodec(layout.features)
         stored = codec.stored_nbytes(size_hint(value.numel()) // layout.features)
@@ -595,6 +608,7 @@ class _Planner:
     def _recompute(self, role: ValueRole, chain: Sequence[fx.Node], detail: str) -> None:
         node = role.value.node
         self.derivations[node] = tuple(chain)
+        self._bound_by_nbytes(node)
         self._nothing_stored(role, "derived", detail)
 
     def _nothing_stored(self, role: ValueRole, reason: str, detail: str = "") -> None:
@@ -608,10 +622,27 @@ class _Planner:
     def _too_small(self, node: fx.Node) -> Reason | None:
         value = tensor_value(node)
         assert value is not None
-        if guard_or_false(value.numel() * value.itemsize >= self.config.min_nbytes):
+        if self.sizes.reaches(value.numel(), self._least_elements(value), always=False):
             return None
         shape = "x".join(map(str, value.shape))
         return ("symbolic_size" if is_symbolic(value) else "too_small"), shape
+
+    def _least_elements(self, value: torch.Tensor) -> int:
+        return -(-self.config.min_nbytes // value.itemsize)
+
+    def _bound(self, node: fx.Node, runs_from: int, made_from: int, *, has_state: bool) -> None:
+        """Note what a decision rests on: that a value has so many elements."""
+        value = tensor_value(node)
+        assert value is not None
+        size: Size = value.numel()
+        if not isinstance(size, int) and is_guardable(size):
+            self.bounds.append(Bound(size, runs_from, made_from, value_nbytes(value), has_state))
+
+    def _bound_by_nbytes(self, node: fx.Node) -> None:
+        value = tensor_value(node)
+        assert value is not None
+        least = self._least_elements(value)
+        self._bound(node, least, least, has_state=False)
 
     def _quantize(self, role: ValueRole, name: str, detail: str = "") -> Reason | None:
         """Add a site that stores the whole allocation in a quantised format, or as bits."""
@@ -636,6 +667,7 @@ class _Planner:
             return "codec_saves_nothing", codec.describe()
         site = Site(**self._common(root), codec=codec, layout=layout)
         self._add_site(role, site, stored, detail=detail)
+        self._bound_by_nbytes(root)
         return None
 
     def _is_elsewhere(self, root: fx.Node) -> bool:
@@ -685,7 +717,8 @@ class _Planner:
         value = tensor_value(root)
         assert value is not None
         n = layout.features
-        matrix = Projected(value.numel() // n, n, value.itemsize, 0, "input_gradient", value.device)
+        tokens = self.sizes.at_hand(value.numel() // n)
+        matrix = Projected(tokens, n, value.itemsize, 0, "input_gradient", value.device)
         site = self._prac_site(root, matrix, self.joint.owner)
         if isinstance(site, tuple):
             return site
@@ -702,7 +735,7 @@ class _Planner:
         if not isinstance(n, int):
             return "symbolic_size", f"feature count {n}"
         outputs = sum(_outputs(reader) for reader in role.readers)
-        tokens = value.numel() // n
+        tokens = self.sizes.at_hand(value.numel() // n)
         matrix = Projected(
             tokens,
             n,
@@ -732,7 +765,7 @@ class _Planner:
             return refused
         codec = choose_codec(matrix, self.config)
         coordinates = coordinates_codec(codec, self.config, matrix.device)
-        refused = too_few(matrix, codec, coordinates, self.config)
+        refused = too_few(matrix, codec, coordinates, self.config, self.sizes)
         if refused is not None:
             return refused
         if coordinates is not None and coordinates.is_unbiased and self._is_elsewhere(root):
@@ -761,6 +794,9 @@ class _Planner:
     ) -> None:
         assert isinstance(site.codec, PracCodec)
         self.slots[site.owner] = site.slot + 1
+        least = least_tokens(matrix, site.codec, site.coordinates, self.config)
+        runs_from, made_from = (matrix.features * tokens for tokens in least)
+        self._bound(role.value.node, runs_from, made_from, has_state=True)
         stored = coordinates_nbytes(
             site.codec, site.coordinates, size_hint(matrix.tokens), matrix.itemsize
         )

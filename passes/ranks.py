@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
@@ -10,7 +10,7 @@ from prac_fx.codecs import PracCodec, QuantCodec
 from prac_fx.config import PracConfig, ProjectedRole
 from prac_fx.memory import size_hint
 from prac_fx.passes.quantizer import quantizer
-from prac_fx.torch_compat import guard_or_false
+from prac_fx.passes.sizes import Sizes
 
 # A block narrower than this makes batched matmuls too small to be fast, and bases too small to be good.
 _MIN_BLOCK_FEATURES = 64
@@ -81,29 +81,56 @@ def bad_rank(matrix: Projected, config: PracConfig) -> tuple[str, str] | None:
 
 
 def too_few(
-    matrix: Projected, codec: PracCodec, coordinates: QuantCodec | None, config: PracConfig
+    matrix: Projected,
+    codec: PracCodec,
+    coordinates: QuantCodec | None,
+    config: PracConfig,
+    sizes: Sizes,
 ) -> tuple[str, str] | None:
-    """Are there enough tokens for the encoding to pay? None if so, else reason code and detail.
-
-    A symbolic number of tokens is compared with a guard: torch then compiles again, and we decide again,
-    for a batch on the other side of the bound. A size known only at run time cannot be guarded.
-    """
-    n, itemsize = matrix.features, matrix.itemsize
-    stored = coordinates_nbytes(codec, coordinates, 1024, itemsize) / 1024
-    saved_per_token = n * itemsize - stored
-    if saved_per_token <= 0:
+    """Are there enough tokens for the encoding to pay? None if so, else reason code and detail."""
+    n = matrix.features
+    if _saved_per_token(matrix, codec, coordinates) <= 0:
         return "rank_saves_nothing", f"rank {codec.rank} for {n} features"
     bounds = (
-        ("too_small", -(-config.min_nbytes // (n * itemsize))),
-        ("too_few_tokens", codec.rank + 1),
-        ("rank_saves_nothing", int(codec.state_nbytes(itemsize) / saved_per_token) + 1),
+        ("too_small", _min_tokens(matrix, config), False),
+        ("too_few_tokens", codec.rank + 1, True),
+        # a basis outlives the batch: with fewer tokens another time it is there all the same
+        ("rank_saves_nothing", _tokens_for_state(matrix, codec, coordinates), False),
     )
-    for reason, bound in bounds:
-        if not guard_or_false(matrix.tokens >= bound):
+    for reason, bound, always in bounds:
+        if not sizes.reaches(matrix.tokens, bound, always=always):
             symbolic = not isinstance(matrix.tokens, int)
-            detail = f"{matrix.tokens}x{n} has fewer than {bound} tokens"
+            verb = "may have" if symbolic else "has"
+            detail = f"{matrix.tokens}x{n} {verb} fewer than {bound} tokens"
             return ("symbolic_size" if symbolic else reason), detail
     return None
+
+
+def least_tokens(
+    matrix: Projected, codec: PracCodec, coordinates: QuantCodec | None, config: PracConfig
+) -> tuple[int, int]:
+    """Tokens from which the encoding is to be used, and from which the state pays, too, of as many blocks as there may be."""
+    runs_from = max(_min_tokens(matrix, config), codec.rank + 1)
+    cheapest = choose_codec(replace(matrix, tokens=1), config)
+    stored_as = coordinates_codec(cheapest, config, matrix.device)
+    if _saved_per_token(matrix, cheapest, stored_as) <= 0:
+        cheapest, stored_as = codec, coordinates
+    return runs_from, max(runs_from, _tokens_for_state(matrix, cheapest, stored_as))
+
+
+def _min_tokens(matrix: Projected, config: PracConfig) -> int:
+    return -(-config.min_nbytes // (matrix.features * matrix.itemsize))
+
+
+def _tokens_for_state(matrix: Projected, codec: PracCodec, coordinates: QuantCodec | None) -> int:
+    """Tokens of which the encoding saves more than the state takes."""
+    state = codec.state_nbytes(matrix.itemsize)
+    return int(state / _saved_per_token(matrix, codec, coordinates)) + 1
+
+
+def _saved_per_token(matrix: Projected, codec: PracCodec, coordinates: QuantCodec | None) -> float:
+    stored = coordinates_nbytes(codec, coordinates, 1024, matrix.itemsize) / 1024
+    return matrix.features * matrix.itemsize - stored
 
 
 def coordinates_codec(

@@ -432,22 +432,18 @@ class _Walk:
         return pending
 
 
-_SEVERITY: Mapping[Response, int] = {
-    one: rank
-    for rank, one in enumerate(
-        (
-            "size_only",
-            "linear",
-            "product",
-            "smooth",
-            "kinked",
-            "exponential",
-            "singular",
-            "discontinuous",
-            "unknown",
-        )
-    )
-}
+_BY_SEVERITY: tuple[Response, ...] = (
+    "size_only",
+    "linear",
+    "product",
+    "smooth",
+    "kinked",
+    "exponential",
+    "singular",
+    "discontinuous",
+    "unknown",
+)
+_SEVERITY = {response: rank for rank, response in enumerate(_BY_SEVERITY)}
 _CARRY = ("aten.expand", "aten.clone", "prims.convert_element_type", "aten._to_copy", "aten.neg")
 _INVERSES = ("aten.reciprocal", "aten.rsqrt")
 _EXPONENTIALS = ("aten.exp", "aten.exp2", "aten.expm1")

@@ -36,6 +36,7 @@ from prac_fx.pipeline import (
     RewritePartitioner,
 )
 from prac_fx.plan_text import plan_as_text
+from prac_fx.retries import Retries
 from prac_fx.runtime import state_inputs, training_step
 from prac_fx.torch_compat import (
     CustomPartitionerFn,
@@ -58,9 +59,6 @@ from prac_fx.torch_compat import (
 log = logging.getLogger(__name__)
 
 _NO_PARAMETER = "no nn.Parameter enters this graph, which would own what is kept from step to step"
-
-# How many values may fail to be encoded before a graph is given up.
-_MOST_RETRIES = 8
 
 
 def prac(
@@ -232,7 +230,7 @@ def plan_and_compile(
     patches: Mapping[str, Any],
     inner_compile: Callable[..., Any] | None = None,
 ) -> tuple[Plan | None, Callable[..., Any] | None]:
-    """Both phases. A value whose encoding fails is kept, and the rest is planned again without it.
+    """Both phases. A value whose encoding fails, or does not pay, is kept, and the rest is planned again.
 
     Args:
         graph: Dynamo's.
@@ -240,19 +238,18 @@ def plan_and_compile(
         patches: Inductor's.
         inner_compile: compiles the partitioned graphs, instead of Inductor.
     """
-    blocked: list[str] = []
+    retries = Retries()
     while True:
-        plan = analyse_graph(graph, config, patches, blocked)
+        plan = analyse_graph(graph, config, patches, retries.blocked)
         if plan is None or not plan.changes_graph:
             return plan, None
         try:
             return plan, compile_rewritten(graph, plan, config, patches, inner_compile)
         except Exception as error:
             failed = failed_value(error)
-            if config.strict or failed in ("", *blocked) or len(blocked) >= _MOST_RETRIES:
+            if config.strict or not retries.after(plan, failed):
                 raise
             log.warning("%s is kept exact: %s", failed, error)
-            blocked.append(failed)
 
 
 def failed_value(error: BaseException | None) -> str:

@@ -24,7 +24,8 @@ class CannotRewriteError(PracError):
     """The joint graph cannot be rewritten; the graph itself is still usable by plain Inductor.
 
     Attributes:
-        value: name of the value whose encoding is at fault; empty when it is none in particular.
+        value: name of the node that allocates the value at fault, which a plan can leave as it is; empty when it is
+            none in particular.
     """
 
     def __init__(self, message: str, value: str = "") -> None:

@@ -36,6 +36,7 @@ from prac_fx.passes.draws import draws_anew, partition_drawing_once
 from prac_fx.passes.partition import PartitionedGraph
 from prac_fx.passes.plan import Plan
 from prac_fx.pipeline import Arguments, RewritePartitioner, analyse, merge_duplicates
+from prac_fx.retries import Retries
 from prac_fx.step_memory import StepGraph
 from prac_fx.torch_compat import (
     CustomPartitionerFn,
@@ -49,9 +50,6 @@ from prac_fx.torch_compat import (
     storage_key,
     without_recompile_limit,
 )
-
-# How many values may fail to be encoded before a graph is given up; as in compilation.
-_MOST_RETRIES = 8
 
 
 @dataclass(frozen=True)
@@ -420,18 +418,16 @@ def plan_rewritten(
     Returns:
         `before` itself when nothing is rewritten, or a copy that says why it cannot be.
     """
-    plan, blocked = before.plan, list[str]()
+    plan, retries = before.plan, Retries()
     while plan is not None and plan.changes_graph:
         try:
             return _plan_rewritten(graph, plan, config, patches)
         except Exception as error:
             raise_signal(error)
-            failed = failed_value(error)
-            if failed in ("", *blocked) or len(blocked) >= _MOST_RETRIES:
+            if not retries.after(plan, failed_value(error)):
                 return dataclasses.replace(before, refused=one_line(error))
-            blocked.append(failed)
-            plan = analyse_graph(graph, config, patches, blocked)
-    return before
+            plan = analyse_graph(graph, config, patches, retries.blocked)
+    return before if plan is before.plan else dataclasses.replace(before, plan=plan)
 
 
 def _plan_rewritten(

@@ -60,7 +60,12 @@ from torch._logging._internal import trace_structured
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.distributed import _composable_state as composable_state
 from torch.fx.experimental.proxy_tensor import make_fx
-from torch.fx.experimental.symbolic_shapes import guard_or_false
+from torch.fx.experimental.symbolic_shapes import (
+    StrictMinMaxConstraint,
+    guard_or_false,
+    statically_known_true,
+    sym_and,
+)
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils._ordered_set import OrderedSet
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -107,6 +112,7 @@ __all__ = [
     "gradient_argument_index",
     "guard_or_false",
     "has_memory_budget",
+    "has_promised_ranges",
     "has_saved_tensors_hooks",
     "has_tag_must_recompute",
     "inductor_config",
@@ -128,7 +134,10 @@ __all__ = [
     "rename_node",
     "result_index",
     "saving_what_must_be_saved",
+    "split_size",
+    "statically_known_true",
     "storage_key",
+    "sym_and",
     "trace_structured",
     "tracing_fake_mode",
     "tree_leaves",
@@ -492,6 +501,25 @@ def copy_dynamo_graph(
         if hasattr(gm, attribute):
             setattr(copied_gm, attribute, getattr(gm, attribute))
     return copied_gm
+
+
+def split_size(size: torch.SymInt) -> tuple[int, sympy.Expr]:
+    """The largest whole number that divides a symbolic size whatever its symbols are, and the rest as an expression."""
+    factor, rest = sympy.expand(size.node.expr).primitive()
+    return int(factor), rest
+
+
+def has_promised_ranges() -> bool:
+    """Does the graph have to serve a whole range of sizes that the user gave, by `mark_dynamic(..., min=, max=)`?
+
+    Dynamo raises an error when a guard takes a part of such a range away. Source: `_automatic_dynamic`
+    (torch._dynamo.variables.builder).
+    """
+    context = TracingContext.try_get()
+    by_tensor: Any = {} if context is None else context.tensor_to_context
+    symbolic = by_tensor.values()
+    constraints = (c for one in symbolic for c in getattr(one, "constraint_sizes", ()))
+    return any(isinstance(c, StrictMinMaxConstraint) and not c.warn_only for c in constraints)
 
 
 def inductor_decompositions() -> dict[Any, Any]:

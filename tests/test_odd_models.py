@@ -15,6 +15,8 @@ from torch import Tensor, nn
 from torch.func import functional_call, grad, jvp, vmap
 from torch.nn.utils import parametrizations
 from transformers import (
+    DeepseekV3Config,
+    DeepseekV3ForCausalLM,
     MixtralConfig,
     MixtralForCausalLM,
     T5Config,
@@ -88,6 +90,32 @@ def mixtral() -> Case:
         use_cache=False,
     )
     return MixtralForCausalLM(config), (), _tokens()
+
+
+def deepseek_v3() -> Case:
+    """Its router and its experts read two views of one normalised value."""
+    config = DeepseekV3Config(
+        vocab_size=VOCABULARY,
+        hidden_size=64,
+        intermediate_size=96,
+        moe_intermediate_size=32,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        num_key_value_heads=2,
+        n_routed_experts=4,
+        num_experts_per_tok=2,
+        n_group=2,
+        topk_group=1,
+        first_k_dense_replace=0,
+        q_lora_rank=24,
+        kv_lora_rank=16,
+        qk_rope_head_dim=8,
+        qk_nope_head_dim=8,
+        v_head_dim=16,
+        max_position_embeddings=64,
+        use_cache=False,
+    )
+    return DeepseekV3ForCausalLM(config), (), _tokens()
 
 
 class Convolutional(nn.Module):
@@ -175,6 +203,7 @@ MODELS: dict[str, Callable[[], Case]] = {
     "t5": t5,
     "vit": vit,
     "mixtral": mixtral,
+    "deepseek_v3": deepseek_v3,
     "convolutional": lambda: (Convolutional(), (torch.randn(32, 3, 16, 16),), {}),
     "recurrent": lambda: (Cell(), (torch.randn(128, 4, 64),), {}),
     "in_place": lambda: (InPlace(), (rows(),), {}),

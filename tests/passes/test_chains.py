@@ -36,6 +36,32 @@ class Gated(nn.Module):
         return self.down(F.silu(self.gate(normed)) * self.up(normed)).sum()
 
 
+class TwoViews(nn.Module):
+    """Two weight gradients read one value, each through a view of its own."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.body = nn.Linear(FEATURES, FEATURES, bias=False)
+        self.first = nn.Linear(FEATURES, 32, bias=False)
+        self.second = nn.Linear(2 * FEATURES, 32, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = torch.sin(self.body(x))
+        return self.first(x).sum() + self.second(x.view(-1, 2 * FEATURES)).sum()
+
+
+def test_every_view_of_a_derived_value_is_computed_again() -> None:
+    """Else the partitioner would save the value for the view that is not, and the graph would be refused."""
+    traced = trace(TwoViews(), inputs(), **BALANCED, weight_gradient="recompute")
+    assert traced.value("derived").origin.op == "sin.default"
+    views = [name for name in traced.plan.clones if "view" in name]
+    assert "sin" in traced.plan.clones
+    assert views
+    assert traced.result is not None
+    saved = {str(one.node) for one in traced.result.saved}
+    assert not saved & {"sin", *views}
+
+
 def _decisions(traced: Traced) -> dict[str, str]:
     """Origin -> what becomes of it, without inputs."""
     return {

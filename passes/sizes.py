@@ -1,0 +1,178 @@
+"""Part of pass 5: decisions about symbolic sizes, with one guard for a whole graph.
+
+Every value has a size from which encoding it pays: `prac.min_nbytes`, or the tokens that PRAC needs. With a symbolic
+batch each such bound could be a guard. Every bound that a batch crosses would then cost one compilation, and after
+eight of them Dynamo compiles no more. So a graph has two variants at most:
+
+    large    made when the sizes at hand reach the bounds of nearly all bytes: with PRAC
+    small    made otherwise: without PRAC, which can take more than it saves; with quantised codecs, which never do,
+             wherever a size that this variant serves is enough
+
+The bounds do not depend on the sizes at hand, so that no third variant is ever needed. The large one serves smaller sizes
+than it is made at: the bases of PRAC are there then, and have to be paid no more. Where the user promised a range of
+sizes, no guard may cut it, and the small variant serves all. A size that is known only at run time cannot be guarded
+either, and counts as too small.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Hashable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+
+from prac_fx.memory import size_hint
+from prac_fx.torch_compat import (
+    guard_or_false,
+    has_promised_ranges,
+    split_size,
+    statically_known_true,
+    sym_and,
+)
+
+Size = int | torch.SymInt
+
+# The guard leaves out bounds of this share of the bytes: one narrow value may need thousands of tokens.
+_BYTES_LEFT_OUT = 0.1
+# Stands for the size at hand where a decision may not depend on it.
+_VERY_MANY = 1 << 40
+
+
+@dataclass(frozen=True)
+class Bound:
+    """How large a value has to be, in elements.
+
+    Attributes:
+        size: of the value, symbolic.
+        runs_from: the least size at which to use its encoding once there is one.
+        made_from: the least size at which to have one, for which state may have to be allocated.
+        nbytes: of the value.
+        has_state: its encoding is of no use, or worse, below the bounds.
+    """
+
+    size: torch.SymInt
+    runs_from: int
+    made_from: int
+    nbytes: int
+    has_state: bool
+
+
+@dataclass(frozen=True)
+class _Group:
+    """The bounds of all sizes that are multiples of one expression, as bounds of that expression.
+
+    Attributes:
+        size: one of the sizes.
+        factor: what it is a multiple of the expression by.
+        runs_from: the least at which the large variant is valid.
+        made_from: the least at which it is made.
+    """
+
+    size: torch.SymInt
+    factor: int
+    runs_from: int
+    made_from: int
+
+    def reached(self, *, at_hand: bool) -> bool | torch.SymBool:
+        """Is the size large enough for the large variant to be made, or else to run?"""
+        return self.size >= self.factor * (self.made_from if at_hand else self.runs_from)
+
+
+class Sizes:
+    """Tells the planner which sizes are large enough. Here all symbolic ones that a guard could compare are."""
+
+    def at_hand(self, size: Size) -> Size:
+        """The size to choose between codecs by."""
+        return size if isinstance(size, int) or not is_guardable(size) else _VERY_MANY
+
+    def reaches(self, size: Size, bound: int, *, always: bool) -> bool:
+        """Is a size at least a bound?
+
+        Args:
+            size: may be symbolic.
+            bound: the least.
+            always: in every run of the compiled graph, and not only where it is about as large as now.
+        """
+        if isinstance(size, int):
+            return size >= bound
+        if statically_known_true(size >= bound):
+            return True
+        return is_guardable(size) and self._reaches(size, bound, always)
+
+    def _reaches(self, size: torch.SymInt, bound: int, always: bool) -> bool:
+        return True
+
+
+class GuardedSizes(Sizes):
+    """The sizes of one of the two variants of a graph. Making it records the guard that chooses the variant.
+
+    Args:
+        bounds: of all that is encoded when every size is large enough.
+    """
+
+    def __init__(self, bounds: Sequence[Bound]) -> None:
+        self._groups = _largest_groups(bounds)
+        self._is_large = False
+        groups = self._groups.values()
+        if not groups or has_promised_ranges():
+            return
+        self._is_large = all(size_hint(one.size) >= one.factor * one.made_from for one in groups)
+        conditions = [one.reached(at_hand=not self._is_large) for one in groups]
+        guard_or_false(sym_and(*conditions))
+
+    def at_hand(self, size: Size) -> Size:
+        """The size itself."""
+        return size
+
+    def _reaches(self, size: torch.SymInt, bound: int, always: bool) -> bool:
+        factor, expression = split_size(size)
+        group = self._groups.get(expression)
+        if always:
+            return group is not None and self._is_large and bound <= factor * group.runs_from
+        served = size_hint(size)
+        if group is not None and not self._is_large:
+            served = max(served, factor * (group.made_from - 1))
+        return served >= bound
+
+
+def is_guardable(size: torch.SymInt) -> bool:
+    """Has a symbolic size a value while tracing, so that a guard can compare it?"""
+    return size.node.hint is not None
+
+
+def _largest_groups(bounds: Iterable[Bound]) -> Mapping[Hashable, _Group]:
+    """By their expression, those that hold nearly all bytes."""
+    members: dict[Hashable, list[tuple[int, Bound]]] = {}
+    for one in bounds:
+        factor, expression = split_size(one.size)
+        members.setdefault(expression, []).append((factor, one))
+    nbytes = {key: sum(one.nbytes for _, one in found) for key, found in members.items()}
+    left, groups = (1 - _BYTES_LEFT_OUT) * sum(nbytes.values()), dict[Hashable, _Group]()
+    for key in sorted(members, key=lambda key: -nbytes[key]):
+        if left > 0:
+            groups[key] = _group(members[key])
+            left -= nbytes[key]
+    return groups
+
+
+def _group(members: Sequence[tuple[int, Bound]]) -> _Group:
+    factor, first = members[0]
+    runs_from = _of_most_bytes([(-(-one.runs_from // by), one) for by, one in members])
+    made_from = _of_most_bytes([(-(-one.made_from // by), one) for by, one in members])
+    return _Group(first.size, factor, runs_from, made_from)
+
+
+def _of_most_bytes(bounds: Sequence[tuple[int, Bound]]) -> int:
+    """The least that reaches the bounds of nearly all bytes, and of nearly all whose encoding has state."""
+    with_state = [(bound, one) for bound, one in bounds if one.has_state]
+    return max(_reaching_most(found) for found in (bounds, with_state or bounds))
+
+
+def _reaching_most(bounds: Sequence[tuple[int, Bound]]) -> int:
+    found = sorted((bound, one.nbytes) for bound, one in bounds)
+    left = (1 - _BYTES_LEFT_OUT) * sum(nbytes for _, nbytes in found)
+    for bound, nbytes in found:
+        left -= nbytes
+        if left <= 0:
+            return bound
+    return found[-1][0]
