@@ -68,7 +68,7 @@ REASONS = {
     "user_output": "also returned to the caller, so its memory stays anyway",
     "shared_storage": "a view of another saved value, counted there",
     "not_an_activation": "computed from parameters, buffers and constants alone, such as a cast weight",
-    "not_floating_point": "not a floating-point tensor (or one of 8 bits or complex)",
+    "not_floating_point": "not a floating-point tensor (or one of 8 bits, or complex, or a view of such)",
     "statistic": "a statistic of each token, or what else attention reads: small, and everything depends on it",
     "loss_intermediate": "after the last parameter, such as logits: noise would enter every gradient",
     "input_gradient_reads_it": "the input-gradient path reads it, and prac.input_gradient is exact",
@@ -522,7 +522,9 @@ class _Planner:
         """Reason and detail, from the value alone; None when it may be encoded."""
         saved, classification = role.value, self.joint.classification
         value, root = tensor_value(saved.node), allocating_node(saved.node)
+        allocated = tensor_value(root)
         assert value is not None
+        assert allocated is not None
         kinds = {reader.kind for reader in role.readers}
         if saved.is_input:
             return "input", ""
@@ -537,8 +539,12 @@ class _Planner:
             return "not_an_activation", "random state" if is_random_state(saved.node) else ""
         if is_mask:
             return self._why_not_pack(role, row)
-        if value.dtype not in _ENCODABLE_DTYPES:
-            return "not_floating_point", str(value.dtype)
+        for one in (
+            value,
+            allocated,
+        ):  # a view may show complex numbers as pairs, or bits as numbers
+            if one.dtype not in _ENCODABLE_DTYPES:
+                return "not_floating_point", str(one.dtype)
         if "attention_statistic" in kinds or is_statistic(root, classification):
             return "statistic", ""
         if role.role == "-":

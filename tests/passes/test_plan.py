@@ -163,6 +163,8 @@ def test_every_reason_has_a_meaning_and_a_test() -> None:
     elsewhere |= {"statistic", "derived", "feeds_recomputed", "codec_saves_nothing"}
     elsewhere |= {"other_device", "not_dense", "not_derivable"}
     elsewhere |= {"draws_random_numbers", "memory_budget", "offloaded"}  # test_regions.py
+    elsewhere |= {"ill_conditioned", "discontinuous", "unknown_operator"}  # test_soundness.py
+    elsewhere |= {"sentinel", "replaced", "stored_instead"}  # test_soundness.py
     elsewhere |= {"layout_copy"}  # test_step_memory.py
     elsewhere |= {"between_graphs"}  # test_measured_step.py
     assert set(REASONS) == tested | elsewhere
@@ -298,3 +300,15 @@ def test_a_weight_gradient_that_meets_an_activation_again_is_role_a() -> None:
     assert all(site.owner_name == "generate.weight" for site in plan.sites)
     readers = {name for site in plan.sites for name, _ in site.readers}
     assert len(readers) <= 1
+
+
+def test_pairs_that_are_views_of_complex_numbers_stay_exact() -> None:
+    def rotated(x: Tensor) -> Tensor:
+        turned = torch.view_as_complex(x.view(512, 64, 2)) * torch.polar(
+            torch.ones(64), torch.arange(64.0)
+        )
+        return torch.view_as_real(turned).view(512, 128)
+
+    plan = trace(Mlp(rotated), inputs(), policy="balanced", weight_gradient="int8").plan
+    assert {v.dtype for v in plan.values if v.reason == "not_floating_point"} >= {"float32"}
+    assert all(site.dtype.is_floating_point for site in plan.sites)
