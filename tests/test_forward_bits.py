@@ -54,13 +54,14 @@ AUTOCAST = "autocast"
 @pytest.mark.parametrize(
     ("make", "shape", "precision", "memory_format"),
     [
-        (_group_norm, (4, 8, 32, 32), AUTOCAST, torch.contiguous_format),
-        (_batch_norm, (4, 8, 32, 32), torch.bfloat16, torch.channels_last),
+        (_group_norm, (8, 8, 32, 32), torch.float32, torch.contiguous_format),
+        (_batch_norm, (8, 8, 32, 32), torch.bfloat16, torch.contiguous_format),
+        (_batch_norm, (8, 8, 32, 32), torch.float32, torch.channels_last),
         (_instance_norm, (3, 3, 31, 29), torch.float32, torch.contiguous_format),
         (_one_dimension, (4, 8, 255), torch.bfloat16, torch.contiguous_format),
-        (Residual, (4, 8, 32, 32), AUTOCAST, torch.contiguous_format),
+        (Residual, (8, 8, 32, 32), AUTOCAST, torch.contiguous_format),
     ],
-    ids=["group norm", "batch norm", "instance norm", "one dimension", "residual"],
+    ids=["group norm", "batch norm", "channels last", "instance norm", "one dimension", "residual"],
 )
 def test_forward_is_plain_inductors(
     make: Callable[[], nn.Module],
