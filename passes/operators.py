@@ -133,6 +133,10 @@ OPERATORS: Mapping[str, Operator] = {
         aten.var_mean aten.lerp aten.addcmul prims.fma""",
         "product",
     ),
+    # matmuls of experts in transformers, where torch's own `_grouped_mm` does not take the dtype
+    **_group(
+        "transformers.grouped_mm_fallback transformers.grouped_mm_fallback_backward", "product"
+    ),
     # -- smooth on the whole line --
     **_group("aten.tanh", "smooth", curvature=0.77),
     **_group("aten.sigmoid", "smooth", curvature=0.1),

@@ -5,7 +5,8 @@
 
 Sources of sentinels are constants of large magnitude: written by `where` or padding, or multiplied with something that only
 depends on the step's data, as in `(1 - mask) * -10000`. A mask that is an input of the graph counts, too: a floating-point
-input, not of one dimension, that is added to a larger value. Whatever maps large numbers to bounded ones ends the trail.
+one that is added to scores, which are products of activations. The trail goes through elementwise operators and views, and
+ends where large numbers become bounded ones.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ from typing import Literal
 import torch.fx as fx
 
 from prac_fx.graph_edit import tensor_value
-from prac_fx.memory import size_hint
+from prac_fx.passes.chains import is_cheap
 from prac_fx.passes.operators import operator_name, operator_of
 from prac_fx.passes.ranges import number
 from prac_fx.torch_compat import argument_index
@@ -35,6 +36,7 @@ _BOUNDED = frozenset(
 _WITHOUT_NEGATIVE = frozenset(
     "aten.exp aten.exp2 aten.relu aten.silu aten.gelu aten.softplus aten.amax aten.max aten.clamp_min".split()
 )
+_EXTREMES = frozenset("aten.amax aten.max aten.amin aten.min".split())
 _WITHOUT_POSITIVE = frozenset("aten.amin aten.min aten.clamp_max".split())
 # These write or add one argument into another.
 _WRITES = frozenset(
@@ -54,11 +56,13 @@ def sentinels(
     """
     signs: dict[fx.Node, frozenset[Sign]] = {}
     origin: dict[fx.Node, fx.Node] = {}
-    learned = _depends_on(graph, parameters)
+    placeholders = graph.find_nodes(op="placeholder")
+    learned = _depending(graph, [p for p in placeholders if argument_index(p) in parameters])
+    data = _depending(graph, [p for p in placeholders if argument_index(p) not in parameters])
     for node in graph.nodes:
         if node.op != "call_function" or node in backward:
             continue
-        found = _written(node, learned)
+        found = _written(node, learned, data)
         source = node
         for arg in node.all_input_nodes:
             more = _handed_on(node, arg, signs.get(arg, _NOTHING))
@@ -69,11 +73,10 @@ def sentinels(
     return origin
 
 
-def _depends_on(graph: fx.Graph, parameters: Collection[int]) -> set[fx.Node]:
-    found: set[fx.Node] = set()
+def _depending(graph: fx.Graph, sources: Collection[fx.Node]) -> set[fx.Node]:
+    found = set(sources)
     for node in graph.nodes:
-        is_parameter = node.op == "placeholder" and argument_index(node) in parameters
-        if is_parameter or any(arg in found for arg in node.all_input_nodes):
+        if any(arg in found for arg in node.all_input_nodes):
             found.add(node)
     return found
 
@@ -84,9 +87,11 @@ def _handed_on(node: fx.Node, arg: fx.Node, signs: frozenset[Sign]) -> frozenset
         return signs
     name = operator_name(node)
     value = tensor_value(node)
-    if name in _BOUNDED or "attention" in name:
+    if name in _BOUNDED:
         return _NOTHING
     if value is not None and not value.dtype.is_floating_point:
+        return _NOTHING
+    if name not in _EXTREMES and not is_cheap(node):
         return _NOTHING
     if name in _WITHOUT_NEGATIVE:
         return signs - {"negative"}
@@ -106,7 +111,9 @@ def _flipped(signs: frozenset[Sign]) -> frozenset[Sign]:
     return frozenset("positive" if sign == "negative" else "negative" for sign in signs)
 
 
-def _written(node: fx.Node, learned: Collection[fx.Node]) -> frozenset[Sign]:
+def _written(
+    node: fx.Node, learned: Collection[fx.Node], data: Collection[fx.Node]
+) -> frozenset[Sign]:
     """Sentinels that the node itself brings in."""
     name = operator_name(node)
     if name in _WRITES:
@@ -116,7 +123,7 @@ def _written(node: fx.Node, learned: Collection[fx.Node]) -> frozenset[Sign]:
         return _BOTH if _signs(*map(number, node.args)) else _NOTHING
     if name in ("aten.add", "aten.sub"):
         numbers = _signs(*map(number, node.args[:2]))
-        return numbers or (_BOTH if _adds_a_mask(node, learned) else _NOTHING)
+        return numbers or (_BOTH if _adds_a_mask(node, learned, data) else _NOTHING)
     return _NOTHING
 
 
@@ -128,34 +135,36 @@ def _signs(*numbers: float | None) -> frozenset[Sign]:
     return frozenset(found)
 
 
-def _adds_a_mask(node: fx.Node, learned: Collection[fx.Node]) -> bool:
-    """Is one summand a smaller floating-point input, of more than one dimension, and the other one learned?"""
-    mask, other = _inputs_behind(node)
-    if mask is None or other is None or other not in learned:
+def _adds_a_mask(node: fx.Node, learned: Collection[fx.Node], data: Collection[fx.Node]) -> bool:
+    """Is an input that nobody learns added to scores, that is to a product of two activations?"""
+    summands = [_behind(arg) for arg in node.args[:2] if isinstance(arg, fx.Node)]
+    if len(summands) != 2:
         return False
-    small, whole = tensor_value(mask), tensor_value(node)
-    if small is None or whole is None or not small.dtype.is_floating_point:
-        return False
-    sizes = [size for size in map(size_hint, small.shape) if size != 1]
-    return len(sizes) > 1 and size_hint(small.numel()) < size_hint(whole.numel())
+    for mask, scores in (summands, summands[::-1]):
+        value = tensor_value(mask)
+        if mask.op != "placeholder" or mask in learned or value is None:
+            continue
+        factors = [arg for arg in scores.all_input_nodes if arg in learned and arg in data]
+        is_product = operator_name(scores) in _MATMULS and len(set(factors)) > 1
+        if value.dtype.is_floating_point and is_product:
+            return True
+    return False
 
 
-def _inputs_behind(node: fx.Node) -> tuple[fx.Node | None, fx.Node | None]:
-    """A summand that is an input of the graph, behind views and casts, and the other summand."""
-    summands = [arg for arg in node.args[:2] if isinstance(arg, fx.Node)]
-    if len(summands) == 2:
-        for mask, other in (summands, summands[::-1]):
-            source = mask
-            while source.op == "call_function" and len(source.all_input_nodes) == 1:
-                if operator_name(source) not in _UNCHANGED:
-                    break
-                source = source.all_input_nodes[0]
-            if source.op == "placeholder":
-                return source, other
-    return None, None
+def _behind(node: fx.Node) -> fx.Node:
+    """The node behind views, casts and constant factors."""
+    while node.op == "call_function":
+        name = operator_name(node)
+        is_scaled = name in ("aten.mul", "aten.div") and len(node.all_input_nodes) == 1
+        if not is_scaled and name not in _UNCHANGED:
+            break
+        node = node.all_input_nodes[0]
+    return node
 
 
+_MATMULS = ("aten.mm", "aten.bmm", "aten.baddbmm")
 _UNCHANGED = frozenset(
-    """aten.view aten.expand aten.unsqueeze aten.permute aten.slice aten.select aten.clone aten._to_copy
+    """aten.view aten._unsafe_view aten.expand aten.unsqueeze aten.squeeze aten.permute aten.slice aten.select aten.clone
+    aten._to_copy
     prims.convert_element_type""".split()
 )

@@ -29,6 +29,9 @@ FEW, MANY = 4, 64
 _ROUNDOFF = {"float64": 1e-9, "float32": 1e-4, "float16": 2e-2, "bfloat16": 5e-2}
 # relative bias that each policy may have anyway, to second order in its rounding; twice that beside functions
 # whose share in it is not measured
+# What a group's largest element decodes to is 32 ulps off, whatever is drawn. Where a gradient vanishes but for roundoff,
+# as behind the norm of one number, that is all there is of it.
+_ROUNDED_CODES = 50 * 32
 _BIAS = {"linear": 0.01, "balanced": 0.01, "max": 0.1, "paper": math.inf}
 _SEED_NBYTES = 64
 
@@ -224,7 +227,7 @@ class _Comparison:
         """A bias that is neither chance, nor roundoff, nor what noise in well-conditioned functions costs."""
         exact, deviations = self._deviations(name, draws)
         size, bias = float(exact.norm()), bias_beyond_chance(exact, deviations)
-        if bias <= self._allowed() * size or bias <= 50 * self.jitter[name]:
+        if bias <= self._allowed() * size or bias <= _ROUNDED_CODES * self.jitter[name]:
             return None
         bits = 4 if self.program.policy == "max" else 8
         unavoidable = smooth_bias(self.program, bits)[name]
