@@ -6,7 +6,9 @@
 4. `chains`     what stands between a stored value and the backward nodes that need something made of it
 5. `plan`       how to store each value, and why everything else is kept; `ranks` are PRAC's,
                 `quantizer` the codec in few bits that the options ask for, `masks` what backward may not compute from a
-                decoded value, `sizes` which symbolic sizes are large enough, with one guard for a graph
+                decoded value, `sizes` which symbolic sizes are large enough, with one guard for a graph;
+                `soundness` follows the errors of a draft's decoded values through backward, by the table in `operators`,
+                with `ranges` and `sentinels`, and `amend` changes what is at fault
 6. `rewrite`    edit: encode in forward, decode in backward, clone what backward computes from a decoded value
 7. `factor`     edit: a weight gradient is taken from the coordinates, the decoded value disappears
 8. `sample`     edit: the forward graph copies some rows of each encoded value for the basis refresh
