@@ -13,9 +13,12 @@ from __future__ import annotations
 from collections.abc import Collection
 from dataclasses import dataclass
 
+import torch
 import torch.fx as fx
 
 from prac_fx.torch_compat import argument_index
+
+_ADDITIONS = (torch.ops.aten.add.Tensor, torch.ops.aten.sub.Tensor)
 
 
 @dataclass(frozen=True)
@@ -26,8 +29,9 @@ class Classification:
         backward: nodes that depend on a tangent, the tangents included.
         crossing: forward nodes that a backward node reads, in graph order.
         activations: forward nodes that depend on the step's data, not on parameters and buffers alone.
-        before_parameters: forward nodes that meet a parameter later on in this graph. The others are the loss, or may
-            be part of one: a graph may return log-probabilities, and the loss is made of them outside.
+        before_parameters: forward nodes that meet a parameter later on in this graph, other than a bias that is added:
+            what comes before that is the loss's, too. The others are the loss, or may be part of one: a graph may
+            return log-probabilities, and the loss is made of them outside.
     """
 
     backward: frozenset[fx.Node]
@@ -97,7 +101,7 @@ def _before_parameters(
             continue
         forward_users = [user for user in node.users if user not in backward]
         if any(
-            user in found or any(arg in weights for arg in user.all_input_nodes)
+            user in found or (user.target not in _ADDITIONS and weights & {*user.all_input_nodes})
             for user in forward_users
             if user.op != "output"
         ):

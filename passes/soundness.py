@@ -231,7 +231,7 @@ class _Walk:
             exponential = node if pending is None else pending.exponential
             read = None if pending is None else pending.read
             if node in self.backward and read is None:
-                read = next(arg for arg in args if self.noise[arg].form != "plain")
+                read = next((arg for arg in args if self.noise[arg].form != "plain"), None)
         averaged = self._averages(node, args)
         self.noise[node] = _Noise(bits, broken, gain, form, exponential, read, averaged)
         for source in self._sources(broken):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import torch
 from torch.fx import Graph
 
 from prac_fx.passes.classify import classify
@@ -38,3 +39,16 @@ def test_a_graph_without_tangents_has_no_backward() -> None:
     found = classify(graph)
     assert not found.backward
     assert found.crossing == ()
+
+
+def test_a_bias_that_is_added_to_logits_is_no_parameter_behind_them() -> None:
+    graph = Graph()
+    x, weight, bias = (graph.placeholder(name) for name in ("x", "weight", "bias"))
+    for index, node in enumerate((x, weight, bias)):
+        node.meta["desc"] = type("PlainAOTInput", (), {"idx": index})()
+    body = graph.call_function(torch.ops.aten.sin.default, (x,))
+    logits = graph.call_function(torch.ops.aten.mm.default, (body, weight))
+    shifted = graph.call_function(torch.ops.aten.add.Tensor, (logits, bias))
+    graph.output((shifted,))
+    found = classify(graph, (1, 2), (1, 2))
+    assert found.before_parameters == {x, body}
