@@ -81,7 +81,8 @@ OPERATORS: Mapping[str, Operator] = {
         aten.upsample_nearest1d_backward aten.upsample_nearest2d_backward
         aten.upsample_bilinear2d_backward aten.upsample_bicubic2d_backward
         aten.reflection_pad2d_backward aten.replication_pad2d_backward
-        aten.embedding_dense_backward aten.copy aten._to_copy prims.convert_element_type
+        aten.embedding_dense_backward
+        aten._sparse_coo_tensor_with_dims_and_tensors aten.copy aten._to_copy prims.convert_element_type
         prims.device_put prims.rev""",
         "linear",
     ),

@@ -22,6 +22,7 @@ from prac_fx.buffer_reuse import without_higher_peak
 from prac_fx.compiled_graphs import record_graph
 from prac_fx.config import PracConfig, config_patches, split_options
 from prac_fx.data_parallel import is_distributed
+from prac_fx.eager_graphs import with_backward_net
 from prac_fx.errors import CannotRewriteError, PracOptionError, PracWarning
 from prac_fx.job_report import check_report_path, report_graph
 from prac_fx.loop_split import without_lossy_splits
@@ -52,7 +53,6 @@ from prac_fx.torch_compat import (
     raise_signal,
     trace_structured,
     tracing_fake_mode,
-    with_backward_at_once,
     without_autograd_cache,
 )
 
@@ -414,8 +414,8 @@ def compile_rewritten(
     partitioner = RewritePartitioner(plan, len(graph.example_inputs), config)
     settings = {**rewritten_patches(plan, patches), "custom_partitioner_fn": partitioner}
     inner_compile = without_lossy_splits(without_higher_peak(inner_compile or compile_fx_inner))
-    with with_backward_at_once(), comparing_sparse_results():
-        # forward is still to run, so that an error in backward leaves plain Inductor to fall back to
+    inner_compile = with_backward_net(inner_compile, strict=config.strict)
+    with comparing_sparse_results():
         compiled = compile_fx(gm, inputs, inner_compile=inner_compile, config_patches=settings)
     return cast(Callable[..., Any], compiled)
 

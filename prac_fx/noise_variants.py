@@ -4,11 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, Literal, cast
+from typing import Any, cast
 
-import torch
 import torch.fx as fx
-from torch import Tensor
 
 from prac_fx.codecs import BitCodec
 from prac_fx.config import PracConfig
@@ -18,13 +16,13 @@ from prac_fx.dynamo_backend import (
     plain_patches,
     plan_and_compile,
 )
+from prac_fx.eager_graphs import run_eagerly
 from prac_fx.origin import any_layer
 from prac_fx.passes.plan import Plan, PlannedValue
 from prac_fx.runtime import training_step
 from prac_fx.torch_compat import (
     compile_fx,
     copy_dynamo_graph,
-    make_boxed_func,
     raise_signal,
     without_autograd_cache,
 )
@@ -91,11 +89,11 @@ class Variants:
 
     def _compile(self, graph: DynamoGraph) -> _CompiledGraph:
         patches = plain_patches(self._patches)
-        options: Any = {"inner_compile": _run_eagerly, "config_patches": patches}
+        options: Any = {"inner_compile": run_eagerly, "config_patches": patches}
         exact = compile_fx(copy_dynamo_graph(graph.gm), list(graph.example_inputs), **options)
         variants = {EXACT: cast(Callable[..., Any], exact)}
         try:
-            plan, rewritten = plan_and_compile(graph, self._config, self._patches, _run_eagerly)
+            plan, rewritten = plan_and_compile(graph, self._config, self._patches, run_eagerly)
         except Exception as error:
             raise_signal(error)
             if self._config.strict:
@@ -112,9 +110,7 @@ class Variants:
         for key, rows in encoded_groups([plan]).items():
             alone = _plan_of_group(plan, rows)
             try:
-                compiled = compile_rewritten(
-                    graph, alone, self._config, self._patches, _run_eagerly
-                )
+                compiled = compile_rewritten(graph, alone, self._config, self._patches, run_eagerly)
             except Exception as error:
                 raise_signal(error)
                 self.failed.add(key)
@@ -143,40 +139,6 @@ def _plan_of_group(plan: Plan, rows: Sequence[PlannedValue]) -> Plan:
 
 def _is_extra_mask(row: PlannedValue) -> bool:
     return isinstance(row.codec, BitCodec) and not row.nbytes_before
-
-
-def _run_eagerly(gm: fx.GraphModule, *args: Any, **kwargs: Any) -> Callable[..., Any]:
-    """In place of Inductor's code generation: the graph itself."""
-    for module in gm.modules():
-        if isinstance(module, fx.GraphModule):
-            for node in module.graph.nodes:
-                node.target = _SEEDED.get(node.target, node.target)
-            module.recompile()
-    boxed: Callable[..., Any] = make_boxed_func(gm.forward)
-    return boxed
-
-
-def _seeded_random(
-    size: Sequence[int], seed: Tensor, mode: Literal["rand", "randn"], **_: Any
-) -> Tensor:
-    draw: Callable[..., Tensor] = {"rand": torch.rand, "randn": torch.randn}[mode]
-    return draw(size, generator=_generator(seed), device=seed.device, dtype=torch.float32)
-
-
-def _seeded_randint(low: int, high: int, size: Sequence[int], seed: Tensor) -> Tensor:
-    return torch.randint(low, high, size, generator=_generator(seed), device=seed.device)
-
-
-def _generator(seed: Tensor) -> torch.Generator:
-    return torch.Generator(seed.device).manual_seed(int(seed))
-
-
-# Inductor's kernels make random numbers from a seed, in backward the same ones again. Called on their own these
-# operators ignore it.
-_SEEDED: Mapping[object, Callable[..., Tensor]] = {
-    torch.ops.prims.inductor_random.default: _seeded_random,
-    torch.ops.prims.inductor_randint.default: _seeded_randint,
-}
 
 
 def encoded_groups(plans: Sequence[Plan]) -> dict[Variant, list[PlannedValue]]:

@@ -142,7 +142,6 @@ __all__ = [
     "tracing_fake_mode",
     "tree_leaves",
     "tree_map_only",
-    "with_backward_at_once",
     "without_autograd_cache",
     "without_memory_budget",
     "without_recompile_limit",
@@ -156,16 +155,6 @@ def without_autograd_cache() -> Any:
     must not meet one.
     """
     return functorch_config.patch(enable_autograd_cache=False)
-
-
-def with_backward_at_once() -> Any:
-    """Context in which AOTAutograd compiles a backward graph with its forward graph, and raises what that raises.
-
-    As it is, the first backward compiles it, when forward has run. A graph with symbolic sizes is compiled at once in
-    any case, but an error is only logged, and the first backward tries again. Source: `_aot_stage2b_bw_compile`
-    (torch._functorch._aot_autograd.graph_compile).
-    """
-    return functorch_config.patch(force_non_lazy_backward_lowering=True)
 
 
 def causes(error: BaseException | None) -> Iterator[BaseException]:

@@ -20,12 +20,16 @@ class Broken(nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
-        self.first, self.second = nn.Linear(64, 128), nn.Linear(128, 64)
+        self.first, self.second, self.last = (
+            nn.Linear(64, 128),
+            nn.Linear(128, 64),
+            nn.Linear(64, 8),
+        )
 
     def forward(self, x: Tensor) -> Tensor:
         hidden = nn.functional.gelu(self.first(x))
         torch._dynamo.graph_break()
-        out: Tensor = nn.functional.gelu(self.second(hidden)).square().mean()
+        out: Tensor = self.last(nn.functional.gelu(self.second(hidden))).square().mean()
         return out
 
 
@@ -68,7 +72,11 @@ def test_what_its_maker_saves_too_is_counted_there() -> None:
 
         def __init__(self) -> None:
             super().__init__()
-            self.first, self.second = nn.Linear(64, 128), nn.Linear(128, 64)
+            self.first, self.second, self.last = (
+                nn.Linear(64, 128),
+                nn.Linear(128, 64),
+                nn.Linear(64, 8),
+            )
 
         def forward(self, x: Tensor) -> Tensor:
             hidden = self.first(x).exp()

@@ -11,7 +11,7 @@ import torch
 import torch.fx as fx
 
 from prac_fx import dynamo_backend
-from prac_fx.noise_variants import _run_eagerly
+from prac_fx.eager_graphs import run_eagerly
 from prac_fx.passes.plan import Plan
 from prac_fx.torch_compat import compile_fx, without_autograd_cache
 
@@ -31,7 +31,7 @@ def no_code_generation() -> Iterator[list[Plan]]:
         return plan, compiled
 
     with (
-        patch.object(dynamo_backend, "compile_fx_inner", _run_eagerly),
+        patch.object(dynamo_backend, "compile_fx_inner", run_eagerly),
         patch.object(dynamo_backend, "plan_and_compile", recorded),
         without_autograd_cache(),
     ):
@@ -45,5 +45,5 @@ def compile_plain(model: Any, **options: Any) -> Any:
 
 def plain_graphs(gm: fx.GraphModule, example_inputs: Sequence[Any]) -> Callable[..., Any]:
     with without_autograd_cache():
-        compiled: Callable[..., Any] = compile_fx(gm, example_inputs, inner_compile=_run_eagerly)
+        compiled: Callable[..., Any] = compile_fx(gm, example_inputs, inner_compile=run_eagerly)
     return compiled

@@ -134,6 +134,9 @@ EXAMPLES: dict[str, Call] = {
     "aten.embedding_dense_backward": lambda x: aten.embedding_dense_backward(
         x, _INDEX[:ROWS], 5, -1, False
     ),
+    "aten._sparse_coo_tensor_with_dims_and_tensors": lambda x: torch.sparse_coo_tensor(
+        _INDEX[None, :ROWS], x, (5, FEATURES)
+    ).to_dense(),  # what it stands for; a sparse result has no elements to compare
     "aten.copy": lambda x: aten.copy(_seen(x), x),
     "aten._to_copy": lambda x: aten._to_copy(x, dtype=torch.float32),
     "prims.convert_element_type": lambda x: prims.convert_element_type(x, torch.float32),
