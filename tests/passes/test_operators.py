@@ -134,9 +134,6 @@ EXAMPLES: dict[str, Call] = {
     "aten.embedding_dense_backward": lambda x: aten.embedding_dense_backward(
         x, _INDEX[:ROWS], 5, -1, False
     ),
-    "aten._sparse_coo_tensor_with_dims_and_tensors": lambda x: torch.sparse_coo_tensor(
-        _INDEX[None, :ROWS], x, (5, FEATURES)
-    ).to_dense(),  # what it stands for; a sparse result has no elements to compare
     "aten.copy": lambda x: aten.copy(_seen(x), x),
     "aten._to_copy": lambda x: aten._to_copy(x, dtype=torch.float32),
     "prims.convert_element_type": lambda x: prims.convert_element_type(x, torch.float32),
@@ -357,8 +354,10 @@ EXAMPLES: dict[str, Call] = {
         [True, True],
     )[1],
 }
-# Between processes, and of other libraries: `tests/test_distributed.py` and `tests/zoo` run them.
+# Between processes, of other libraries, and with a sparse result: `test_distributed.py`, `tests/zoo` and
+# `test_fallbacks.py` run them.
 _ELSEWHERE = {n for n in OPERATORS if n.startswith(("_c10d_functional.", "transformers."))}
+_ELSEWHERE |= {"aten._sparse_coo_tensor_with_dims_and_tensors"}
 _ACCEPTED = ("linear", "product", "smooth", "kinked", "size_only")
 
 
