@@ -128,7 +128,8 @@ def _plan_of_group(plan: Plan, rows: Sequence[PlannedValue]) -> Plan:
     """
     names = {row.allocated_by for row in rows}
     values = [
-        replace(row, reason="min_cut") if row.reason == "derived" else row for row in plan.values
+        replace(row, reason="min_cut") if row.reason in ("derived", "replaced") else row
+        for row in plan.values
     ]
     # masks that are packed lest backward computes them from decoded values stay so: they have no noise
     masks = {row.allocated_by: row.nbytes_after for row in plan.values if _is_extra_mask(row)}
