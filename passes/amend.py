@@ -93,21 +93,24 @@ class Draft:
     nbytes_encoded: Callable[[fx.Node], int | None]
 
 
-def amend(amendments: Amendments, verdict: Verdict, draft: Draft) -> bool:
+def amend(
+    amendments: Amendments, verdict: Verdict, draft: Draft, *, only_keep: bool = False
+) -> bool:
     """Choose a remedy for each value with a fault. True when the next draft will be another one.
 
     Args:
         amendments: of the drafts so far; extended.
         verdict: of this one.
         draft: this one.
+        only_keep: try no other remedy.
     """
     by_source: dict[fx.Node, list[Fault]] = defaultdict(list)
     for fault in verdict.faults:
         by_source[fault.source].append(fault)
     for source, faults in by_source.items():
-        if not _store_derived_values(amendments, draft, faults):
+        if only_keep or not _store_derived_values(amendments, draft, faults):
             for value in amendments.stored_for.get(source, {source}) | {source}:
-                _store_clone_or_keep(amendments, draft, value, source, faults)
+                _store_clone_or_keep(amendments, draft, value, faults[0], only_keep)
     unread = {
         node
         for sources in amendments.stored_for.values()
@@ -133,8 +136,8 @@ def _store_clone_or_keep(
     amendments: Amendments,
     draft: Draft,
     value: fx.Node,
-    source: fx.Node,
-    faults: list[Fault],
+    first: Fault,
+    only_keep: bool,
 ) -> None:
     """Remedies 2 and 3.
 
@@ -142,17 +145,20 @@ def _store_clone_or_keep(
         amendments: extended.
         draft: of the plan.
         value: a value that plain Inductor saves.
-        source: itself, or what is stored for it.
-        faults: of `source`.
+        first: a fault of it, or of what is stored for it.
+        only_keep: only remedy 3.
     """
     if value not in draft.nbytes_exact:
         return
-    first = faults[0]
     read = allocating_node(first.read)
     how: Literal["encoded", "exact"] = "encoded" if _is_moderate(first) else "exact"
     # of a region that the user has computed again, nothing is stored
     is_clone = read in draft.clones and not has_tag_must_recompute(read)
-    if (is_clone or read in amendments.stored) and amendments.stored.get(read) != how:
+    stored, stored_for = amendments.stored.get(read), amendments.stored_for.get(read, set())
+    if stored == "exact":
+        how = "exact"  # another value needs it so
+    may_store = not only_keep and (is_clone or stored is not None)
+    if may_store and (stored != how or value not in stored_for):
         amendments.stored[read] = how
         amendments.stored_for.setdefault(read, set()).add(value)
         if _pays(amendments, draft, value):

@@ -7,6 +7,7 @@ cache key, and it is the single source of truth for what runs: on a warm cache n
 from __future__ import annotations
 
 import hashlib
+import itertools
 from collections import Counter
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -108,6 +109,8 @@ REASONS = {
 
 _ENCODABLE_DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 _MIN_QUANTIZED_FEATURES = 8
+# After so many drafts, what is at fault is kept exact, which comes to an end.
+_MAX_REMEDIES = 16
 
 
 @dataclass(frozen=True)
@@ -286,7 +289,7 @@ def make_plan(joint: JointGraph, config: PracConfig, blocked: Collection[str] = 
         generous.draft()
         bounds = generous.bounds
     sizes, amendments = GuardedSizes(bounds), Amendments()
-    while True:
+    for number in itertools.count():
         planner = _Planner(joint, config, blocked, amendments, sizes)
         draft = planner.draft()
         verdict = judge(
@@ -296,8 +299,9 @@ def make_plan(joint: JointGraph, config: PracConfig, blocked: Collection[str] = 
             draft.clones,
             joint.sentinels,
         )
-        if not amend(amendments, verdict, draft):
+        if not amend(amendments, verdict, draft, only_keep=number >= _MAX_REMEDIES):
             return planner.plan(verdict)
+    raise AssertionError("a draft that keeps everything has no faults")
 
 
 def fingerprint(graph: fx.Graph) -> str:

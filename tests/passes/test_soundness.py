@@ -314,3 +314,21 @@ def test_balanced_is_right_on_average(name: str) -> None:
     squared_bias = float((halves[0] * halves[1]).sum() / exact.square().sum())
     assert bool(torch.isfinite(halves[0]).all())
     assert squared_bias < 0.01**2
+
+
+def test_one_clone_is_stored_for_two_values() -> None:
+    """Scores of two parts, both of which torch saves: neither stays exact beside the exponential."""
+
+    class TwoParts(Mlp):
+        def __init__(self) -> None:
+            super().__init__()
+            self.other = nn.Linear(FEATURES, 128, bias=False)
+
+        def forward(self, x: Tensor) -> Tensor:
+            a, b = self.up(x), self.other(x)
+            return self.down(torch.sin(a) * torch.sin(b) * torch.exp(a + b)).sum()
+
+    plan = trace(TwoParts(), inputs(), **BALANCED).plan
+    assert "ill_conditioned" not in {value.reason for value in plan.values}
+    (exponential,) = [value for value in plan.values if value.origin.op == "exp.default"]
+    assert exponential.stored_as == "int8/128"
