@@ -82,7 +82,7 @@ OPERATORS: Mapping[str, Operator] = {
         aten.upsample_bilinear2d_backward aten.upsample_bicubic2d_backward
         aten.reflection_pad2d_backward aten.replication_pad2d_backward
         aten.embedding_dense_backward
-        aten._sparse_coo_tensor_with_dims_and_tensors aten.copy aten._to_copy prims.convert_element_type
+        aten._sparse_coo_tensor_with_dims_and_tensors aten._to_copy prims.convert_element_type
         prims.device_put prims.rev""",
         "linear",
     ),
@@ -120,6 +120,13 @@ OPERATORS: Mapping[str, Operator] = {
         "linear",
     ),
     **_group("aten.where", "discontinuous", "linear"),
+    # new tensors, and what is written over
+    **_group(
+        """aten.new_empty aten.new_empty_strided aten.new_zeros aten.new_ones aten.new_full
+        aten.empty_like aten.zeros_like aten.ones_like aten.full_like""",
+        "size_only",
+    ),
+    **_group("aten.copy", "size_only", "linear"),
     # backward of pooling is linear in the gradient, and of the value it only reads the shape
     **_group(
         """aten.avg_pool2d_backward aten.avg_pool3d_backward aten._adaptive_avg_pool2d_backward

@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import itertools
 from collections import Counter
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
 from typing import Any, Literal
@@ -36,6 +36,7 @@ from prac_fx.passes.chains import (
     derivation,
     find_clones,
     is_statistic,
+    is_view,
     region_from,
 )
 from prac_fx.passes.classify import Classification
@@ -374,6 +375,7 @@ class _Planner:
     def plan(self, verdict: Verdict) -> Plan:
         """The plan, once nothing is wrong with the draft."""
         self._note_first_order(verdict)
+        self._drop_unread()
         rows = list(self.rows.values()) + self.more_rows + _recomputed(self.joint)
         saved = (*self.clones.statistics, *self.saved_masks, *self.saved_clones)
         owner = self.joint.owner
@@ -480,6 +482,40 @@ class _Planner:
         name = self.config.input_gradient
         name = name if name in QUANTIZED else "int8"
         return quantizer(name, layout.features, value.device, self.config)
+
+    def _drop_unread(self) -> None:
+        """Nothing is saved of what backward read only to compute what is stored now, such as a softmax's maximum."""
+        if not self.amendments.stored:
+            return
+        read, clones = set(self._read_of_saved()), set(self.clones.nodes)
+        for node, row in self.rows.items():
+            is_kept = row.decision == "keep" and row.nbytes_after
+            if is_kept and node not in read and node not in clones:
+                self.rows[node] = replace(
+                    row, decision="recompute", reason="replaced", detail="", nbytes_after=0
+                )
+
+    def _read_of_saved(self) -> Iterator[fx.Node]:
+        """The saved values that are not encoded and that backward still needs, read by it or by what it computes again."""
+        again = self.joint.survey.recomputed
+        clones, stored = (
+            set(self.clones.nodes),
+            {*self.sites, *self.saved_clones, *self.saved_masks},
+        )
+        pending = list(self.joint.classification.crossing)
+        seen = set(pending)
+        while pending:
+            node = pending.pop()
+            row = self.rows.get(node)
+            if allocating_node(node) in stored:
+                continue
+            if row is not None and row.decision == "keep":
+                yield node
+                continue
+            if node in clones or node.name in again or row is not None or is_view(node):
+                fresh = [arg for arg in node.all_input_nodes if arg not in seen]
+                seen.update(fresh)
+                pending += fresh
 
     def _note_first_order(self, verdict: Verdict) -> None:
         """Say of values in 4 bits where backward uses them in a function that is not linear."""

@@ -134,6 +134,17 @@ EXAMPLES: dict[str, Call] = {
     "aten.embedding_dense_backward": lambda x: aten.embedding_dense_backward(
         x, _INDEX[:ROWS], 5, -1, False
     ),
+    "aten.new_empty": lambda x: aten.copy(aten.new_empty(x, [4, 16]), _seen(x)),
+    "aten.new_empty_strided": lambda x: aten.copy(
+        aten.new_empty_strided(x, [4, 16], [16, 1]), _seen(x)
+    ),
+    "aten.new_zeros": lambda x: aten.new_zeros(x, [3]),
+    "aten.new_ones": lambda x: aten.new_ones(x, [3]),
+    "aten.new_full": lambda x: aten.new_full(x, [3], 2.0),
+    "aten.empty_like": lambda x: aten.copy(aten.empty_like(x), _seen(x)),
+    "aten.zeros_like": aten.zeros_like,
+    "aten.ones_like": aten.ones_like,
+    "aten.full_like": lambda x: aten.full_like(x, 2.0),
     "aten.copy": lambda x: aten.copy(_seen(x), x),
     "aten._to_copy": lambda x: aten._to_copy(x, dtype=torch.float32),
     "prims.convert_element_type": lambda x: prims.convert_element_type(x, torch.float32),
@@ -364,9 +375,7 @@ _ACCEPTED = ("linear", "product", "smooth", "kinked", "size_only")
 def _response(name: str) -> str:
     """What the table says of the argument in which the example passes the decoded value."""
     responses = OPERATORS[name].responses
-    if name in ("aten.div", "aten.max_pool2d_with_indices_backward"):
-        return responses[1]
-    if name == "aten.where":
+    if name in ("aten.div", "aten.max_pool2d_with_indices_backward", "aten.where", "aten.copy"):
         return responses[1]
     return responses[0]
 
