@@ -127,6 +127,7 @@ OPERATORS: Mapping[str, Operator] = {
         "size_only",
     ),
     **_group("aten.copy", "size_only", "linear"),
+    **_group("aten._weight_norm_interface_backward", "linear", "singular"),
     # backward of pooling is linear in the gradient, and of the value it only reads the shape
     **_group(
         """aten.avg_pool2d_backward aten.avg_pool3d_backward aten._adaptive_avg_pool2d_backward

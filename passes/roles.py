@@ -14,6 +14,7 @@ average.
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from typing import Literal
@@ -188,6 +189,8 @@ def _trace_gradients(
 
 def _is_linear(user: fx.Node, gradient: fx.Node, classification: Classification) -> bool:
     """Is an operator linear in a gradient, and in nothing else that depends on it?"""
+    if user.target is operator.getitem:
+        return True
     row = operator_of(user)
     responses = {row.response(position) for position in positions(user, gradient)}
     if is_rounded(user) or not responses <= {"linear", "product"}:

@@ -175,6 +175,9 @@ EXAMPLES: dict[str, Call] = {
         x,
     ),
     "aten.where": lambda x: aten.where(_MASK, x, _seen(x)),
+    "aten._weight_norm_interface_backward": lambda x: aten._weight_norm_interface_backward(
+        x, _seen(x), torch.ones(ROWS, 1, dtype=x.dtype), torch.ones(ROWS, 1, dtype=x.dtype), 0
+    ),
     "aten.avg_pool2d_backward": lambda x: aten.avg_pool2d_backward(
         _image(x),
         torch.zeros(1, 1, 16, 16, dtype=x.dtype),
