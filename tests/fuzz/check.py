@@ -223,10 +223,20 @@ class _Comparison:
         exact = self.exact[-1].gradients[name].double().flatten()
         return exact, torch.stack([d.gradients[name].double().flatten() for d in draws]) - exact
 
+    def _size(self, name: str) -> float:
+        return float(self.exact[-1].gradients[name].double().norm())
+
     def _bias(self, name: str, draws: list[Draw]) -> Failure | None:
         """A bias that is neither chance, nor roundoff, nor what noise in well-conditioned functions costs."""
         exact, deviations = self._deviations(name, draws)
         size, bias = float(exact.norm()), bias_beyond_chance(exact, deviations)
+        if (
+            not size
+        ):  # it vanishes, as behind the softmax of one number: roundoff, beside the others
+            size = (
+                _ROUNDED_CODES * 2**-23 * max(map(self._size, self.exact[-1].gradients), default=0)
+            )
+            size = size / self._allowed() or 1.0
         if bias <= self._allowed() * size or bias <= _ROUNDED_CODES * self.jitter[name]:
             return None
         bits = 4 if self.program.policy == "max" else 8
