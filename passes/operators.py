@@ -25,7 +25,9 @@ from typing import Any, Literal
 import torch
 import torch.fx as fx
 
+# From harmless to worst.
 Response = Literal[
+    "size_only",
     "linear",
     "product",
     "smooth",
@@ -33,7 +35,6 @@ Response = Literal[
     "exponential",
     "singular",
     "discontinuous",
-    "size_only",
     "unknown",
 ]
 

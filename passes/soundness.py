@@ -27,7 +27,7 @@ from __future__ import annotations
 import operator
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Literal
+from typing import Literal, get_args
 
 import torch
 import torch.fx as fx
@@ -400,8 +400,10 @@ class _Walk:
         """The form that an operator makes of exponentials; None if it is none that may end in something bounded."""
         name = operator_name(node)
         forms = [self._form_of(argument) for argument in node.args]
-        if is_view(node) or name in _CARRY or has_tag_must_recompute(node):
-            return forms[0] if not has_tag_must_recompute(node) else "plain"
+        if has_tag_must_recompute(node):
+            return "plain"
+        if is_view(node) or name in _CARRY:
+            return forms[0]
         if name == "aten.where":
             return self._where(node, forms)
         if (name, forms[0]) in _LOGISTIC:
@@ -432,18 +434,7 @@ class _Walk:
         return pending
 
 
-_BY_SEVERITY: tuple[Response, ...] = (
-    "size_only",
-    "linear",
-    "product",
-    "smooth",
-    "kinked",
-    "exponential",
-    "singular",
-    "discontinuous",
-    "unknown",
-)
-_SEVERITY = {response: rank for rank, response in enumerate(_BY_SEVERITY)}
+_SEVERITY = {response: rank for rank, response in enumerate(get_args(Response))}
 _CARRY = ("aten.expand", "aten.clone", "prims.convert_element_type", "aten._to_copy", "aten.neg")
 _INVERSES = ("aten.reciprocal", "aten.rsqrt")
 _EXPONENTIALS = ("aten.exp", "aten.exp2", "aten.expm1")
