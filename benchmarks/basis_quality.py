@@ -28,10 +28,9 @@ from torch import Tensor, nn
 
 from benchmarks.record import write_record
 from examples.stdlib_text import batches, library_bytes
-from prac_fx import subspace
-from prac_fx.codecs import PracCodec
+from prac_fx.codecs import PracCodec, subspace
 from prac_fx.passes.sample import sample_positions
-from prac_fx.schedule import next_due
+from prac_fx.runtime.schedule import next_due
 
 # kind of site -> the linears of one layer that read the same X
 SITES = {

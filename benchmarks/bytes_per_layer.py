@@ -22,12 +22,12 @@ from tabulate import tabulate
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
+from benchmarks.held_memory import all_tensors, held_nbytes
 from benchmarks.partitioned import Partitioned
 from benchmarks.record import write_record
 from prac_fx.config import PracConfig
-from prac_fx.held_memory import all_tensors, held_nbytes
-from prac_fx.memory import size_hint
-from prac_fx.state import subspaces_of
+from prac_fx.graph.nbytes import size_hint
+from prac_fx.runtime.subspace_state import subspaces_of
 from prac_fx.torch_compat import functorch_config
 
 BATCH, SEQUENCE, HIDDEN, HEADS = 16, 256, 512, 8

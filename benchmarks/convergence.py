@@ -24,12 +24,12 @@ from tabulate import tabulate
 from torch import Tensor, nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
+from benchmarks.held_memory import all_tensors, held_nbytes
 from benchmarks.plots import picture
 from benchmarks.record import commit
 from benchmarks.settings import Settings
 from examples.stdlib_text import batches, library_bytes
-from prac_fx.held_memory import all_tensors, held_nbytes
-from prac_fx.noise_report import student_quantile
+from prac_fx.noise.figures import student_quantile
 
 TITLE = "Convergence: validation loss at the end of training"
 

@@ -25,9 +25,9 @@ from benchmarks.compile_time import first_steps, train_step
 from benchmarks.methods import BASELINE, METHODS, Method, Step, prepared
 from benchmarks.settings import Settings
 from benchmarks.shapes import Shape, build, chosen_shapes
-from prac_fx.memory import format_nbytes
-from prac_fx.state import Subspace, subspaces_of
-from prac_fx.step_allocations import step_allocations
+from prac_fx.compare.allocator import step_allocations
+from prac_fx.graph.nbytes import format_nbytes
+from prac_fx.runtime.subspace_state import Subspace, subspaces_of
 
 TITLE = "Memory and step time of every method"
 

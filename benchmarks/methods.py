@@ -18,7 +18,7 @@ import torch.fx as fx
 from torch import Tensor, nn
 from torch.utils.checkpoint import CheckpointPolicy, create_selective_checkpoint_contexts
 
-from prac_fx.dynamo_backend import prac
+from prac_fx.compiler.dynamo_backend import prac
 from prac_fx.torch_compat import compile_fx, functorch_config
 
 Step = Callable[[Mapping[str, Tensor]], Tensor]

@@ -22,9 +22,9 @@ from torch.utils.benchmark import Timer
 
 from benchmarks.settings import Settings
 from prac_fx.codecs import PracCodec, QuantCodec
+from prac_fx.codecs.subspace import initial_basis, join_basis, seeded_generator
 from prac_fx.codecs.words import word_bits_on
 from prac_fx.config import PracConfig
-from prac_fx.subspace import initial_basis, join_basis, seeded_generator
 
 TITLE = "Encode, decode and factored gradient against their floor"
 

@@ -2,7 +2,7 @@
 
     python -m benchmarks peak_prediction [--only LLaMA]
 
-Estimates are those of `prac_fx.memory_report.report_step` without an optimizer: nothing is compiled for them. Measured are forward
+Estimates are those of `prac_fx.report.explain.report_step` without an optimizer: nothing is compiled for them. Measured are forward
 and backward of compiled steps, from the allocator (allocation events on a CPU). Parameters, buffers, inputs and the state of
 the bases are part of both peaks; *step* is the peak without them, so that they cannot hide an error.
 """
@@ -19,9 +19,9 @@ from torch import nn
 
 from benchmarks.settings import Settings
 from benchmarks.shapes import Shape, build, shapes
-from prac_fx.memory import format_nbytes
-from prac_fx.memory_report import MemoryReport, report_step
-from prac_fx.step_allocations import step_allocations
+from prac_fx.compare.allocator import step_allocations
+from prac_fx.graph.nbytes import format_nbytes
+from prac_fx.report.explain import MemoryReport, report_step
 
 TITLE = "Estimated memory against measured memory"
 

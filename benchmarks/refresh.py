@@ -28,9 +28,7 @@ from benchmarks.compile_time import train_step
 from benchmarks.methods import Method, prepared
 from benchmarks.settings import Settings
 from benchmarks.shapes import Shape, build, chosen_shapes
-from prac_fx.schedule import next_due
-from prac_fx.state import Subspace, subspaces_of
-from prac_fx.subspace import (
+from prac_fx.codecs.subspace import (
     draw_tail,
     initial_basis,
     join_basis,
@@ -38,6 +36,8 @@ from prac_fx.subspace import (
     refresh_principal,
     seeded_generator,
 )
+from prac_fx.runtime.schedule import next_due
+from prac_fx.runtime.subspace_state import Subspace, subspaces_of
 
 TITLE = "Cost of refreshing the bases"
 

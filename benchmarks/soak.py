@@ -26,7 +26,7 @@ from torch import Tensor, nn
 
 from benchmarks.record import RESULTS, page, write_record
 from prac_fx.config import POLICIES
-from prac_fx.memory import format_nbytes
+from prac_fx.graph.nbytes import format_nbytes
 
 TITLE = "Memory and time over many steps"
 

@@ -21,7 +21,7 @@ from tqdm import tqdm
 from transformers import LlamaConfig, LlamaForCausalLM
 
 import prac_fx
-from prac_fx.memory import format_nbytes
+from prac_fx.graph.nbytes import format_nbytes
 
 BATCH, SEQUENCE = 8, 256
 

@@ -19,7 +19,7 @@ from tabulate import tabulate
 from transformers import LlamaConfig, LlamaForCausalLM, Trainer, TrainingArguments
 
 import prac_fx
-from prac_fx.memory import format_nbytes
+from prac_fx.graph.nbytes import format_nbytes
 
 BATCH, SEQUENCE = 8, 128
 

@@ -20,9 +20,9 @@ from typing import Literal
 
 import torch.fx as fx
 
-from prac_fx.graph_edit import allocating_node
-from prac_fx.memory import storage_nbytes
-from prac_fx.origin import origin_of
+from prac_fx.graph.graph_edit import allocating_node
+from prac_fx.graph.nbytes import storage_nbytes
+from prac_fx.graph.origin import origin_of
 from prac_fx.passes.operators import operator_name
 from prac_fx.passes.soundness import Fault, Problem, Verdict
 from prac_fx.torch_compat import has_tag_must_recompute

@@ -23,8 +23,8 @@ from dataclasses import dataclass
 import torch
 import torch.fx as fx
 
-from prac_fx.graph_edit import RESHAPING_VIEWS, allocating_node, tensor_value
-from prac_fx.memory import size_hint
+from prac_fx.graph.graph_edit import RESHAPING_VIEWS, allocating_node, tensor_value
+from prac_fx.graph.nbytes import size_hint
 from prac_fx.passes.classify import Classification
 from prac_fx.passes.draws import is_random
 from prac_fx.torch_compat import has_tag_must_recompute

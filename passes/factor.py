@@ -17,7 +17,7 @@ import torch
 import torch.fx as fx
 
 from prac_fx.codecs import PracCodec
-from prac_fx.graph_edit import Inliner, erase_dead
+from prac_fx.graph.graph_edit import Inliner, erase_dead
 from prac_fx.passes.rewrite import EncodedSite
 from prac_fx.passes.roles import MATMULS
 

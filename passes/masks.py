@@ -18,7 +18,7 @@ from dataclasses import replace
 import torch
 import torch.fx as fx
 
-from prac_fx.graph_edit import allocating_node, tensor_value
+from prac_fx.graph.graph_edit import allocating_node, tensor_value
 from prac_fx.passes.classify import Classification
 from prac_fx.passes.roles import ValueRole
 from prac_fx.torch_compat import has_tag_must_recompute

@@ -19,7 +19,7 @@ from typing import Any
 import torch.fx as fx
 
 from prac_fx.errors import CannotRewriteError
-from prac_fx.graph_edit import allocating_node, storage_of
+from prac_fx.graph.graph_edit import allocating_node, storage_of
 from prac_fx.passes.draws import partition_drawing_once
 from prac_fx.passes.plan import Plan
 from prac_fx.passes.rewrite import EncodedSite

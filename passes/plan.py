@@ -19,16 +19,16 @@ import torch.fx as fx
 
 from prac_fx.codecs import BitCodec, PracCodec, QuantCodec
 from prac_fx.config import QUANTIZED, PracConfig, ProjectedRole
-from prac_fx.graph_edit import (
+from prac_fx.graph.graph_edit import (
     allocating_node,
     last_two_swapped,
     storage_of,
     tensor_value,
     without_views,
 )
-from prac_fx.layout import Layout, layout_of
-from prac_fx.memory import format_nbytes, is_symbolic, size_hint, storage_nbytes, value_nbytes
-from prac_fx.origin import Origin, origin_of
+from prac_fx.graph.nbytes import format_nbytes, is_symbolic, size_hint, storage_nbytes, value_nbytes
+from prac_fx.graph.origin import Origin, origin_of
+from prac_fx.graph.row_layout import Layout, layout_of
 from prac_fx.passes.amend import Amendments, Draft, Reason, amend
 from prac_fx.passes.chains import (
     Clones,

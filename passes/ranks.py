@@ -8,7 +8,7 @@ import torch
 
 from prac_fx.codecs import PracCodec, QuantCodec
 from prac_fx.config import PracConfig, ProjectedRole
-from prac_fx.memory import size_hint
+from prac_fx.graph.nbytes import size_hint
 from prac_fx.passes.quantizer import quantizer
 from prac_fx.passes.sizes import Sizes
 

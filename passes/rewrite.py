@@ -35,19 +35,19 @@ from prac_fx.codecs.rounding import (
     stretch,
 )
 from prac_fx.errors import CannotRewriteError
-from prac_fx.graph_edit import (
+from prac_fx.graph.graph_edit import (
     Inliner,
     allocating_node,
     fake_result,
     tensor_value,
     without_views,
 )
-from prac_fx.memory import size_hint
+from prac_fx.graph.nbytes import size_hint
+from prac_fx.graph.written import WrittenChannelsLast
 from prac_fx.passes.classify import classify
 from prac_fx.passes.plan import Plan, Site
 from prac_fx.passes.roles import MATMULS
 from prac_fx.torch_compat import CheckpointPolicy, rename_node
-from prac_fx.written import WrittenChannelsLast
 
 _FORWARD = "is_forward"
 _BACKWARD = "must_be_in_backward"

@@ -22,7 +22,7 @@ from typing import Literal
 import torch
 import torch.fx as fx
 
-from prac_fx.graph_edit import RESHAPING_VIEWS
+from prac_fx.graph.graph_edit import RESHAPING_VIEWS
 from prac_fx.passes.classify import Classification
 from prac_fx.passes.operators import POWERS, is_rounded, operator_name, operator_of, positions
 from prac_fx.passes.survey import SavedValue, Survey

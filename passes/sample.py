@@ -17,7 +17,7 @@ import torch
 import torch.fx as fx
 from torch import Tensor
 
-from prac_fx.graph_edit import Inliner
+from prac_fx.graph.graph_edit import Inliner
 from prac_fx.passes.rewrite import EncodedSite
 
 _BITS = 16

@@ -17,7 +17,7 @@ from typing import Literal
 
 import torch.fx as fx
 
-from prac_fx.graph_edit import tensor_value
+from prac_fx.graph.graph_edit import tensor_value
 from prac_fx.passes.chains import is_cheap
 from prac_fx.passes.operators import operator_name, operator_of
 from prac_fx.passes.ranges import number

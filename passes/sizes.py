@@ -21,7 +21,7 @@ from dataclasses import dataclass
 
 import torch
 
-from prac_fx.memory import size_hint
+from prac_fx.graph.nbytes import size_hint
 from prac_fx.torch_compat import (
     guard_or_false,
     has_promised_ranges,

@@ -32,7 +32,7 @@ from typing import Literal, get_args
 import torch
 import torch.fx as fx
 
-from prac_fx.graph_edit import allocating_node, tensor_value
+from prac_fx.graph.graph_edit import allocating_node, tensor_value
 from prac_fx.passes.chains import is_cheap, is_reduction, is_view
 from prac_fx.passes.operators import (
     POWERS,

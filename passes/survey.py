@@ -14,8 +14,8 @@ from typing import Any
 
 import torch.fx as fx
 
-from prac_fx.graph_edit import storage_of, tensor_value
-from prac_fx.memory import storage_nbytes
+from prac_fx.graph.graph_edit import storage_of, tensor_value
+from prac_fx.graph.nbytes import storage_nbytes
 from prac_fx.passes.draws import partition_drawing_once
 from prac_fx.torch_compat import (
     has_memory_budget,

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from prac_fx.state import Subspace, subspaces_of
+from prac_fx.runtime.subspace_state import Subspace, subspaces_of
 
 # everything that the linear policy can encode is: models in tests are small
 SMALL: dict[str, Any] = {"prac.min_nbytes": 0, "prac.strict": True, "prac.policy": "linear"}

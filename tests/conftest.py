@@ -15,7 +15,7 @@ import torch
 @pytest.fixture(autouse=True)
 def _one_process(monkeypatch: pytest.MonkeyPatch) -> None:
     """Test processes have threads of their own, so they do not fork; `test_forked_map` starts one that does."""
-    monkeypatch.setattr("prac_fx.report.analysis.usable_processes", lambda: 1)
+    monkeypatch.setattr("prac_fx.report.analyse_file.usable_processes", lambda: 1)
 
 
 @pytest.fixture(autouse=True)

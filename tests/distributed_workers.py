@@ -28,10 +28,11 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 import prac_fx
-from prac_fx import PracConfig, dynamo_backend
-from prac_fx.data_parallel import home_of, replica_of, sharded_parameters
-from prac_fx.rounding_state import rounding_seed_of
-from prac_fx.state import Subspace, subspaces_of
+from prac_fx import PracConfig
+from prac_fx.compiler import dynamo_backend
+from prac_fx.runtime.data_parallel import home_of, replica_of, sharded_parameters
+from prac_fx.runtime.rounding_seed import rounding_seed_of
+from prac_fx.runtime.subspace_state import Subspace, subspaces_of
 from prac_fx.torch_compat import fsdp_parameters, make_boxed_func
 
 FEATURES, TOKENS, STEPS = 32, 256, 6

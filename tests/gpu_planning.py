@@ -16,7 +16,7 @@ from torch import Tensor
 from torch._dynamo.device_interface import CudaInterface
 from torch.fx.experimental.proxy_tensor import make_fx
 
-from prac_fx.inductor_plan import Kernel, plan_graph
+from prac_fx.memory.inductor_buffers import Kernel, plan_graph
 from prac_fx.torch_compat import FakeTensorMode, inductor_decompositions
 
 _H100 = SimpleNamespace(

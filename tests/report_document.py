@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from prac_fx.report.document import CATEGORIES, Category, Document, Peak, Timeline, Value
+from prac_fx.document.schema import CATEGORIES, Category, Document, Peak, Timeline, Value
 
 KIB = 1024
 MIB = 1024 * KIB

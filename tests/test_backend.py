@@ -13,8 +13,8 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 import prac_fx
-from prac_fx import dynamo_backend
-from prac_fx.state import subspaces_of
+from prac_fx.compiler import dynamo_backend
+from prac_fx.runtime.subspace_state import subspaces_of
 from tests.compiling import SMALL, compile_prac, gradients, projection, step, subspace_of
 from tests.models import Sequential, rows
 
@@ -352,7 +352,7 @@ def test_a_graph_that_cannot_be_rewritten_falls_back_with_one_warning(
     def broken(*args: Any, **kwargs: Any) -> None:
         raise prac_fx.CannotRewriteError("broken on purpose")
 
-    monkeypatch.setattr("prac_fx.pipeline.analyse", broken)
+    monkeypatch.setattr("prac_fx.compiler.pipeline.analyse", broken)
     model, x = Sequential(), rows()
     step(torch.compile(model), model, x)
     expected = gradients(model)

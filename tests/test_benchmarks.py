@@ -17,7 +17,7 @@ import torch
 
 from benchmarks import frontier, gpu_targets, methods, step_parts
 from benchmarks.__main__ import NAMES, main
-from prac_fx import dynamo_backend
+from prac_fx.compiler import dynamo_backend
 from prac_fx.torch_compat import compile_fx, make_boxed_func
 
 ROOT = Path(__file__).parent.parent

@@ -20,7 +20,7 @@ from torch.utils.checkpoint import (
 )
 
 import prac_fx
-from prac_fx.held_memory import all_tensors, held_nbytes
+from benchmarks.held_memory import all_tensors, held_nbytes
 from prac_fx.torch_compat import functorch_config, inductor_config
 from tests import models
 from tests.compiling import SMALL, compile_prac, gradients, loss_of, step, subspace_of

@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
 from prac_fx.codecs import PracCodec
-from prac_fx.subspace import draw_tail, join_basis, tail_scale, working_dtype
+from prac_fx.codecs.subspace import draw_tail, join_basis, tail_scale, working_dtype
 
 # No scale is 2 here: with k = 2 the error of Theorem 15 does not depend on the draw at all.
 PRAC = PracCodec(features=12, principal=4, random=3, blocks=1, sample_rows=16)

@@ -14,7 +14,7 @@ from torch.fx.experimental.proxy_tensor import make_fx
 from prac_fx.codecs import QuantCodec
 from prac_fx.codecs.quantized import Format
 from prac_fx.codecs.words import WordBits
-from prac_fx.rounding_state import step_number
+from prac_fx.runtime.rounding_seed import step_number
 
 DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
 FORMATS: list[Format] = ["int8", "int4"]

@@ -14,9 +14,10 @@ import torch.fx as fx
 from torch import nn
 
 import prac_fx
-from prac_fx import PracConfig, PracError, PracOptionError, PracWarning, dynamo_backend
+from prac_fx import PracConfig, PracError, PracOptionError, PracWarning
+from prac_fx.compiler import dynamo_backend
+from prac_fx.compiler.dynamo_backend import PracBackend, prac
 from prac_fx.config import PARTS, POLICIES, split_options
-from prac_fx.dynamo_backend import PracBackend, prac
 from prac_fx.torch_compat import inductor_config
 
 NAN, INFINITY = float("nan"), float("inf")

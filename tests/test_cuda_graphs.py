@@ -20,10 +20,10 @@ from torch._inductor.utils import get_first_incompatible_cudagraph_node
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import prac_fx
-from prac_fx import dynamo_backend
 from prac_fx.codecs import BitCodec, PracCodec, QuantCodec
+from prac_fx.compiler import dynamo_backend
 from prac_fx.passes.sample import sample_matrix
-from prac_fx.rounding_state import rounding_seed_of
+from prac_fx.runtime.rounding_seed import rounding_seed_of
 from prac_fx.torch_compat import compile_fx_inner
 from tests.compiling import SMALL, compile_prac, gradients, step, subspace_of
 from tests.models import Sequential, rows

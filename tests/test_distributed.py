@@ -14,8 +14,8 @@ import pytest
 import torch
 from torch.utils.weak import WeakIdKeyDictionary
 
-from prac_fx.compiled_graphs import CompiledGraph
-from prac_fx.plan_check import _outcomes, check_plans, find_mismatch
+from prac_fx.compiler.graph_records import CompiledGraph
+from prac_fx.compiler.rank_check import _outcomes, check_plans, find_mismatch
 from tests import distributed_workers as workers
 from tests.compiling import compile_prac
 from tests.distributed_workers import SCENARIOS, STEPS
@@ -207,7 +207,7 @@ def test_check_plans_in_a_single_process_counts_what_was_compiled(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     # earlier tests may have left graphs alive
-    monkeypatch.setattr("prac_fx.compiled_graphs._ALIVE", WeakIdKeyDictionary())
+    monkeypatch.setattr("prac_fx.compiler.graph_records._ALIVE", WeakIdKeyDictionary())
     assert check_plans() == 0
     compiled = compile_prac(Sequential())
     with no_code_generation():

@@ -16,13 +16,13 @@ from torch._dynamo.exc import SkipFrame, TensorifyScalarRestartAnalysis
 from torch._inductor.exc import InductorError
 
 import prac_fx
-from prac_fx import dynamo_backend
 from prac_fx.codecs import PracCodec, QuantCodec
-from prac_fx.compiled_graphs import _ALIVE, CompiledGraph
+from prac_fx.compiler import dynamo_backend
+from prac_fx.compiler.graph_records import _ALIVE, CompiledGraph
 from prac_fx.passes.plan import Plan
 from prac_fx.report import load_document
-from prac_fx.rounding_state import rounding_seed_of
-from prac_fx.state import subspaces_of
+from prac_fx.runtime.rounding_seed import rounding_seed_of
+from prac_fx.runtime.subspace_state import subspaces_of
 from tests.compiling import compile_prac, gradients, step
 from tests.models import Sequential, rows
 from tests.uncompiled import no_code_generation

@@ -7,11 +7,11 @@ import sys
 
 import pytest
 
-from prac_fx.forked_map import forked_map
+from prac_fx.compare.forked_map import forked_map
 
 MAPS = """
 import os, signal
-from prac_fx.forked_map import forked_map
+from prac_fx.compare.forked_map import forked_map
 
 parent, seen = os.getpid(), []
 

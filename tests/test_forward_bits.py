@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from prac_fx.written import _written
+from prac_fx.graph.written import _written
 from tests.compiling import SMALL
 
 

@@ -6,7 +6,7 @@ from collections.abc import Callable
 
 import pytest
 
-from prac_fx.largest_batch import largest_that_fits
+from prac_fx.compare.largest_batch import largest_that_fits
 
 
 def _counted(peak: Callable[[int], int | None]) -> tuple[Callable[[int], int | None], list[int]]:

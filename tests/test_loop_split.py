@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.fx.experimental.proxy_tensor import make_fx
 
 from prac_fx.codecs import BitCodec, QuantCodec
-from prac_fx.loop_split import loses_no_step, without_lossy_splits
+from prac_fx.compiler.loop_split import loses_no_step, without_lossy_splits
 from prac_fx.torch_compat import (
     CppScheduling,
     FakeTensorMode,
@@ -156,7 +156,7 @@ def test_our_graphs_have_the_guard_and_no_others(monkeypatch: pytest.MonkeyPatch
         guarded.append(True)
         return loses_no_step(nodes)
 
-    monkeypatch.setattr("prac_fx.loop_split.loses_no_step", recorded)
+    monkeypatch.setattr("prac_fx.compiler.loop_split.loses_no_step", recorded)
     torchs = CppScheduling.try_loop_split
     uncached: dict[str, Any] = {"fx_graph_cache": False, "cpp.simdlen": 1}
     torch.compile(Sequential(), options=uncached)(rows()).sum().backward()

@@ -6,11 +6,11 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from prac_fx.alternatives import PLAIN, Alternative, Way, analyse_way
-from prac_fx.analysed_step import analyse_step
+from prac_fx.compare.measure import measure_alternatives
+from prac_fx.compare.ways import PLAIN, Alternative, Way, analyse_way
 from prac_fx.config import PracConfig
-from prac_fx.measured_step import measure_alternatives
-from prac_fx.step_trace import Step
+from prac_fx.memory.analysis import analyse_step
+from prac_fx.memory.trace import Step
 
 EXACT = PracConfig(policy="linear", weight_gradient="exact", min_nbytes=0)
 

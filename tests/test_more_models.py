@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from prac_fx.state import subspaces_of
+from prac_fx.runtime.subspace_state import subspaces_of
 from tests import models
 from tests.compiling import SMALL, compile_prac, gradients, projection, step, subspace_of
 from tests.models import rows

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 import prac_fx
 from prac_fx.codecs import PracCodec
-from prac_fx.memory_report import MemoryReport
+from prac_fx.report.explain import MemoryReport
 from tests.compiling import BALANCED
 from tests.models import Sequential, llama, rows
 from tests.uncompiled import compile_plain, no_code_generation

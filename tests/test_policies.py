@@ -11,10 +11,10 @@ import torch
 from torch import Tensor, nn
 
 import prac_fx
-from prac_fx import dynamo_backend
-from prac_fx.held_memory import all_tensors, held_nbytes
-from prac_fx.rounding_state import rounding_seed_of, step_number
-from prac_fx.state import subspaces_of
+from benchmarks.held_memory import all_tensors, held_nbytes
+from prac_fx.compiler import dynamo_backend
+from prac_fx.runtime.rounding_seed import rounding_seed_of, step_number
+from prac_fx.runtime.subspace_state import subspaces_of
 from tests import models
 from tests.compiling import (
     SMALL,

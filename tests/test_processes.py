@@ -17,7 +17,7 @@ import torch
 from torch._dynamo.utils import counters
 from tests.compiling import compile_prac, gradients, step
 from tests.models import Sequential, rows
-from prac_fx.state import subspaces_of
+from prac_fx.runtime.subspace_state import subspaces_of
 
 model = Sequential()
 compiled = compile_prac(model, **json.loads(sys.argv[1]))

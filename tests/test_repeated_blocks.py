@@ -12,19 +12,19 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from prac_fx import analysed_step
-from prac_fx.alternatives import (
+from prac_fx.compare.estimate import rows_within_budgets
+from prac_fx.compare.ways import (
     Alternative,
     Way,
     analyse_way,
     ways_to_train,
     without_values,
 )
-from prac_fx.compared_ways import rows_within_budgets
 from prac_fx.config import PracConfig
-from prac_fx.memory_report import MemoryReport, report_step
+from prac_fx.memory import analysis
+from prac_fx.memory.repeated_blocks import Repeated, identical_blocks, with_few_blocks
 from prac_fx.passes.plan import PlannedValue
-from prac_fx.repeated_blocks import Repeated, identical_blocks, with_few_blocks
+from prac_fx.report.explain import MemoryReport, report_step
 from prac_fx.report.html import as_html
 from prac_fx.report.table import as_table
 
@@ -238,9 +238,9 @@ def test_a_model_that_counts_its_blocks_is_analysed_whole_and_says_so(
     build: Callable[[], nn.Module], why: str, caplog: pytest.LogCaptureFixture
 ) -> None:
     torch._dynamo.reset()
-    step = analysed_step.Step(build(), (torch.arange(256) % 96,), {})
-    with caplog.at_level(logging.WARNING, "prac_fx.analysed_step"):
-        found = analysed_step.analyse_step(step, None, {})
+    step = analysis.Step(build(), (torch.arange(256) % 96,), {})
+    with caplog.at_level(logging.WARNING, "prac_fx.memory.analysis"):
+        found = analysis.analyse_step(step, None, {})
     assert found.repeated is None
     (message,) = (one.getMessage() for one in caplog.records)
     assert message.startswith("the step: all 8 blocks of blocks are analysed")
@@ -250,10 +250,10 @@ def test_a_model_that_counts_its_blocks_is_analysed_whole_and_says_so(
 
 def test_other_ways_share_the_few_blocks_and_the_plain_graphs(few: MemoryReport) -> None:
     torch._dynamo.reset()
-    step = analysed_step.Step(Deep(), (torch.arange(1024) % 96,), {})
+    step = analysis.Step(Deep(), (torch.arange(1024) % 96,), {})
     way = Way("other", config=PracConfig(min_nbytes=0, policy="linear"))
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("prac_fx.step_trace.plan_plain", None)  # not called
+        patch.setattr("prac_fx.memory.trace.plan_plain", None)  # not called
         row = analyse_way(way, step, {}, few.step)
     assert row.note == ""
     assert row.saved_nbytes is not None
@@ -265,7 +265,7 @@ def test_checkpointed_blocks_are_analysed_by_a_few_too(
 ) -> None:
     # backward does not compute the end of the last block again, as it does that of the others
     torch._dynamo.reset()
-    step = analysed_step.Step(Deep(), (torch.arange(1024) % 96,), {})
+    step = analysis.Step(Deep(), (torch.arange(1024) % 96,), {})
     row = analyse_way(Way("checkpoint per block", checkpointed=True), step, {}, few.step)
     assert row.note == ""
     assert "blocks are analysed" not in caplog.text
@@ -279,7 +279,7 @@ BUDGETS = [Way(f"budget {budget}", budget=budget) for budget in (0.99, 0.5, 0.3,
 
 @pytest.fixture(scope="module")
 def within_budgets(few: MemoryReport, whole: MemoryReport) -> list[list[Alternative]]:
-    step = analysed_step.Step(Deep(), (torch.arange(1024) % 96,), {})
+    step = analysis.Step(Deep(), (torch.arange(1024) % 96,), {})
     rows = []
     for report in (few, whole):
         torch._dynamo.reset()
@@ -315,7 +315,7 @@ def test_the_peak_of_a_budget_is_estimated_where_no_matmul_is_computed_again(
 
 def test_a_budget_that_cannot_be_partitioned_says_why(few: MemoryReport) -> None:
     torch._dynamo.reset()
-    broken = analysed_step.Step(Deep(), (torch.arange(1024).float(),), {})
+    broken = analysis.Step(Deep(), (torch.arange(1024).float(),), {})
     for row in rows_within_budgets(BUDGETS, broken, {}, few.step):
         assert row.saved_nbytes is None
         assert "Error" in row.note
@@ -326,7 +326,7 @@ def test_what_torch_adds_belongs_to_the_block_that_it_is_computed_from(
 ) -> None:
     """The fp8 pass makes its nodes without a note of where they come from."""
     fp8 = next(way for way in ways_to_train(PracConfig()) if way.name == "fp8 activations")
-    step = without_values(analysed_step.Step(Deep(), (torch.arange(8192) % 96,), {}))
+    step = without_values(analysis.Step(Deep(), (torch.arange(8192) % 96,), {}))
     rows = []
     for report in (few, whole):
         torch._dynamo.reset()

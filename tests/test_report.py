@@ -16,13 +16,14 @@ from typing import Any
 import pytest
 from torch import Tensor, nn
 
-from prac_fx import PracConfig, analysed_step
+from prac_fx import PracConfig
 from prac_fx.config import split_options
 from prac_fx.errors import ReportError
-from prac_fx.meta_model import build_model
+from prac_fx.memory import analysis
+from prac_fx.memory.fake_model import build_model
 from prac_fx.passes.plan import REASONS
 from prac_fx.passes.ranks import sample_rows
-from prac_fx.report import analysis, check_document, main
+from prac_fx.report import analyse_file, check_document, main
 from prac_fx.report.arguments import parse_arguments
 from prac_fx.report.model_file import call_build, import_build
 
@@ -149,7 +150,7 @@ def test_flags_reach_the_analysis(
         seen.update(given)
         raise ReportError("enough")
 
-    monkeypatch.setattr(analysis, "report_step", stop)
+    monkeypatch.setattr(analyse_file, "report_step", stop)
     flags = (
         "--fits=1GiB",
         "--measure",
@@ -502,7 +503,7 @@ def test_a_failure_that_is_not_the_models(
     def fail(*args: object, **options: object) -> None:
         raise RuntimeError("no plan\nat all")
 
-    monkeypatch.setattr(analysed_step, "trace", fail)
+    monkeypatch.setattr(analysis, "trace", fail)
     message = _error(capsys, encodable)
     assert message.startswith(
         "the model could not be traced: RuntimeError: no plan; prac_fx.explain"

@@ -10,12 +10,12 @@ from typing import Any
 
 import pytest
 
+from prac_fx.document.advice import advice_for
+from prac_fx.document.load import check_document, load_document
+from prac_fx.document.schema import CATEGORIES
 from prac_fx.errors import ReportError
-from prac_fx.report.advice import advice_for
 from prac_fx.report.axes import MOST_SAMPLES, byte_marks, phase_spans, sample_timeline
-from prac_fx.report.document import CATEGORIES
 from prac_fx.report.palette import DARK, LIGHT
-from prac_fx.report.reading import check_document, load_document
 from prac_fx.report.repeats import merge_live, merge_repeats
 from prac_fx.report.sizes import parse_nbytes
 from tests.report_document import MIB, document, timeline, value

@@ -20,8 +20,8 @@ from typing import Any
 import pytest
 from expecttest import assert_expected_inline
 
+from prac_fx.document.schema import Document
 from prac_fx.report import main
-from prac_fx.report.document import Document
 from prac_fx.report.html import as_html
 from prac_fx.report.style import Style
 from prac_fx.report.table import GROUPINGS, as_table

@@ -16,7 +16,8 @@ import torch
 from torch import Tensor, nn
 
 import prac_fx
-from prac_fx import PracConfig, PracOptionError, PracWarning, job_report
+from prac_fx import PracConfig, PracOptionError, PracWarning
+from prac_fx.document import job
 from prac_fx.report import Document, load_document, main
 from tests.models import Sequential, rows
 
@@ -26,7 +27,7 @@ OPTIONS = {"prac.min_nbytes": 0, "prac.policy": "balanced", "prac.group_size": 6
 @pytest.fixture(autouse=True)
 def _fresh(monkeypatch: pytest.MonkeyPatch) -> None:
     torch._dynamo.reset()
-    monkeypatch.setattr(job_report, "_GRAPHS", defaultdict(dict))
+    monkeypatch.setattr(job, "_GRAPHS", defaultdict(dict))
 
 
 def _train(model: nn.Module, x: Tensor, path: Path | str, **options: Any) -> Tensor:
@@ -143,7 +144,7 @@ def test_a_fallback_says_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
     def fail(*args: Any, **kwargs: Any) -> None:
         raise RuntimeError("no <b>rewriting</b> today")
 
-    monkeypatch.setattr("prac_fx.dynamo_backend.compile_rewritten", fail)
+    monkeypatch.setattr("prac_fx.compiler.dynamo_backend.compile_rewritten", fail)
     path = tmp_path / "report.json"
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", PracWarning)
@@ -160,7 +161,7 @@ def test_a_fallback_says_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
 def test_an_unwritable_path_is_an_error_before_any_work(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("prac_fx.dynamo_backend._compile", None)  # not called
+    monkeypatch.setattr("prac_fx.compiler.dynamo_backend._compile", None)  # not called
     with pytest.raises(PracOptionError, match=r"prac\.report='.*': cannot write: No such file"):
         _train(Sequential(), rows(512), tmp_path / "missing" / "report.json")
     (tmp_path / "folder.json").mkdir()
@@ -192,9 +193,9 @@ def test_every_rank_has_a_file_of_its_own(tmp_path: Path, monkeypatch: pytest.Mo
     monkeypatch.setattr("torch.distributed.is_initialized", lambda: True)
     monkeypatch.setattr("torch.distributed.get_world_size", lambda: 4)
     monkeypatch.setattr("torch.distributed.get_rank", lambda: 3)
-    assert job_report._own_path(str(tmp_path / "report.json")) == tmp_path / "report.rank3.json"
+    assert job._own_path(str(tmp_path / "report.json")) == tmp_path / "report.rank3.json"
     monkeypatch.setattr("torch.distributed.get_world_size", lambda: 1)
-    assert job_report._own_path(str(tmp_path / "report.json")) == tmp_path / "report.json"
+    assert job._own_path(str(tmp_path / "report.json")) == tmp_path / "report.json"
 
 
 _JOB = """

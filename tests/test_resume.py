@@ -13,7 +13,7 @@ from torch.nn.functional import gelu, linear
 from torch.nn.utils.parametrizations import weight_norm
 
 import prac_fx
-from prac_fx.state import subspaces_of
+from prac_fx.runtime.subspace_state import subspaces_of
 from tests.distributed_workers import Block, batch, digest, options, without_kernels
 
 

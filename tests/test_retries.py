@@ -14,10 +14,10 @@ from torch import Tensor, nn
 
 import prac_fx
 from prac_fx.codecs import BitCodec
+from prac_fx.compiler.retries import Retries
+from prac_fx.memory.trace import Step, trace
 from prac_fx.passes import partition as partition_pass
 from prac_fx.passes.plan import Plan
-from prac_fx.retries import Retries
-from prac_fx.step_trace import Step, trace
 from tests.compiling import gradients, step
 from tests.models import rows
 from tests.passes.modules import Mlp, inputs

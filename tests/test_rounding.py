@@ -23,7 +23,7 @@ from prac_fx.codecs.rounding import (
     stretch,
     uniform,
 )
-from prac_fx.rounding_state import step_number
+from prac_fx.runtime.rounding_seed import step_number
 
 SAMPLES, VARIABLES = 100_000, 48
 HALF = 2.0**-17  # the mean of the numbers of columns is that much below 1/2

@@ -14,8 +14,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from prac_fx.codecs import PracCodec, QuantCodec
 from prac_fx.config import PracConfig
 from prac_fx.passes.plan import Plan, Site
-from prac_fx.runtime import state_inputs, training_step
-from prac_fx.state import subspaces_of
+from prac_fx.runtime.step import state_inputs, training_step
+from prac_fx.runtime.subspace_state import subspaces_of
 from tests.compiling import compile_prac, step
 from tests.distributed_workers import without_kernels
 from tests.models import Sequential, rows

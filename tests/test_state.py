@@ -18,22 +18,22 @@ from torch import Tensor, nn
 
 from prac_fx import CheckpointState
 from prac_fx.codecs import PracCodec
+from prac_fx.codecs.subspace import is_basis
 from prac_fx.config import PracConfig
 from prac_fx.errors import StateError
 from prac_fx.passes.plan import _ENCODABLE_DTYPES
-from prac_fx.random_streams import Draws, identity_of
-from prac_fx.rounding_state import RoundingSeed, rounding_seed_of, step_number
-from prac_fx.saved_entries import DTYPES as SAVED_DTYPES
-from prac_fx.saved_entries import NUMBERS
-from prac_fx.saved_state import STATE_VERSION, load_state_dict, state_dict
-from prac_fx.state import (
+from prac_fx.runtime.random_streams import Draws, identity_of
+from prac_fx.runtime.rounding_seed import RoundingSeed, rounding_seed_of, step_number
+from prac_fx.runtime.saved_entries import DTYPES as SAVED_DTYPES
+from prac_fx.runtime.saved_entries import NUMBERS
+from prac_fx.runtime.state_dict import STATE_VERSION, load_state_dict, state_dict
+from prac_fx.runtime.subspace_state import (
     Subspace,
     SubspaceKey,
     rounding_seed_for,
     subspace_for,
     subspaces_of,
 )
-from prac_fx.subspace import is_basis
 from prac_fx.torch_compat import autograd_references
 
 CPU = torch.device("cpu")
@@ -596,7 +596,7 @@ def test_steps_without_a_refresh_do_not_look_at_the_basis(monkeypatch: pytest.Mo
 
     owner = _parameter()
     subspace = _subspace(owner, config=PracConfig(refresh_every=50))
-    monkeypatch.setattr("prac_fx.state.is_basis", recorded)
+    monkeypatch.setattr("prac_fx.runtime.subspace_state.is_basis", recorded)
     drawn = _steps_with_a_draw(subspace, 200)
     assert looked == drawn
     assert len(drawn) < 12

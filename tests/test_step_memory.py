@@ -10,12 +10,12 @@ import torch
 from torch import Tensor, nn
 
 from prac_fx import PracConfig
-from prac_fx.alternatives import Alternative, Way, row_of, ways_to_train
-from prac_fx.analysed_step import analyse_step
-from prac_fx.memory_report import MemoryReport, report_step
+from prac_fx.compare.allocator import step_allocations
+from prac_fx.compare.ways import Alternative, Way, row_of, ways_to_train
+from prac_fx.memory.analysis import analyse_step
+from prac_fx.memory.trace import Step
 from prac_fx.report import check_document
-from prac_fx.step_allocations import step_allocations
-from prac_fx.step_trace import Step
+from prac_fx.report.explain import MemoryReport, report_step
 from prac_fx.torch_compat import functorch_config
 from tests.compiling import compile_prac
 from tests.models import rows

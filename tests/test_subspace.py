@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from prac_fx.subspace import (
+from prac_fx.codecs.subspace import (
     draw_tail,
     initial_basis,
     is_basis,

@@ -12,8 +12,9 @@ import torch
 from torch import Tensor, nn
 
 import prac_fx
-from prac_fx import NoiseReport, ParameterNoise, PracConfig, VerifyError, noise_variants, verify
-from prac_fx.noise_report import Deviations, parameter_noise, student_quantile
+from prac_fx import NoiseReport, ParameterNoise, PracConfig, VerifyError, verify
+from prac_fx.noise import variants
+from prac_fx.noise.figures import Deviations, parameter_noise, student_quantile
 from prac_fx.passes.plan import PlannedValue
 from tests.compiling import SMALL, compile_prac, step
 from tests.models import Sequential, gpt2, llama, rows
@@ -300,7 +301,7 @@ def test_a_graph_that_cannot_be_rewritten(monkeypatch: pytest.MonkeyPatch) -> No
     def fail(*_: object) -> None:
         raise RuntimeError("no luck")
 
-    monkeypatch.setattr(noise_variants, "plan_and_compile", fail)
+    monkeypatch.setattr(variants, "plan_and_compile", fail)
     options = {**SMALL, "prac.strict": False}
     report = _measure(Sequential(), rows(), options=options, steps=2)
     assert report.total.error == 0

@@ -10,8 +10,8 @@ from unittest.mock import patch
 import torch
 import torch.fx as fx
 
-from prac_fx import dynamo_backend
-from prac_fx.eager_graphs import run_eagerly
+from prac_fx.compiler import dynamo_backend
+from prac_fx.compiler.eager_graphs import run_eagerly
 from prac_fx.passes.plan import Plan
 from prac_fx.torch_compat import compile_fx, without_autograd_cache
 

@@ -19,7 +19,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from prac_fx.subspace import tail_scale
+from prac_fx.codecs.subspace import tail_scale
 
 
 @dataclass(frozen=True)

@@ -42,7 +42,7 @@ def row_numbers(count: int, seed: Tensor) -> Tensor:
 
     Args:
         count: how many, below 2^31; may be symbolic. More of them begin with the same ones.
-        seed: int64 scalar of random bits, others in every step (`prac_fx.rounding_state.step_number`).
+        seed: int64 scalar of random bits, others in every step (`prac_fx.runtime.rounding_seed.step_number`).
 
     Returns:
         Multiples of 2^-16 plus 2^-17, float32, shape (count,).

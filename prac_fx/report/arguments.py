@@ -28,7 +28,7 @@ from typing import Any, NoReturn
 from prac_fx.config import split_options
 from prac_fx.errors import ReportError
 from prac_fx.report import table
-from prac_fx.report.analysis import Analysis
+from prac_fx.report.analyse_file import Analysis
 from prac_fx.report.png import require_matplotlib
 from prac_fx.report.sizes import parse_nbytes
 

@@ -11,7 +11,7 @@ from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from prac_fx.report.document import Phase, Timeline, TimelinePair
+from prac_fx.document.schema import Phase, Timeline, TimelinePair
 
 # More than a screen has pixels to show, few enough for a file that opens at once.
 MOST_SAMPLES = 700

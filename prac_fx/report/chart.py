@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from prac_fx.memory import format_nbytes
+from prac_fx.document.schema import CATEGORIES, Category, Timeline, TimelinePair
+from prac_fx.graph.nbytes import format_nbytes
 from prac_fx.report.axes import (
     Sample,
     Span,
@@ -14,7 +15,6 @@ from prac_fx.report.axes import (
     phase_spans,
     sample_timeline,
 )
-from prac_fx.report.document import CATEGORIES, Category, Timeline, TimelinePair
 
 CANVAS_WIDTH = 2000
 CANVAS_HEIGHT = 1000

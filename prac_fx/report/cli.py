@@ -11,16 +11,16 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from prac_fx.document.load import load_document
+from prac_fx.document.schema import Document
 from prac_fx.errors import PracError, ReportError
-from prac_fx.memory import format_nbytes
+from prac_fx.graph.nbytes import format_nbytes
 from prac_fx.report import compare, table
-from prac_fx.report.analysis import Analysis, analyse
+from prac_fx.report.analyse_file import Analysis, analyse
 from prac_fx.report.arguments import STDOUT, is_report, parse_arguments
-from prac_fx.report.document import Document
 from prac_fx.report.html import as_html
 from prac_fx.report.model_file import UserCodeError
 from prac_fx.report.png import as_png
-from prac_fx.report.reading import load_document
 from prac_fx.report.style import Style, style_for
 
 

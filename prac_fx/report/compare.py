@@ -8,8 +8,8 @@ from __future__ import annotations
 from collections import Counter
 from typing import Literal, TypedDict
 
-from prac_fx.origin import any_layer
-from prac_fx.report.document import SCHEMA, Document, Size, Value
+from prac_fx.document.schema import SCHEMA, Document, Size, Value
+from prac_fx.graph.origin import any_layer
 from prac_fx.report.style import Style
 from prac_fx.report.text_layout import grid, more_rows, printable, titled, with_details, wrapped
 from prac_fx.report.wording import (

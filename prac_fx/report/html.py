@@ -15,11 +15,11 @@ from typing import Any, Literal
 
 import jinja2
 
+from prac_fx.document.schema import CATEGORIES, Category, Document, Live, Timeline
 from prac_fx.passes.plan import REASONS
 from prac_fx.report import wording
 from prac_fx.report.axes import Sample
 from prac_fx.report.chart import Chart, draw_chart
-from prac_fx.report.document import CATEGORIES, Category, Document, Live, Timeline
 from prac_fx.report.palette import DARK, LIGHT
 from prac_fx.report.repeats import Repeat, merge_live, merge_repeats
 from prac_fx.report.wording import (

@@ -6,7 +6,7 @@ tritanopia see them (Machado, Oliveira, Fernandes 2009).
 
 from __future__ import annotations
 
-from prac_fx.report.document import Category
+from prac_fx.document.schema import Category
 
 LIGHT: dict[Category, str] = {
     "parameters": "#1a4f92",

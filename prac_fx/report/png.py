@@ -6,8 +6,9 @@ import importlib.util
 import io
 from typing import Any
 
+from prac_fx.document.schema import CATEGORIES, Document, Timeline, TimelinePair
 from prac_fx.errors import ReportError
-from prac_fx.memory import format_nbytes
+from prac_fx.graph.nbytes import format_nbytes
 from prac_fx.report.axes import (
     Sample,
     byte_marks,
@@ -15,7 +16,6 @@ from prac_fx.report.axes import (
     phase_spans,
     sample_timeline,
 )
-from prac_fx.report.document import CATEGORIES, Document, Timeline, TimelinePair
 from prac_fx.report.palette import LIGHT
 from prac_fx.report.wording import AFTER, BEFORE, name_text
 

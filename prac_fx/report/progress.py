@@ -11,7 +11,7 @@ from typing import Any
 
 from tqdm import tqdm
 
-from prac_fx.compared_ways import Progress
+from prac_fx.compare.estimate import Progress
 
 _SECONDS = 2.0
 

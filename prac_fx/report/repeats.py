@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import dataclass
 
-from prac_fx.origin import any_layer
-from prac_fx.report.document import Live, Value
+from prac_fx.document.schema import Live, Value
+from prac_fx.graph.origin import any_layer
 
 
 @dataclass(frozen=True)

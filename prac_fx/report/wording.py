@@ -7,8 +7,8 @@ from pathlib import PurePath
 from typing import Any
 
 from prac_fx.config import PracConfig
-from prac_fx.memory import format_nbytes
-from prac_fx.report.document import Document, Model, Peak, Size, Value
+from prac_fx.document.schema import Document, Model, Peak, Size, Value
+from prac_fx.graph.nbytes import format_nbytes
 
 BEFORE = "plain Inductor"
 AFTER = 'backend="prac"'

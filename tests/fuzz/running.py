@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from prac_fx.held_memory import all_tensors, held_nbytes
+from benchmarks.held_memory import all_tensors, held_nbytes
 from tests.fuzz.programs import Program, load
 
 

@@ -9,8 +9,8 @@ import torch.nn.functional as F
 from expecttest import assert_expected_inline
 from torch import Tensor, nn
 
-from prac_fx import pipeline
 from prac_fx.codecs import PracCodec, QuantCodec
+from prac_fx.compiler import pipeline
 from prac_fx.passes.survey import survey
 from tests import models
 from tests.graphs import Traced, rows_of, trace

@@ -426,7 +426,7 @@ def test_more_bytes_than_plain_inductor_are_refused(monkeypatch: pytest.MonkeyPa
 
 
 def test_a_graph_that_changed_since_planning_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("prac_fx.pipeline.fingerprint", lambda graph: "another")
+    monkeypatch.setattr("prac_fx.compiler.pipeline.fingerprint", lambda graph: "another")
     with pytest.raises(Exception, match="two different joint graphs"):
         trace(Mlp(), inputs())
 
@@ -443,7 +443,7 @@ def test_tensor_constants_do_not_make_the_second_trace_differ() -> None:
 
 
 def test_explain_reports_a_graph_that_cannot_be_rewritten(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("prac_fx.pipeline.fingerprint", lambda graph: "another")
+    monkeypatch.setattr("prac_fx.compiler.pipeline.fingerprint", lambda graph: "another")
     report = prac_fx.explain(Mlp(), inputs(), options=SMALL)
     assert report.saved_before_nbytes == report.saved_after_nbytes
     (value,) = [v for v in report.values if v.reason == "cannot_rewrite"]

@@ -22,11 +22,12 @@ import torch.fx as fx
 from torch import Tensor
 from torch._dynamo.utils import counters
 
-from prac_fx import PracWarning, pipeline
+from benchmarks.held_memory import all_tensors, held_nbytes
+from prac_fx import PracWarning
 from prac_fx.codecs import PracCodec
-from prac_fx.dynamo_backend import prac
-from prac_fx.graph_edit import Inliner
-from prac_fx.held_memory import all_tensors, held_nbytes
+from prac_fx.compiler import pipeline
+from prac_fx.compiler.dynamo_backend import prac
+from prac_fx.graph.graph_edit import Inliner
 from prac_fx.passes.plan import Plan
 from tests.compiling import gradients
 from tests.uncompiled import no_code_generation, plain_graphs
@@ -372,7 +373,7 @@ def _retries() -> Iterator[list[str]]:
         def emit(self, record: logging.LogRecord) -> None:
             found.append(record.getMessage())
 
-    logger, handler = logging.getLogger("prac_fx.dynamo_backend"), Handler(logging.WARNING)
+    logger, handler = logging.getLogger("prac_fx.compiler.dynamo_backend"), Handler(logging.WARNING)
     logger.addHandler(handler)
     try:
         yield found

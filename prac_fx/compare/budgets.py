@@ -1,0 +1,128 @@
+"""What a step saves, and the FLOPs it takes, within memory budgets: torch's partitioner on one trace of the whole model.
+
+To meet `activation_memory_budget` the partitioner chooses among the blocks of a deep model, so that none of them stands for
+the others, and what it chooses in a shallow model says little about a deep one. Partitioning is exact and, of all that an
+analysis does, the smaller part. The peak is not found here: it depends on when Inductor runs what is computed again,
+sometimes many blocks before it is needed.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
+from dataclasses import dataclass
+from typing import Any, NoReturn
+
+import torch.fx as fx
+
+from prac_fx.compiler.dynamo_backend import DynamoGraph, call_partitioner
+from prac_fx.compiler.pipeline import merge_duplicates
+from prac_fx.graph.flops import graph_flops
+from prac_fx.memory.trace import Step, trace_with
+from prac_fx.passes.draws import draws_anew
+from prac_fx.passes.survey import saved_values
+from prac_fx.torch_compat import (
+    CustomPartitionerFn,
+    functorch_config,
+    min_cut_rematerialization_partition,
+)
+
+
+@dataclass(frozen=True)
+class Partition:
+    """What a step takes within a budget.
+
+    Attributes:
+        saved_nbytes: handed from forward to backward, inputs not counted.
+        flops: of matmuls, convolutions and attention.
+        recomputed_flops: those of them that backward computes again.
+        draws_anew: backward draws random numbers again, which makes gradients wrong.
+    """
+
+    saved_nbytes: int
+    flops: int
+    recomputed_flops: int
+    draws_anew: bool = False
+
+
+def partition_within(
+    step: Step, budgets: Sequence[float], patches: Mapping[str, Any]
+) -> dict[float, Partition]:
+    """Partition the graphs of a step within each budget. Its model runs once, eagerly.
+
+    Args:
+        step: what to trace.
+        budgets: torch's `activation_memory_budget`.
+        patches: Inductor's.
+    """
+    backend = _Budgeter(budgets, patches)
+    trace_with(step, backend)
+    return {
+        budget: Partition(
+            sum(call[budget].saved_nbytes for call in backend.calls),
+            sum(call[budget].flops for call in backend.calls),
+            sum(call[budget].recomputed_flops for call in backend.calls),
+            any(call[budget].draws_anew for call in backend.calls),
+        )
+        for budget in budgets
+    }
+
+
+class _Budgeter:
+    """A Dynamo backend that partitions each graph within each budget, and runs it eagerly."""
+
+    def __init__(self, budgets: Sequence[float], patches: Mapping[str, Any]) -> None:
+        self._budgets = budgets
+        self._patches = patches
+        self.calls: list[Mapping[float, Partition]] = []
+
+    def __call__(self, gm: fx.GraphModule, example_inputs: Sequence[Any]) -> Callable[..., Any]:
+        graph = DynamoGraph(gm, tuple(example_inputs))
+        forward: Callable[..., Any] = gm.forward
+        found = self._partitions(graph) if graph.is_planned else {}
+        if not found:
+            return forward
+
+        def run(*args: Any) -> Any:
+            self.calls.append(found)
+            return forward(*args)
+
+        return run
+
+    def _partitions(self, graph: DynamoGraph) -> Mapping[float, Partition]:
+        """By budget; empty when the graph has no backward."""
+        partitioner = _BudgetsPartitioner(self._budgets)
+        with suppress(_Stop):
+            call_partitioner(graph, partitioner, self._patches)
+        return partitioner.found
+
+
+class _Stop(Exception):
+    """All is known."""
+
+
+class _BudgetsPartitioner(CustomPartitionerFn):
+    """Partitions the joint graph within each budget, and stops there."""
+
+    def __init__(self, budgets: Sequence[float]) -> None:
+        self._budgets = budgets
+        self.found: dict[float, Partition] = {}
+
+    def __call__(
+        self, gm: fx.GraphModule, joint_inputs: Sequence[object], **options: Any
+    ) -> NoReturn:
+        merge_duplicates(gm)
+        joint_flops = graph_flops(gm.graph).total()
+        for budget in self._budgets:
+            with functorch_config.patch(activation_memory_budget=budget):
+                fw, bw = min_cut_rematerialization_partition(gm, joint_inputs, **options)
+            saved = saved_values(gm.graph, fw, options["num_fwd_outputs"])
+            flops = graph_flops(fw.graph).total() + graph_flops(bw.graph).total()
+            nbytes = sum(value.nbytes for value in saved)
+            anew = draws_anew(gm.graph, fw, bw)
+            self.found[budget] = Partition(nbytes, flops, flops - joint_flops, anew)
+        raise _Stop
+
+    def uuid(self) -> None:
+        """Nothing is compiled, so there is nothing to cache."""
+        return

@@ -1,0 +1,361 @@
+"""One training step, analysed: what it keeps for backward, and what it holds at each moment, without and with our backend."""
+
+from __future__ import annotations
+
+import logging
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property
+from typing import Any
+
+from torch import Tensor, nn
+
+from prac_fx.config import PracConfig
+from prac_fx.errors import ReportError, one_line
+from prac_fx.graph.nbytes import storage_nbytes
+from prac_fx.memory.inductor_buffers import Value
+from prac_fx.memory.optimizer import OptimizerMemory, optimizer_memory
+from prac_fx.memory.repeated_blocks import (
+    CannotMultiplyError,
+    Repeated,
+    all_values,
+    check_blocks_alike,
+    identical_blocks,
+    step_of_all_blocks,
+    with_few_blocks,
+)
+from prac_fx.memory.saved_rows import layout_copies, values_after, values_refused
+from prac_fx.memory.timeline import Category, Live, StepMemory, StepPlan, saved_between_graphs
+from prac_fx.memory.trace import Call, PlannedGraph, Step, trace
+from prac_fx.passes.plan import PlannedValue
+from prac_fx.torch_compat import functorch_config, storage_key, tree_leaves
+
+log = logging.getLogger(__name__)
+
+# From so many identical blocks on, a few of them are traced instead of all.
+_MANY_BLOCKS = 8
+
+NO_BACKWARD = (
+    "the model has no backward: no parameter requires a gradient, the result does not depend "
+    "on one, or Dynamo does not trace the model (nn.LSTM, for one)"
+)
+
+
+@dataclass(frozen=True)
+class Tensors:
+    """The tensors that a step meets, each storage once.
+
+    Attributes:
+        parameters, buffers, inputs: (name, tensor) pairs.
+    """
+
+    parameters: tuple[tuple[str, Tensor], ...]
+    buffers: tuple[tuple[str, Tensor], ...]
+    inputs: tuple[tuple[str, Tensor], ...]
+
+    @cached_property
+    def trained(self) -> list[Tensor]:
+        """Parameters that require a gradient."""
+        return [parameter for _, parameter in self.parameters if parameter.requires_grad]
+
+    @property
+    def all(self) -> Iterator[Tensor]:
+        """All of them."""
+        for group in (self.parameters, self.buffers, self.inputs):
+            yield from (tensor for _, tensor in group)
+
+    def live(self) -> list[Live]:
+        """What they take, all the time."""
+        groups: dict[Category, tuple[tuple[str, Tensor], ...]] = {
+            "parameters": self.parameters,
+            "buffers": self.buffers,
+            "inputs": self.inputs,
+        }
+        return [
+            _live_tensor(name, category, tensor)
+            for category, group in groups.items()
+            for name, tensor in group
+        ]
+
+
+def tensors_of(step: Step) -> Tensors:
+    """Parameters, buffers and inputs of a step; what shares a storage counts once, for the first that has it."""
+    seen: set[int] = set()
+
+    def distinct(pairs: Iterable[tuple[str, Tensor]]) -> tuple[tuple[str, Tensor], ...]:
+        found = []
+        for name, tensor in pairs:
+            if storage_key(tensor) not in seen:
+                seen.add(storage_key(tensor))
+                found.append((name, tensor))
+        return tuple(found)
+
+    modules = [one for one in (step.model, step.loss_fn) if isinstance(one, nn.Module)]
+    return Tensors(
+        distinct(pair for module in modules for pair in module.named_parameters()),
+        distinct(pair for module in modules for pair in module.named_buffers()),
+        distinct(named_inputs(step.args, step.kwargs)),
+    )
+
+
+def named_inputs(args: Sequence[Any], kwargs: Mapping[str, Any]) -> Iterator[tuple[str, Tensor]]:
+    """The tensors among the inputs; a positional one is named by its number."""
+    for name, value in [*((str(i), value) for i, value in enumerate(args)), *kwargs.items()]:
+        leaves = [leaf for leaf in tree_leaves(value) if isinstance(leaf, Tensor)]
+        for number, leaf in enumerate(leaves):
+            yield (name if len(leaves) == 1 else f"{name}.{number}"), leaf
+
+
+@dataclass(frozen=True)
+class AnalysedStep:
+    """What one training step allocates and keeps.
+
+    Attributes:
+        tensors: parameters, buffers and inputs.
+        optimizer: what the optimizer takes.
+        calls: the runs of graphs that have a backward.
+        values: every value that backward needs, of all calls.
+        before: memory over the step with plain Inductor.
+        after: with our backend.
+        model: what was analysed.
+        between_before_nbytes: of values that one graph has made and only a later one saves, with plain Inductor.
+        between_after_nbytes: likewise with our backend.
+        repeated: its blocks, if only a few of them were traced.
+    """
+
+    tensors: Tensors
+    optimizer: OptimizerMemory
+    calls: tuple[Call, ...]
+    values: tuple[PlannedValue, ...]
+    before: StepMemory
+    after: StepMemory
+    model: Callable[..., Any]
+    between_before_nbytes: int = 0
+    between_after_nbytes: int = 0
+    repeated: Repeated | None = None
+
+    @property
+    def num_graphs(self) -> int:
+        """Graphs that have a backward; one that runs several times counts once."""
+        return len({id(call.before) for call in self.calls})
+
+    @property
+    def draws_anew(self) -> bool:
+        """Does torch's own partitioner have a backward draw random numbers again? Its gradients are wrong then."""
+        return any(call.before.draws_anew for call in self.calls)
+
+    @property
+    def saved_before_nbytes(self) -> int:
+        """Bytes that plain Inductor holds between forward and backward, inputs not counted."""
+        return sum(value.nbytes_before for value in self.values)
+
+    @property
+    def saved_after_nbytes(self) -> int:
+        """Bytes that our backend holds there, without state."""
+        return sum(value.nbytes_after for value in self.values)
+
+    @property
+    def state_nbytes(self) -> int:
+        """Bytes of bases and sampled rows."""
+        return sum(value.state_nbytes for value in self.values)
+
+    @property
+    def flops_before(self) -> int:
+        """FLOPs of matmuls, convolutions and attention with plain Inductor."""
+        return sum(self._of_all_blocks(call.before.flops) for call in self.calls)
+
+    @property
+    def flops_after(self) -> int:
+        """Likewise with our backend."""
+        return sum(self._of_all_blocks(call.after.flops) for call in self.calls)
+
+    @property
+    def handed_over_before_nbytes(self) -> int:
+        """Bytes that plain Inductor's forward graphs hand to their backward, parameters and inputs of the step not counted."""
+        handed_over = (self._of_all_blocks(_handed_over(call.before)) for call in self.calls)
+        return sum(handed_over) + self.between_before_nbytes
+
+    @property
+    def handed_over_after_nbytes(self) -> int:
+        """Likewise with our backend."""
+        handed_over = (self._of_all_blocks(_handed_over(call.after)) for call in self.calls)
+        return sum(handed_over) + self.between_after_nbytes
+
+    def _of_all_blocks(self, of_modules: Mapping[str, int]) -> int:
+        """Sum over the modules of the whole model, from those that were traced."""
+        if self.repeated is None:
+            return sum(of_modules.values())
+        weight = self.repeated.weight
+        return sum(number * weight(path) for path, number in of_modules.items())
+
+    @property
+    def logits_nbytes(self) -> int:
+        """Bytes of the largest value that the loss is computed from: a language model's logits."""
+        sizes = [
+            value.nbytes
+            for call in self.calls
+            for kernel in call.before.forward.kernels
+            for value in kernel.allocated.values()
+            if value.name in call.before.facts.logits
+        ]
+        return max(sizes, default=0)
+
+
+def analyse_step(
+    step: Step,
+    config: PracConfig | None,
+    patches: Mapping[str, Any],
+    optimizer: str = "adamw",
+    *,
+    budget: float | None = None,
+    plain: AnalysedStep | None = None,
+    all_blocks: bool = False,
+    name: str = "the step",
+) -> AnalysedStep:
+    """Trace a step and run through its memory. Of many identical blocks a few are traced, and multiplied.
+
+    Args:
+        step: what to analyse.
+        config: options of our backend; None for plain Inductor alone.
+        patches: Inductor's.
+        optimizer: a key of `prac_fx.memory.optimizer.OPTIMIZERS`.
+        budget: torch's `activation_memory_budget`; None for the one that is set. Where one below 1 is set all blocks
+            are traced, since torch chooses among them; where one is given a few are, as if it did not.
+        plain: an analysis of the same step with other options of our backend, whose part of plain Inductor is used.
+        all_blocks: trace all of them, however many there are.
+        name: of this way to train, for the log.
+
+    Raises:
+        ReportError: an unknown optimizer, or nothing has a backward.
+        CannotMultiplyError: within the budget that is given the blocks are not treated alike.
+    """
+    tensors = tensors_of(step)
+    of_optimizer = optimizer_memory(optimizer, tensors.trained)
+
+    def analysed(model: Callable[..., Any], repeated: Repeated | None) -> AnalysedStep:
+        known = () if plain is None or plain.repeated != repeated else plain.calls
+        traced = replace(step, model=model)
+        calls = trace(traced, config, patches, budget=budget, plain=known)
+        return _analysed(step, tensors, of_optimizer, calls, repeated)
+
+    if budget is None and functorch_config.activation_memory_budget < 1:
+        all_blocks = True
+    repeated = None if all_blocks else identical_blocks(step.model, _MANY_BLOCKS)
+    if repeated is not None and isinstance(step.model, nn.Module):
+        try:
+            return analysed(with_few_blocks(step.model, repeated), repeated)
+        except Exception as error:  # the model's own code may count its blocks, and raise anything
+            if budget is not None and budget < 1:
+                raise
+            log.warning(
+                "%s: all %d blocks of %s are analysed, with a few of them it fails: %s",
+                name,
+                repeated.total,
+                repeated.module,
+                one_line(error),
+            )
+    return analysed(step.model, None)
+
+
+def _analysed(
+    step: Step,
+    tensors: Tensors,
+    optimizer: OptimizerMemory,
+    calls: Sequence[Call],
+    repeated: Repeated | None,
+) -> AnalysedStep:
+    if not calls:
+        raise ReportError(NO_BACKWARD)
+    if repeated is not None:
+        check_blocks_alike([call.before.forward_flops for call in calls], repeated)
+    values = [(number, value) for number, call in enumerate(calls) for value in _values(call)]
+    if repeated is not None:
+        values = [(0, value) for value in all_values([value for _, value in values], repeated)]
+    constants = tensors.live()
+    constants.append(Live(optimizer.name, "optimizer", "", optimizer.state_nbytes))
+    state = Live(
+        "bases and sampled rows", "state", "", sum(value.state_nbytes for _, value in values)
+    )
+    static = frozenset(storage_key(tensor) for tensor in tensors.all)
+
+    def planned(graphs: Sequence[PlannedGraph], more: Sequence[Live]) -> StepPlan:
+        pairs = zip(calls, graphs, strict=True)
+        return StepPlan(
+            (*constants, *more),
+            tuple(call.step_graph(graph) for call, graph in pairs),
+            static,
+            optimizer.temporary_nbytes,
+        )
+
+    def memory(plan: StepPlan) -> StepMemory:
+        return plan.memory() if repeated is None else step_of_all_blocks(plan, repeated)
+
+    plain = planned([call.before for call in calls], [])
+    # the same object means that nothing is rewritten
+    changed = any(call.after is not call.before for call in calls)
+    ours = planned([call.after for call in calls], [state]) if changed else plain
+    before = memory(plain)
+    between, between_ours = saved_between_graphs(plain), saved_between_graphs(ours)
+    if between and repeated is not None:
+        raise CannotMultiplyError("it is several graphs, and one saves what another has made")
+    return AnalysedStep(
+        tensors,
+        optimizer,
+        tuple(calls),
+        tuple(_between_graphs(values, between, between_ours)),
+        before,
+        memory(ours) if changed else before,
+        step.model,
+        sum(value.nbytes for value in between.values()),
+        sum(value.nbytes for value in between_ours.values()),
+        repeated,
+    )
+
+
+def _between_graphs(
+    values: Iterable[tuple[int, PlannedValue]],
+    before: Mapping[tuple[int, str], Value],
+    after: Mapping[tuple[int, str], Value],
+) -> Iterator[PlannedValue]:
+    """Rows, with the number of their graph, in which an input costs something if the step has made it."""
+    for number, row in values:
+        made, kept = before.get((number, row.name)), after.get((number, row.name))
+        if made is None or row.reason != "input":
+            yield row
+        else:
+            nbytes_after = 0 if kept is None else kept.nbytes
+            yield replace(
+                row, reason="between_graphs", nbytes_before=made.nbytes, nbytes_after=nbytes_after
+            )
+
+
+def _handed_over(graph: PlannedGraph) -> Mapping[str, int]:
+    """Bytes of the buffers that a forward graph allocates and hands to its backward, by module."""
+    plan = graph.forward
+    saved = plan.saved_buffers(graph.facts.num_results)
+    found: Counter[str] = Counter()
+    for kernel in plan.kernels:
+        for name, value in kernel.allocated.items():
+            if name in saved:
+                found[value.origin.module] += value.nbytes
+    return found
+
+
+def _values(call: Call) -> list[PlannedValue]:
+    graph = call.after
+    if graph.plan is None:
+        return []
+    copies = layout_copies(call.before.forward, graph.forward, graph.facts.num_results)
+    if graph.rewritten is not None:
+        return values_after(graph.plan, graph.rewritten) + copies
+    if graph.refused is not None:
+        return values_refused(graph.plan, graph.refused) + copies
+    return [*graph.plan.values, *copies]
+
+
+def _live_tensor(name: str, category: Category, tensor: Tensor) -> Live:
+    module = name.rpartition(".")[0] if category != "inputs" else ""
+    dtype = str(tensor.dtype).removeprefix("torch.")
+    shape = tuple(int(size) for size in tensor.shape)
+    return Live(name, category, module, storage_nbytes(tensor), shape, dtype)

@@ -1,0 +1,87 @@
+"""What an optimizer of torch.optim keeps for each parameter, and what it allocates for the time of its step.
+
+Not a table of formulas: the optimizer itself takes two steps on fake tensors of the parameters' sizes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from prac_fx.errors import ReportError
+from prac_fx.memory.eager import AllocationTracker
+from prac_fx.torch_compat import FakeTensorMode
+
+OPTIMIZERS: Mapping[str, Any] = {
+    "adagrad": torch.optim.Adagrad,
+    "adam": torch.optim.Adam,
+    "adamw": torch.optim.AdamW,
+    "none": None,
+    "rmsprop": torch.optim.RMSprop,
+    "sgd": torch.optim.SGD,
+    "sgd_momentum": partial(torch.optim.SGD, momentum=0.9),
+}
+
+
+@dataclass(frozen=True)
+class OptimizerMemory:
+    """Bytes of an optimizer.
+
+    Attributes:
+        name: a key of `OPTIMIZERS`.
+        state_nbytes: kept from step to step.
+        temporary_nbytes: most that a step allocates besides, at once.
+    """
+
+    name: str
+    state_nbytes: int
+    temporary_nbytes: int
+
+
+def optimizer_memory(name: str, parameters: Iterable[Tensor]) -> OptimizerMemory:
+    """Let an optimizer step twice on fake copies of the parameters.
+
+    Args:
+        name: a key of `OPTIMIZERS`; the defaults of torch, with `foreach` where torch would choose it.
+        parameters: the trained ones.
+
+    Raises:
+        ReportError: an unknown name.
+    """
+    if name not in OPTIMIZERS:
+        raise ReportError(
+            f"optimizer {name!r}: allowed are {', '.join(map(repr, sorted(OPTIMIZERS)))}"
+        )
+    parameters = list(parameters)
+    if OPTIMIZERS[name] is None or not parameters:
+        return OptimizerMemory(name, 0, 0)
+    # torch chooses foreach by the device, but not for fake tensors
+    foreach = all(parameter.device.type in ("cuda", "xpu") for parameter in parameters)
+    with FakeTensorMode():
+        fakes = [nn.Parameter(_like(parameter)) for parameter in parameters]
+        for fake in fakes:
+            fake.grad = torch.empty_like(fake)
+        optimizer = OPTIMIZERS[name](fakes, foreach=foreach)
+        with AllocationTracker([*fakes, *(_gradient(fake) for fake in fakes)]) as first:
+            optimizer.step()
+        state = first.nbytes
+        first.peak_nbytes = 0
+        with first:
+            optimizer.step()
+    return OptimizerMemory(name, state, max(0, first.peak_nbytes - state))
+
+
+def _like(parameter: Tensor) -> Tensor:
+    return torch.empty_strided(
+        parameter.size(), parameter.stride(), dtype=parameter.dtype, device=parameter.device
+    )
+
+
+def _gradient(parameter: Tensor) -> Tensor:
+    assert parameter.grad is not None
+    return parameter.grad

@@ -1,0 +1,370 @@
+"""Deep models from a few of their blocks: identical blocks are analysed once, and what one of them adds is multiplied.
+
+Of n identical blocks the first two, one from the middle and the last are traced. Two at the beginning, because where
+several cuts cost the same the partitioner may cut the first blocks differently from all others. The step of the whole
+model is that of the four with the middle block's part of the timeline repeated n - 3 times, each time higher by what one
+block leaves behind: saved values in forward, gradients less saved values in backward.
+
+Exact for parameters, saved bytes, FLOPs and the state of the subspaces. The peak may be off by temporary memory of a block:
+Inductor keeps freed buffers to use them again, and how many are waiting goes up and down from block to block. Where the
+partitioner chooses among the blocks, to meet a memory budget, none stands for the others: see `prac_fx.compare.budgets`.
+"""
+
+from __future__ import annotations
+
+import copy
+import functools
+import types
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+from torch import Tensor, nn
+
+from prac_fx.memory.timeline import (
+    CATEGORIES,
+    Category,
+    Event,
+    Live,
+    Phase,
+    StepMemory,
+    StepPlan,
+    highest,
+)
+from prac_fx.passes.plan import PlannedValue
+
+ANALYSED = 4
+MIDDLE = 2
+
+
+class CannotMultiplyError(Exception):
+    """The step of the whole model does not follow from that of a few blocks."""
+
+
+@dataclass(frozen=True)
+class Repeated:
+    """A list of identical blocks of which some were analysed.
+
+    Attributes:
+        module: path of the list.
+        total: how many blocks the model has.
+    """
+
+    module: str
+    total: int
+
+    @property
+    def more(self) -> int:
+        """Blocks that were left out."""
+        return self.total - ANALYSED
+
+    def block_of(self, path: str) -> int | None:
+        """Number of the block that the module at a path belongs to, among those that were analysed."""
+        rest = path.removeprefix(f"{self.module}.")
+        number = rest.partition(".")[0]
+        return int(number) if rest != path and number.isdigit() else None
+
+    def weight(self, path: str) -> int:
+        """How often the whole model has what a module of the analysed one has."""
+        return 1 + self.more if self.block_of(path) == MIDDLE else 1
+
+    def moved(self, path: str, middle: int) -> str:
+        """A path of the analysed model in the whole one, where the middle block stands for block `middle`."""
+        block = self.block_of(path)
+        if block is None or block < MIDDLE:
+            return path
+        first = f"{self.module}.{block}"
+        number = middle if block == MIDDLE else self.total - 1
+        return f"{self.module}.{number}{path[len(first) :]}"
+
+
+def identical_blocks(model: Callable[..., Any], at_least: int) -> Repeated | None:
+    """The longest list of at least so many modules that differ in the values of their parameters alone."""
+    if not isinstance(model, nn.Module):
+        return None
+    found = [
+        Repeated(name, len(module))
+        for name, module in model.named_modules()
+        if isinstance(module, nn.ModuleList | nn.Sequential)
+        and len(module) >= max(at_least, ANALYSED + 1)
+        and all(_identical(module[0], block, i) for i, block in enumerate(module))
+    ]
+    return max(found, key=lambda one: one.total, default=None)
+
+
+def with_few_blocks(model: nn.Module, repeated: Repeated) -> nn.Module:
+    """A copy of the model with the first blocks only; its tensors are the model's own."""
+    tensors = [*model.parameters(), *model.buffers()]
+    copied = copy.deepcopy(model, {id(tensor): tensor for tensor in tensors})
+    blocks = copied.get_submodule(repeated.module)
+    for name in list(blocks._modules)[ANALYSED:]:
+        del blocks._modules[name]
+    return copied
+
+
+def _identical(first: nn.Module, other: nn.Module, distance: int) -> bool:
+    """Same modules, same sizes, same settings; a number that counts the blocks may differ by their distance."""
+    modules, others = dict(first.named_modules()), dict(other.named_modules())
+    if list(modules) != list(others):
+        return False
+    return all(
+        type(one) is type(others[name])
+        and _sizes(one) == _sizes(others[name])
+        and _same_settings(one, others[name], distance)
+        for name, one in modules.items()
+    )
+
+
+def _sizes(module: nn.Module) -> list[object]:
+    tensors: dict[str, Tensor] = {
+        **dict(module.named_parameters(recurse=False)),
+        **dict(module.named_buffers(recurse=False)),
+    }
+    return [
+        (name, tensor.shape, tensor.dtype, tensor.requires_grad) for name, tensor in tensors.items()
+    ]
+
+
+def _same_settings(one: nn.Module, other: nn.Module, distance: int) -> bool:
+    settings, others = (
+        {name: value for name, value in vars(module).items() if name not in _CHILDREN}
+        for module in (one, other)
+    )
+    return list(settings) == list(others) and all(
+        _same(value, others[name], (one, other), distance) for name, value in settings.items()
+    )
+
+
+_CHILDREN = ("_parameters", "_buffers", "_modules")
+
+
+def _same(
+    value: object, other: object, modules: tuple[nn.Module, nn.Module], distance: int
+) -> bool:
+    """Is a setting of one module that of another? What cannot be compared is not."""
+    if value is other or (value is modules[0] and other is modules[1]):
+        return True
+    if type(value) is not type(other):
+        return False
+    if isinstance(value, int) and isinstance(other, int) and not isinstance(value, bool):
+        return other - value in (0, distance)
+    inside, other_inside = _inside(value), _inside(other)
+    if inside is None or other_inside is None:
+        return not isinstance(value, Tensor) and bool(value == other)
+    return len(inside) == len(other_inside) and all(
+        _same(a, b, modules, distance) for a, b in zip(inside, other_inside, strict=True)
+    )
+
+
+def _inside(value: object) -> list[object] | None:
+    """What a container or a function consists of; None for what is compared as a whole."""
+    if isinstance(value, dict):
+        return [*value, *value.values()]
+    if isinstance(value, list | tuple):
+        return list(value)
+    if isinstance(value, functools.partial):
+        return [value.func, value.args, value.keywords]
+    if isinstance(value, types.MethodType):
+        return [value.__func__, value.__self__]
+    if isinstance(value, types.FunctionType):
+        return [
+            value.__code__,
+            value.__defaults__,
+            *(c.cell_contents for c in value.__closure__ or ()),
+        ]
+    return None
+
+
+# -- from a few blocks to all -----------------------------------------------------------------------
+
+
+def all_values(values: Sequence[PlannedValue], repeated: Repeated) -> list[PlannedValue]:
+    """Rows of the whole model: those of the middle block once for each block that it stands for."""
+    middle = [value for value in values if repeated.block_of(value.origin.module) == MIDDLE]
+    found: list[PlannedValue] = []
+    for value in values:
+        found.append(_moved(value, repeated, MIDDLE))
+        if middle and value is middle[-1]:
+            for number in range(MIDDLE + 1, repeated.total - 1):
+                found += [_moved(one, repeated, number) for one in middle]
+    return found
+
+
+def _moved(value: PlannedValue, repeated: Repeated, middle: int) -> PlannedValue:
+    module = repeated.moved(value.origin.module, middle)
+    return replace(value, origin=replace(value.origin, module=module))
+
+
+def check_blocks_alike(flops: Sequence[Mapping[str, int]], repeated: Repeated) -> None:
+    """The middle block must compute what the last one does, in forward: what is computed again in backward may differ.
+
+    Args:
+        flops: of plain Inductor's forward graphs, by module path.
+        repeated: the blocks.
+
+    Raises:
+        CannotMultiplyError: they differ, so a block depends on its number.
+    """
+    last = ANALYSED - 1
+    for graph in flops:
+        found: dict[int, dict[str, int]] = {MIDDLE: {}, last: {}}
+        for path, number in graph.items():
+            block = repeated.block_of(path)
+            if block in found:
+                found[block][path.removeprefix(f"{repeated.module}.{block}")] = number
+        if found[MIDDLE] != found[last]:
+            raise CannotMultiplyError("what a block computes depends on its number")
+
+
+def step_of_all_blocks(step: StepPlan, repeated: Repeated) -> StepMemory:
+    """The step of the whole model from that of the analysed one.
+
+    Args:
+        step: of the analysed model, with the parameters, buffers and optimizer state of the whole one.
+        repeated: its blocks.
+
+    Raises:
+        CannotMultiplyError: the events of the blocks are not in the order of the blocks.
+    """
+    events = step.events()
+    try:
+        return _all_blocks(step, events, _cuts(events, repeated, by_most=True), repeated)
+    except CannotMultiplyError:  # such as checkpointed blocks, which hardly keep anything
+        return _all_blocks(step, events, _cuts(events, repeated, by_most=False), repeated)
+
+
+def _all_blocks(
+    step: StepPlan, events: Sequence[Event], cuts: _Cuts, repeated: Repeated
+) -> StepMemory:
+    copies = _copies(len(events), cuts, repeated)
+    found = [_event(events, one, cuts, repeated) for one in copies]
+    if any(nbytes < 0 for event in found for nbytes in event.nbytes.values()):
+        raise CannotMultiplyError("its blocks do not each leave the same behind")
+    at = highest(found)
+    live = _live(step, events, copies[at], found[at], repeated)
+    return StepMemory(tuple(found), tuple(sorted(live, key=lambda one: (-one.nbytes, one.what))))
+
+
+@dataclass(frozen=True)
+class _Copy:
+    """An event of the whole model.
+
+    Attributes:
+        index: of the event in the analysed model.
+        middle: number of the block that the middle block stands for here.
+        forward: blocks beyond the analysed ones that the forward pass has been through, here.
+        backward: likewise of the backward pass.
+    """
+
+    index: int
+    middle: int
+    forward: int
+    backward: int
+
+
+@dataclass(frozen=True)
+class _Cuts:
+    """Events at which the middle block begins, and the one after it, in both passes."""
+
+    forward: tuple[int, int]
+    backward: tuple[int, int]
+
+
+def _cuts(events: Sequence[Event], repeated: Repeated, by_most: bool) -> _Cuts:
+    there = _starts(events, repeated, "forward", range(ANALYSED), by_most)
+    back = _starts(events, repeated, "backward", range(ANALYSED)[::-1], by_most)
+    return _Cuts((there[MIDDLE], there[-1]), (back[1], back[2]))  # the last block comes first
+
+
+def _starts(
+    events: Sequence[Event], repeated: Repeated, phase: Phase, order: Sequence[int], by_most: bool
+) -> list[int]:
+    """The same event of each block in a pass: the one that adds most to what stays, or the first one.
+
+    What depends on no activation, or is computed again, may run long before its block does.
+    """
+    kept: Category = "saved" if phase == "forward" else "gradients"
+    held = [0, *(event.nbytes[kept] for event in events)]
+    found: dict[int, tuple[int, int]] = {}
+    for index, event in enumerate(events):
+        block = repeated.block_of(event.origin.module)
+        if event.phase == phase and block is not None:
+            added = held[index + 1] - held[index] if by_most else 0
+            if block not in found or added > found[block][0]:
+                found[block] = added, index
+    if not all(number in found for number in order):
+        raise CannotMultiplyError(f"the {phase} pass does not name its blocks")
+    starts = [found[number][1] for number in order]
+    if starts != sorted(starts):
+        raise CannotMultiplyError(f"the {phase} pass does not run its blocks in order")
+    return starts
+
+
+def _copies(count: int, cuts: _Cuts, repeated: Repeated) -> list[_Copy]:
+    """The events of the whole model, by those of the analysed one."""
+    begin, end = cuts.forward
+    back_begin, back_end = cuts.backward
+    more = repeated.more
+
+    def part(begin: int, end: int, middle: int, forward: int, backward: int) -> list[_Copy]:
+        return [_Copy(index, middle, forward, backward) for index in range(begin, end)]
+
+    found = part(0, end, MIDDLE, 0, 0)
+    for done in range(1, more + 1):
+        found += part(begin, end, MIDDLE + done, done, 0)
+    found += part(end, back_end, MIDDLE + more, more, 0)
+    for done in range(1, more + 1):
+        found += part(back_begin, back_end, MIDDLE + more - done, more, done)
+    return found + part(back_end, count, MIDDLE, more, more)
+
+
+def _event(events: Sequence[Event], copied: _Copy, cuts: _Cuts, repeated: Repeated) -> Event:
+    event = events[copied.index]
+    nbytes = {
+        category: event.nbytes[category]
+        + copied.forward * _growth(events, cuts.forward, category)
+        + copied.backward * _growth(events, cuts.backward, category)
+        for category in CATEGORIES
+    }
+    module = repeated.moved(event.origin.module, copied.middle)
+    return replace(event, nbytes=nbytes, origin=replace(event.origin, module=module))
+
+
+def _growth(events: Sequence[Event], part: tuple[int, int], category: Category) -> int:
+    """What one block leaves behind. Memory that it uses for a while goes up and down, and does not add up."""
+    if category not in ("saved", "gradients"):
+        return 0
+    return events[part[1]].nbytes[category] - events[part[0]].nbytes[category]
+
+
+def _live(
+    step: StepPlan, events: Sequence[Event], copied: _Copy, event: Event, repeated: Repeated
+) -> list[Live]:
+    """What the whole model holds at an event: what the analysed one does, and what the other blocks do."""
+    found = [
+        replace(one, module=repeated.moved(one.module, copied.middle))
+        for one in step.held_at(copied.index)
+    ]
+    end_of_forward = next(i for i, one in enumerate(events) if one.phase == "backward") - 1
+    saved = _of_middle(step.held_at(end_of_forward), repeated, "saved")
+    gradients = _of_middle(step.held_at(len(events) - 1), repeated, "gradients")
+    # of the middle blocks, the first ones hold what they saved, and the last ones have their gradients
+    numbers = [number for number in range(MIDDLE, repeated.total - 1) if number != copied.middle]
+    holding = copied.forward - copied.backward
+    for position, number in enumerate(numbers):
+        kept = saved if position < holding else gradients if copied.backward else []
+        found += [replace(one, module=repeated.moved(one.module, number)) for one in kept]
+    listed = {c: sum(one.nbytes for one in found if one.category == c) for c in CATEGORIES}
+    if any(listed[c] > nbytes for c, nbytes in event.nbytes.items()):
+        raise CannotMultiplyError("its blocks do not each leave the same behind")
+    return found + [
+        Live("other", category, repeated.module, nbytes - listed[category])
+        for category, nbytes in event.nbytes.items()
+        if nbytes != listed[category]
+    ]
+
+
+def _of_middle(live: Sequence[Live], repeated: Repeated, category: Category) -> list[Live]:
+    return [
+        one for one in live if one.category == category and repeated.block_of(one.module) == MIDDLE
+    ]

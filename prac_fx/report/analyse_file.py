@@ -1,0 +1,131 @@
+"""From a model file to a document: runs the user's `build()` and has `prac_fx.report.explain` analyse the step."""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import dataclasses
+import logging
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from prac_fx.compare.forked_map import usable_processes
+from prac_fx.document.schema import Document
+from prac_fx.errors import PracError, ReportError, one_line
+from prac_fx.memory.fake_model import build_model
+from prac_fx.report.explain import report_step
+from prac_fx.report.model_file import Built, call_build, import_build, user_code_error
+from prac_fx.report.progress import progress_bar
+from prac_fx.torch_compat import FakeTensor
+
+
+@dataclass(frozen=True)
+class Analysis:
+    """What to find out about a step; each is a flag of the command.
+
+    Attributes:
+        optimizer: whose state counts.
+        batch, seq, dtype: other sizes than those of the inputs, another dtype than the model's.
+        fits: bytes that the largest batch must fit.
+        alternatives: also what other ways to train would take.
+        measure: also run real steps.
+        fake: build without memory for tensors; None for only if they would not fit.
+        all_blocks: of a deep model; False for a few of them, and what follows from those.
+        processes: how many alternatives are analysed at a time; None for as many as help.
+    """
+
+    optimizer: str = "adamw"
+    batch: int | None = None
+    seq: int | None = None
+    dtype: str | None = None
+    fits: int | None = None
+    alternatives: bool = True
+    measure: bool = False
+    fake: bool | None = None
+    all_blocks: bool = False
+    processes: int | None = None
+
+    @classmethod
+    def flags(cls) -> tuple[str, ...]:
+        """Names of all of them."""
+        return tuple(field.name for field in dataclasses.fields(cls))
+
+    @classmethod
+    def of(cls, arguments: argparse.Namespace) -> Analysis:
+        """Of parsed arguments, in which None stands for a flag that is not given."""
+        given = {name: getattr(arguments, name) for name in cls.flags()}
+        return cls(**{name: value for name, value in given.items() if value is not None})
+
+
+def analyse(path: Path, options: dict[str, Any], analysis: Analysis) -> Document:
+    """Build the model of a file and analyse its step.
+
+    Raises:
+        ReportError: a bad file, a model without backward, or what `report_step` refuses.
+        UserCodeError: the file, its `build()` or its model raised.
+    """
+    build = import_build(path)
+    built = call_build(lambda: build_model(build, analysis.fake), path)
+    with progress_bar() as progress, _explained(built, path):
+        report = report_step(
+            built.model,
+            built.args,
+            built.kwargs,
+            loss_fn=built.loss_fn,
+            options=options,
+            optimizer=analysis.optimizer,
+            batch=analysis.batch,
+            seq=analysis.seq,
+            dtype=analysis.dtype,
+            fits=analysis.fits,
+            alternatives=analysis.alternatives,
+            measure=analysis.measure,
+            all_blocks=analysis.all_blocks,
+            progress=progress,
+            processes=analysis.processes or usable_processes(),
+        )
+    return report.as_document()
+
+
+@contextlib.contextmanager
+def _explained(built: Built, path: Path) -> Iterator[None]:
+    """Tell a failure of the model from one of the analysis."""
+    try:
+        with _without_tracebacks():
+            yield
+    except PracError:
+        raise
+    except Exception as error:
+        _raise_own_error(built, path)
+        raise ReportError(
+            f"the model could not be traced: {one_line(error)}; prac_fx.explain(...) in Python shows where"
+        ) from error
+
+
+def _raise_own_error(built: Built, path: Path) -> None:
+    """When the model fails without Dynamo too, that error is the one to see."""
+    parameters = built.model.parameters() if isinstance(built.model, nn.Module) else ()
+    if any(isinstance(parameter, FakeTensor) for parameter in parameters):
+        return  # it may fail only because it meets tensors of its own that are not fake
+    try:
+        result = built.model(*built.args, **built.kwargs)
+        if built.loss_fn is not None:
+            built.loss_fn(result)
+    except Exception as own:
+        raise user_code_error("the model raised", own, path) from own
+
+
+@contextlib.contextmanager
+def _without_tracebacks() -> Iterator[None]:
+    """Keep torch from logging a traceback for an error of the model; it becomes one line of ours."""
+    log = logging.getLogger(FakeTensor.__module__)
+    level = log.level
+    log.setLevel(logging.CRITICAL)
+    try:
+        yield
+    finally:
+        log.setLevel(level)

@@ -1,0 +1,219 @@
+"""From the analysis of a step to a document."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from prac_fx._version import __version__
+from prac_fx.compare.ways import Alternative as AnalysedAlternative
+from prac_fx.config import PracConfig
+from prac_fx.document.advice import advice_for
+from prac_fx.document.rows import options_of, rollup_of, value_of
+from prac_fx.document.schema import (
+    CATEGORIES,
+    SCHEMA,
+    Alternative,
+    Category,
+    Document,
+    Input,
+    Live,
+    Model,
+    Peak,
+    Phase,
+    Repeated,
+    Size,
+    Timeline,
+    Totals,
+)
+from prac_fx.memory.analysis import AnalysedStep
+from prac_fx.memory.repeated_blocks import ANALYSED
+from prac_fx.memory.timeline import StepMemory
+
+# Most things that are listed for a peak; the rest is summed up by category.
+_MOST_LIVE = 400
+
+
+def document_of(
+    step: AnalysedStep,
+    config: PracConfig,
+    alternatives: Sequence[AnalysedAlternative],
+    measured_on: str,
+    fits: int | None,
+) -> Document:
+    """The document of a step.
+
+    Args:
+        step: the analysed step.
+        config: the options it was analysed with.
+        alternatives: other ways to train the same model.
+        measured_on: device that real steps ran on; empty when none did.
+        fits: bytes that the largest batches fit; None when they were not asked for.
+    """
+    values = [
+        value_of(value, _layer_kind(value.origin.module, step.model)) for value in step.values
+    ]
+    document: Document = {
+        "schema": SCHEMA,
+        "prac_fx": __version__,
+        "torch": torch.__version__,
+        "device": _device(step),
+        "model": _model(step),
+        "inputs": [_input(name, tensor) for name, tensor in step.tensors.inputs],
+        "options": options_of(config),
+        "graphs": step.num_graphs,
+        "totals": _totals(step),
+        "peak": {"before": _peak(step.before), "after": _peak(step.after)},
+        "timeline": {"before": _timeline(step.before), "after": _timeline(step.after)},
+        "values": values,
+        "rollup": rollup_of(values),
+        "fits_nbytes": fits,
+        "alternatives": [_alternative(one) for one in alternatives],
+        "advice": [],
+        "measured": {"device": measured_on} if measured_on else None,
+    }
+    document["advice"] = advice_for(document)
+    return document
+
+
+def _device(step: AnalysedStep) -> str:
+    devices = (tensor.device.type for tensor in step.tensors.all)
+    return next(devices, "cpu")
+
+
+def _model(step: AnalysedStep) -> Model:
+    model, parameters = step.model, step.tensors.parameters
+    name = type(model).__name__ if isinstance(model, nn.Module) else _function_name(model)
+    return {
+        "name": name,
+        "parameters": sum(parameter.numel() for _, parameter in parameters),
+        "trainable": sum(parameter.numel() for parameter in step.tensors.trained),
+        "repeated": _repeated(step),
+    }
+
+
+def _repeated(step: AnalysedStep) -> Repeated | None:
+    blocks = step.repeated
+    if blocks is None:
+        return None
+    return {"module": blocks.module, "analysed": ANALYSED, "total": blocks.total}
+
+
+def _function_name(model: Callable[..., Any]) -> str:
+    return str(getattr(model, "__name__", type(model).__name__))
+
+
+def _input(name: str, tensor: Tensor) -> Input:
+    shape: list[Size] = [int(size) for size in tensor.shape]
+    return {"name": name, "shape": shape, "dtype": str(tensor.dtype).removeprefix("torch.")}
+
+
+def _totals(step: AnalysedStep) -> Totals:
+    def held(category: Category) -> int:
+        return step.before.events[0].nbytes[category] if step.before.events else 0
+
+    return {
+        "saved_before_nbytes": step.saved_before_nbytes,
+        "saved_after_nbytes": step.saved_after_nbytes,
+        "state_nbytes": step.state_nbytes,
+        "parameters_nbytes": held("parameters"),
+        "buffers_nbytes": held("buffers"),
+        "inputs_nbytes": held("inputs"),
+        "gradients_nbytes": sum(one.numel() * one.itemsize for one in step.tensors.trained),
+        "optimizer_nbytes": step.optimizer.state_nbytes,
+        "optimizer": step.optimizer.name,
+        "logits_nbytes": step.logits_nbytes,
+    }
+
+
+def _peak(memory: StepMemory) -> Peak:
+    event = memory.peak
+    live: list[Live] = [
+        {
+            "what": one.what,
+            "category": one.category,
+            "module": one.module,
+            "nbytes": one.nbytes,
+            "shape": list(one.shape),
+            "dtype": one.dtype,
+        }
+        for one in memory.live
+    ]
+    return {
+        "nbytes": event.total,
+        "phase": event.phase,
+        "node": event.node,
+        "op": event.origin.op,
+        "module": event.origin.module,
+        "file": event.origin.file,
+        "line": event.origin.line,
+        "live": [*live[:_MOST_LIVE], *_others(live[_MOST_LIVE:])],
+    }
+
+
+def _others(live: Sequence[Live]) -> list[Live]:
+    """What is too small to be listed, one entry for each category."""
+    found: list[Live] = []
+    for category in CATEGORIES:
+        nbytes = sum(one["nbytes"] for one in live if one["category"] == category)
+        if nbytes:
+            found.append(
+                {
+                    "what": "other",
+                    "category": category,
+                    "module": "",
+                    "nbytes": nbytes,
+                    "shape": [],
+                    "dtype": "",
+                }
+            )
+    return found
+
+
+def _timeline(memory: StepMemory) -> Timeline:
+    phases: list[Phase] = []
+    for name, group in itertools.groupby(enumerate(memory.events), lambda pair: pair[1].phase):
+        indices = [index for index, _ in group]
+        phases.append({"name": name, "start": indices[0], "end": indices[-1] + 1})
+    return {
+        "phases": phases,
+        "nbytes": [event.total for event in memory.events],
+        "by_category": {
+            category: [event.nbytes[category] for event in memory.events] for category in CATEGORIES
+        },
+        "labels": [event.origin.module or event.origin.op for event in memory.events],
+    }
+
+
+def _layer_kind(path: str, model: Callable[..., Any]) -> str:
+    """Class of the module at a path; empty when there is none."""
+    if not isinstance(model, nn.Module):
+        return ""
+    try:
+        return type(model.get_submodule(path)).__name__
+    except AttributeError:
+        return ""
+
+
+def _alternative(one: AnalysedAlternative) -> Alternative:
+    measured = one.measured
+    return {
+        "name": one.name,
+        "saved_nbytes": one.saved_nbytes,
+        "peak_nbytes": one.peak_nbytes,
+        "added_flops": one.added_flops,
+        "gradient": one.gradient,
+        "largest_batch": one.largest_batch,
+        "measured": None
+        if measured is None
+        else {
+            "saved_nbytes": measured.saved_nbytes,
+            "peak_nbytes": measured.peak_nbytes,
+            "step_ratio": measured.step_ratio,
+        },
+        "note": one.notes,
+    }

@@ -1,0 +1,172 @@
+"""`explain` and `report_step`: where the memory of a training step goes, and what would help, without compiling it.
+
+Dynamo and AOTAutograd trace the model, the passes run, torch's partitioner splits the result, and Inductor plans its
+buffers (`prac_fx.memory.trace`). The numbers are not formulas: they come from the graphs that would be compiled.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from prac_fx.compare.estimate import Progress, compare_alternatives
+from prac_fx.compare.largest_batch import largest_batches
+from prac_fx.compare.measure import measure_alternatives
+from prac_fx.compare.ways import Alternative
+from prac_fx.config import PracConfig, read_options
+from prac_fx.document.schema import Document
+from prac_fx.errors import ReportError
+from prac_fx.memory.analysis import AnalysedStep, analyse_step
+from prac_fx.memory.fake_model import fake_mode_of, resized
+from prac_fx.memory.timeline import StepMemory
+from prac_fx.memory.trace import Step
+from prac_fx.passes.plan import PlannedValue
+from prac_fx.report.document_of_step import document_of
+
+
+@dataclass(frozen=True)
+class MemoryReport:
+    """What one training step of a model allocates and keeps for backward.
+
+    Attributes:
+        step: the analysed step, plain Inductor's and ours.
+        config: the options it was made with.
+        alternatives: other ways to train the same model; empty when they were not asked for.
+        measured_on: device that real steps ran on; empty when none did.
+        fits: bytes that the largest batches fit; None when they were not asked for.
+    """
+
+    step: AnalysedStep
+    config: PracConfig
+    alternatives: tuple[Alternative, ...] = ()
+    measured_on: str = ""
+    fits: int | None = None
+
+    @property
+    def values(self) -> tuple[PlannedValue, ...]:
+        """Every value that backward needs, over all graphs that Dynamo made of the model."""
+        return self.step.values
+
+    @property
+    def num_graphs(self) -> int:
+        """How many graphs have a backward."""
+        return self.step.num_graphs
+
+    @property
+    def before(self) -> StepMemory:
+        """Memory over the step with plain Inductor."""
+        return self.step.before
+
+    @property
+    def after(self) -> StepMemory:
+        """Memory over the step with `backend="prac"`."""
+        return self.step.after
+
+    @property
+    def saved_before_nbytes(self) -> int:
+        """Bytes that plain Inductor holds between forward and backward, inputs not counted."""
+        return self.step.saved_before_nbytes
+
+    @property
+    def saved_after_nbytes(self) -> int:
+        """Bytes that `backend="prac"` holds there, without state."""
+        return self.step.saved_after_nbytes
+
+    @property
+    def state_nbytes(self) -> int:
+        """Bytes of bases and sampled rows, held as long as the parameters."""
+        return self.step.state_nbytes
+
+    def as_document(self) -> Document:
+        """The report as plain data; the schema is `prac_fx.document.schema`."""
+        return document_of(self.step, self.config, self.alternatives, self.measured_on, self.fits)
+
+
+def explain(
+    model: Callable[..., Any],
+    *args: Any,
+    loss_fn: Callable[[Any], Any] | None = None,
+    options: Mapping[str, Any] | PracConfig | None = None,
+    **kwargs: Any,
+) -> MemoryReport:
+    """Trace one training step and report what it keeps for backward. Runs the forward pass once, eagerly.
+
+    Args:
+        model: a module, or a function, whose result can be differentiated. Fake tensors (torch's FakeTensorMode) will do.
+        *args: its inputs.
+        loss_fn: applied to the result and traced together with the model.
+        options: as for `torch.compile(options=...)`, or a `PracConfig`.
+        **kwargs: its keyword inputs.
+
+    Raises:
+        PracOptionError: a bad option.
+        ReportError: nothing in the traced step has a backward.
+    """
+    return report_step(model, args, kwargs, loss_fn=loss_fn, options=options)
+
+
+def report_step(
+    model: Callable[..., Any],
+    args: Sequence[Any] = (),
+    kwargs: Mapping[str, Any] | None = None,
+    *,
+    loss_fn: Callable[[Any], Any] | None = None,
+    options: Mapping[str, Any] | PracConfig | None = None,
+    optimizer: str = "adamw",
+    batch: int | None = None,
+    seq: int | None = None,
+    dtype: str | None = None,
+    fits: int | None = None,
+    alternatives: bool = False,
+    measure: bool = False,
+    all_blocks: bool = False,
+    progress: Progress | None = None,
+    processes: int = 1,
+) -> MemoryReport:
+    """All that the memory report can say of one training step.
+
+    Args:
+        model: as for `explain`.
+        args: its inputs.
+        kwargs: its keyword inputs.
+        loss_fn: as for `explain`.
+        options: as for `explain`.
+        optimizer: whose state and temporary memory count; a key of `prac_fx.memory.optimizer.OPTIMIZERS`.
+        batch: size of dimension 0 of the inputs, instead of theirs.
+        seq: size of dimension 1 of the inputs, likewise.
+        dtype: of floating-point parameters, buffers and inputs, such as "bfloat16".
+        fits: bytes; find the largest batch whose estimated peak is at most this.
+        alternatives: also analyse the other ways to train.
+        measure: run real steps, too, of plain Inductor, `backend="prac"` and eagerly.
+        all_blocks: analyse all blocks of a deep model; by default four of many identical ones.
+        progress: called with what is done next, steps done, and steps in all.
+        processes: how many alternatives are analysed at a time, in forked processes; see `prac_fx.compare.forked_map`.
+
+    Raises:
+        PracOptionError: a bad option.
+        ReportError: an unknown optimizer, sizes that do not fit the inputs, nothing to differentiate, `measure`
+            with fake tensors, or `fits` without a batch dimension.
+    """
+    config, patches = read_options(options)
+    model, args, kwargs = resized(model, args, kwargs or {}, batch, seq, dtype)
+    step = Step(model, tuple(args), dict(kwargs), loss_fn, fake_mode_of((model, args, kwargs)))
+    show = progress or _show_nothing
+    if measure and step.fake_mode is not None:
+        raise ReportError("measure: the model has fake tensors; build it with real ones to run it")
+    show("the step", 0, 1)
+    analysed = analyse_step(step, config, patches, optimizer, all_blocks=all_blocks)
+    rows: list[Alternative] = []
+    if alternatives or fits is not None or measure:
+        rows = compare_alternatives(step, analysed, config, patches, show, processes)
+    if fits is not None:
+        rows = largest_batches(step, analysed, rows, patches, fits, show, processes)
+    measured_on = ""
+    if measure:
+        rows, measured_on = measure_alternatives(step, analysed, rows, patches, show)
+    show("done", 1, 1)
+    return MemoryReport(analysed, config, tuple(rows), measured_on, fits)
+
+
+def _show_nothing(what: str, done: int, total: int) -> None:
+    """No progress bar."""

@@ -1,0 +1,1 @@
+"""What runs in each training step, and the state that it keeps, saves and loads."""

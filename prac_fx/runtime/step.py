@@ -1,0 +1,171 @@
+"""What runs in each step: find this instance's subspaces, keep them fresh, append them to the arguments."""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from prac_fx.codecs import PracCodec
+from prac_fx.config import PracConfig
+from prac_fx.passes.plan import Plan
+from prac_fx.runtime.data_parallel import home_of, replica_of, sharded_parameters
+from prac_fx.runtime.random_streams import Draws, identity_of
+from prac_fx.runtime.rounding_seed import RoundingSeed
+from prac_fx.runtime.subspace_state import Subspace, SubspaceKey, rounding_seed_for, subspace_for
+from prac_fx.torch_compat import FakeTensor, has_saved_tensors_hooks
+
+
+@dataclass(frozen=True)
+class StateInput:
+    """One argument that we append to a compiled graph: a basis, sampled rows or the seed of rounding.
+
+    Attributes:
+        name: of its placeholder.
+        shape: of the tensor.
+        dtype: of the tensor.
+        device: of the tensor.
+    """
+
+    name: str
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+    device: torch.device
+
+
+def state_inputs(plan: Plan) -> list[StateInput]:
+    """The arguments that the rewritten graph takes after Dynamo's, in order."""
+    found = []
+    for number, site in enumerate(plan.sites):
+        if not isinstance(site.codec, PracCodec):
+            continue
+        shapes = {"basis": site.codec.basis_shape}
+        if site.codec.sample_rows:
+            shapes["rows"] = (site.codec.sample_rows, site.codec.features)
+        found += [
+            StateInput(f"prac_{what}_{number}", shape, site.dtype, site.device)
+            for what, shape in shapes.items()
+        ]
+    if plan.is_random:
+        found.append(StateInput("prac_seed", (), torch.int64, _rounding_device(plan)))
+    return found
+
+
+def _rounding_device(plan: Plan) -> torch.device:
+    """Where the seed lives: with the first value that is rounded stochastically."""
+    return next(site.device for site in plan.sites if site.is_random)
+
+
+@dataclass(frozen=True)
+class _Binding:
+    """The states of one instance of a compiled graph: one set of owners, each at its argument index."""
+
+    owners: tuple[tuple[int, weakref.ref[Tensor]], ...]
+    states: tuple[Subspace | RoundingSeed, ...]
+    tensors: tuple[Tensor, ...]
+
+    def fits(self, args: Sequence[Any]) -> bool:
+        for index, owner in self.owners:  # a generator would double the time
+            if owner() is not args[index]:
+                return False
+        return True
+
+
+def training_step(
+    compiled: Callable[..., Any], plan: Plan, config: PracConfig
+) -> Callable[..., Any]:
+    """Wrap a compiled training graph so that it receives its state.
+
+    Args:
+        compiled: what Inductor made of the graph with state placeholders.
+        plan: its sites, in the order of the placeholders.
+        config: seed and schedule.
+
+    Returns:
+        A callable with the arguments of Dynamo's own graph. Each call is one forward pass that will have
+        a backward: without gradients Dynamo compiles another graph, which this backend leaves alone.
+    """
+    indices = list(
+        dict.fromkeys(
+            [site.owner for site in plan.sites if site.has_state]
+            + ([plan.owner] if plan.is_random else [])
+        )
+    )
+    if not indices:
+        return compiled
+    first = indices[0]
+    # by identity of the first owner; an entry leaves with that parameter
+    bindings: dict[int, _Binding] = {}
+
+    def bind(args: Sequence[Any]) -> _Binding:
+        key = id(args[first])
+        states = _states_of(args, plan, config)
+
+        def forget(_: object) -> None:
+            bindings.pop(key, None)
+
+        owners = tuple(
+            (index, weakref.ref(args[index], forget if index == first else None))
+            for index in indices
+        )
+        bindings[key] = _Binding(owners, states, _tensors_of(states))
+        return bindings[key]
+
+    def step(*args: Any) -> Any:
+        binding = bindings.get(id(args[first]))
+        if binding is None or not binding.fits(args):
+            if isinstance(args[first], FakeTensor):
+                return compiled(*args, *_without_values(plan))
+            binding = bind(args)
+        for state in binding.states:
+            state.begin_step()
+        tensors = binding.tensors
+        if has_saved_tensors_hooks():
+            # a hook may keep what it is given where autograd's references do not count it: an alias counts
+            tensors = tuple(tensor.detach() for tensor in tensors)
+        return compiled(*args, *tensors)
+
+    return step
+
+
+def _states_of(
+    args: Sequence[Any], plan: Plan, config: PracConfig
+) -> tuple[Subspace | RoundingSeed, ...]:
+    """Find or create the states of one instance, in the order of their placeholders."""
+    sharded = sharded_parameters()
+    parameters = [arg for arg in args if isinstance(arg, nn.Parameter)]
+    identity = identity_of(parameters)
+
+    def draws(index: int, name: str) -> Draws:
+        return Draws(name, identity, replica_of(args[index], sharded, config.across_ranks))
+
+    states: list[Subspace | RoundingSeed] = []
+    for site in plan.sites:
+        if isinstance(site.codec, PracCodec):
+            owner = home_of(args[site.owner], sharded)
+            key = SubspaceKey(site.slot, site.codec, site.dtype)
+            by = draws(site.owner, site.owner_name)
+            states.append(subspace_for(owner, key, site.device, by, config, site.role))
+    if plan.is_random:
+        owner = home_of(args[plan.owner], sharded)
+        by = draws(plan.owner, plan.owner_name)
+        states.append(rounding_seed_for(owner, _rounding_device(plan), by, config))
+    return tuple(states)
+
+
+def _tensors_of(states: Sequence[Subspace | RoundingSeed]) -> tuple[Tensor, ...]:
+    found: list[Tensor | None] = []
+    for state in states:
+        found += [state.seed] if isinstance(state, RoundingSeed) else [state.basis, state.rows]
+    return tuple(tensor for tensor in found if tensor is not None)
+
+
+def _without_values(plan: Plan) -> list[Tensor]:
+    """State for a call with fake tensors: DistributedDataParallel's graph splitter asks each part for its strides."""
+    return [
+        torch.empty(one.shape, dtype=one.dtype, device=one.device) for one in state_inputs(plan)
+    ]

@@ -1,0 +1,162 @@
+"""The only folder that imports private parts of torch.
+
+Every name below was exercised by the test-suite on torch 2.11.0 and 2.13.0 (CPU builds). Nothing else
+in prac_fx or passes may import from a module whose path has a leading underscore.
+"""
+
+from torch._dynamo.exc import ShortenTraceback
+from torch._functorch import config as functorch_config
+from torch._functorch._aot_autograd.utils import make_boxed_func
+from torch._functorch.compile_utils import fx_graph_cse
+from torch._functorch.partitioners import min_cut_rematerialization_partition
+from torch._inductor import config as inductor_config
+from torch._inductor import ir as inductor_ir
+from torch._inductor.codegen.cpp import CppScheduling
+from torch._inductor.codegen.segmented_tree import SegmentedTree
+from torch._inductor.codegen.wrapper import (
+    AllocateLine,
+    EfficientPeakEstimate,
+    FreeIfNotReusedLine,
+    FreeLine,
+    ReuseLine,
+)
+from torch._inductor.compile_fx import compile_fx, compile_fx_inner
+from torch._inductor.custom_graph_pass import CustomPartitionerFn
+from torch._inductor.graph import GraphLowering
+from torch._inductor.lowering import register_lowering
+from torch._inductor.memory import (
+    assign_memory_planning_info_for_scheduler_buffers,
+    estimate_peak_memory,
+    get_freeable_input_buf,
+)
+from torch._inductor.utils import fresh_inductor_cache
+from torch._inductor.virtualized import V
+from torch._logging._internal import trace_structured
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+from torch.fx.experimental.proxy_tensor import make_fx
+from torch.fx.experimental.symbolic_shapes import guard_or_false, statically_known_true, sym_and
+from torch.utils._ordered_set import OrderedSet
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves, tree_map_only
+from torch.utils._sympy.functions import FloorDiv
+from torch.utils.checkpoint import CheckpointPolicy
+
+from prac_fx.torch_compat.distributed import active_data_parallel_group, fsdp_parameters
+from prac_fx.torch_compat.dynamo import (
+    argument_index,
+    causes,
+    copy_dynamo_graph,
+    gradient_argument_index,
+    has_promised_ranges,
+    placeholder_source_name,
+    raise_signal,
+    result_index,
+    tracing_fake_mode,
+    without_recompile_limit,
+)
+from prac_fx.torch_compat.inductor import (
+    gpu_fusion_patches,
+    inductor_decompositions,
+    inductor_patches,
+    inplace_decisions,
+    lower_and_schedule,
+    results_of,
+)
+from prac_fx.torch_compat.partitioner import (
+    has_memory_budget,
+    has_tag_must_recompute,
+    is_random_state,
+    offloaded_node,
+    rename_node,
+    saving_what_must_be_saved,
+    without_autograd_cache,
+    without_memory_budget,
+)
+from prac_fx.torch_compat.patches import (
+    annotate_seeds_with_budget,
+    comparing_sparse_results,
+    drawing_once,
+    loop_split_where,
+    peak_estimate,
+)
+from prac_fx.torch_compat.tensors import (
+    autograd_references,
+    has_saved_tensors_hooks,
+    split_size,
+    storage_key,
+)
+
+__all__ = [
+    "AllocateLine",
+    "CheckpointPolicy",
+    "CppScheduling",
+    "CustomPartitionerFn",
+    "EfficientPeakEstimate",
+    "FakeTensor",
+    "FakeTensorMode",
+    "FloorDiv",
+    "FreeIfNotReusedLine",
+    "FreeLine",
+    "GraphLowering",
+    "OrderedSet",
+    "ReuseLine",
+    "SegmentedTree",
+    "ShortenTraceback",
+    "TorchDispatchMode",
+    "V",
+    "active_data_parallel_group",
+    "annotate_seeds_with_budget",
+    "argument_index",
+    "assign_memory_planning_info_for_scheduler_buffers",
+    "autograd_references",
+    "causes",
+    "comparing_sparse_results",
+    "compile_fx",
+    "compile_fx_inner",
+    "copy_dynamo_graph",
+    "drawing_once",
+    "estimate_peak_memory",
+    "fresh_inductor_cache",
+    "fsdp_parameters",
+    "functorch_config",
+    "fx_graph_cse",
+    "get_freeable_input_buf",
+    "gpu_fusion_patches",
+    "gradient_argument_index",
+    "guard_or_false",
+    "has_memory_budget",
+    "has_promised_ranges",
+    "has_saved_tensors_hooks",
+    "has_tag_must_recompute",
+    "inductor_config",
+    "inductor_decompositions",
+    "inductor_ir",
+    "inductor_patches",
+    "inplace_decisions",
+    "is_random_state",
+    "loop_split_where",
+    "lower_and_schedule",
+    "make_boxed_func",
+    "make_fx",
+    "min_cut_rematerialization_partition",
+    "offloaded_node",
+    "peak_estimate",
+    "placeholder_source_name",
+    "raise_signal",
+    "register_lowering",
+    "rename_node",
+    "result_index",
+    "results_of",
+    "saving_what_must_be_saved",
+    "split_size",
+    "statically_known_true",
+    "storage_key",
+    "sym_and",
+    "trace_structured",
+    "tracing_fake_mode",
+    "tree_leaves",
+    "tree_map_only",
+    "without_autograd_cache",
+    "without_memory_budget",
+    "without_recompile_limit",
+]

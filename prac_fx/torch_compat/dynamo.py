@@ -1,0 +1,152 @@
+"""Dynamo: its signals, its graph, and where a graph's arguments come from."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import Any, cast
+
+import torch.fx as fx
+from torch._dynamo import config as dynamo_config
+from torch._dynamo.exc import RestartAnalysis, SkipFrame
+from torch._guards import TracingContext
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+from torch.fx.experimental.symbolic_shapes import StrictMinMaxConstraint
+
+
+def causes(error: BaseException | None) -> Iterator[BaseException]:
+    """An error and what it was made from, which Inductor keeps as `inner_exception` (torch._inductor.exc)."""
+    while error is not None:
+        yield error
+        error = error.__cause__ or getattr(error, "inner_exception", None)
+
+
+def raise_signal(error: BaseException) -> None:
+    """Raise what tells Dynamo how to go on with a frame, if an error is such a signal or was made from one.
+
+    Some are raised while a backend compiles: `TensorifyScalarRestartAnalysis` has Dynamo trace the frame again with a
+    number as a constant. Source: torch._dynamo.exc, `call_user_compiler` (torch._dynamo.output_graph).
+    """
+    for one in causes(error):
+        if isinstance(one, RestartAnalysis | SkipFrame):
+            raise one
+
+
+def without_recompile_limit() -> Any:
+    """Context in which Dynamo compiles the same code for as many backends as there are.
+
+    Each backend counts as another recompilation. At the limit (`torch._dynamo.config.recompile_limit`, 8) Dynamo runs the
+    code eagerly from then on, with a warning.
+    """
+    unlimited = 10**6
+    return dynamo_config.patch(recompile_limit=unlimited, accumulated_recompile_limit=unlimited)
+
+
+def tracing_fake_mode(example_inputs: Sequence[object]) -> FakeTensorMode:
+    """The fake mode that Dynamo is tracing under (torch._guards.TracingContext)."""
+    context = TracingContext.try_get()
+    if context is not None and context.fake_mode is not None:
+        return context.fake_mode
+    for value in example_inputs:
+        if isinstance(value, FakeTensor):
+            return value.fake_mode
+    return FakeTensorMode(allow_non_fake_inputs=True)
+
+
+def argument_index(placeholder: fx.Node) -> int | None:
+    """Position, among the Dynamo graph's placeholders, of a joint-graph primal.
+
+    Source: `torch._functorch._aot_autograd.descriptors` (PlainAOTInput.idx). A DTensor reaches the joint graph as
+    its local tensor, which stands for it. None for synthetic bases and other tensor subclasses, which have no
+    such position.
+    """
+    return _plain_index(placeholder.meta.get("desc"))
+
+
+def gradient_argument_index(description: object) -> int | None:
+    """Position of the argument whose gradient a joint-graph output is, from the output's descriptor."""
+    return _plain_index(getattr(_of_dtensor(description), "grad_of", None))
+
+
+def result_index(description: object) -> int | None:
+    """Position, among the results of Dynamo's graph, of a joint-graph output, from the output's descriptor."""
+    if type(description).__name__ != "PlainAOTOutput":
+        return None
+    return cast(int, description.idx)  # type: ignore[attr-defined]
+
+
+def _of_dtensor(description: Any) -> Any:
+    """What is said of a DTensor, from what is said of its local tensor."""
+    is_local = getattr(description, "attr", None) == "_local_tensor"
+    return description.base if is_local else description
+
+
+def _plain_index(description: object) -> int | None:
+    description = _of_dtensor(description)
+    if type(description).__name__ != "PlainAOTInput":
+        return None
+    return cast(int, description.idx)  # type: ignore[attr-defined]
+
+
+def placeholder_source_name(placeholder: fx.Node) -> str:
+    """Dynamo's name of where an argument comes from, such as `L['self']._parameters['weight']`."""
+    source = getattr(placeholder, "_dynamo_source", None)
+    if source is None:
+        return ""
+    name = source.name
+    return cast(str, name() if callable(name) else name)
+
+
+def copy_dynamo_graph(
+    gm: fx.GraphModule, extra_inputs: Sequence[tuple[str, FakeTensor]] = ()
+) -> fx.GraphModule:
+    """Copy Dynamo's graph for a compiler that takes ownership of it, with placeholders appended.
+
+    Dynamo reads its own graph again after the backend returns, so it must stay as it is. Tensors and
+    parameters held as attributes are shared, nested graph modules (bodies of higher-order operators)
+    are copied. `_dynamo_source` and the module's source tables are not copied by fx and are restored.
+
+    Args:
+        gm: the graph module that Dynamo handed to the backend.
+        extra_inputs: (name, fake tensor) of each placeholder to append, in order. They are marked as
+            static inputs without guards, so that CUDA graphs treat their addresses as fixed.
+    """
+    graph = fx.Graph()
+    copies: dict[fx.Node, fx.Node] = {}
+    outputs = graph.graph_copy(gm.graph, copies)
+    for node, copied in copies.items():
+        if node.op == "placeholder":
+            copied._dynamo_source = getattr(node, "_dynamo_source", None)
+    placeholders = graph.find_nodes(op="placeholder")
+    last = placeholders[-1] if placeholders else None
+    for name, fake in extra_inputs:
+        point = graph.inserting_after(last) if last is not None else graph.inserting_before()
+        with point:
+            last = graph.placeholder(name)
+        last._dynamo_source = None
+        last.meta["example_value"] = fake
+        last.meta["tensor_dict"] = {"_dynamo_static_input_type": "unguarded"}
+    old_output = next(iter(gm.graph.find_nodes(op="output")))
+    new_output = graph.output(outputs)
+    new_output.meta = dict(old_output.meta)
+    copied_gm = fx.GraphModule(gm, graph)
+    copied_gm.meta = dict(gm.meta)
+    for name, child in list(copied_gm.named_children()):
+        if isinstance(child, fx.GraphModule):
+            setattr(copied_gm, name, copy_dynamo_graph(child))
+    for attribute in ("_param_name_to_source", "_source_to_user_stacks", "_backward_state"):
+        if hasattr(gm, attribute):
+            setattr(copied_gm, attribute, getattr(gm, attribute))
+    return copied_gm
+
+
+def has_promised_ranges() -> bool:
+    """Does the graph have to serve a whole range of sizes that the user gave, by `mark_dynamic(..., min=, max=)`?
+
+    Dynamo raises an error when a guard takes a part of such a range away. Source: `_automatic_dynamic`
+    (torch._dynamo.variables.builder).
+    """
+    context = TracingContext.try_get()
+    by_tensor: Any = {} if context is None else context.tensor_to_context
+    symbolic = by_tensor.values()
+    constraints = (c for one in symbolic for c in getattr(one, "constraint_sizes", ()))
+    return any(isinstance(c, StrictMinMaxConstraint) and not c.warn_only for c in constraints)

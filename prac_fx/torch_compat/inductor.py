@@ -1,0 +1,139 @@
+"""Inductor: its options, and a graph that it lowers and schedules without writing code."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any, TypeVar, cast
+from unittest.mock import patch
+
+import sympy
+import torch
+import torch.fx as fx
+from torch._guards import TracingContext
+from torch._inductor import config as inductor_config
+from torch._inductor import ir as inductor_ir
+from torch._inductor.codegen.common import Kernel
+from torch._inductor.compile_fx import compile_fx_inner
+from torch._inductor.decomposition import select_decomp_table
+from torch._inductor.graph import GraphLowering
+from torch._inductor.virtualized import V
+
+from prac_fx.torch_compat.patches import comparing_sparse_results
+
+
+def inductor_decompositions() -> dict[Any, Any]:
+    """The decomposition table that Inductor traces with."""
+    return cast(dict[Any, Any], select_decomp_table())
+
+
+def inductor_patches(mode: str | None, options: Mapping[str, Any]) -> dict[str, Any]:
+    """Config patches that `torch.compile(mode=..., options=...)` stands for with Inductor.
+
+    Source: `torch._TorchCompileInductorWrapper`, which also checks names and types.
+
+    Raises:
+        RuntimeError: from torch, for an unknown mode, an unknown key, or a value of the wrong type.
+    """
+    wrapper: Any = torch._TorchCompileInductorWrapper
+    config: dict[str, Any] = wrapper(mode, dict(options), None).config
+    return config
+
+
+def gpu_fusion_patches() -> dict[str, Any]:
+    """Config patches with which a GPU's kernel that reads a matmul's result encodes it, too.
+
+    The encoding loops over groups, the reader over the model's shapes. Inductor finds that both read the same memory where it
+    normalises loops, or, in later versions, tries other indices; the option that does so is not there before.
+    """
+    if hasattr(inductor_config, "loop_reindexing_after_fusion"):
+        return {}
+    return {"loop_ordering_after_fusion": False}
+
+
+_Result = TypeVar("_Result")
+
+
+class _Scheduled(Exception):
+    """Leaves Inductor once a graph is scheduled."""
+
+
+def lower_and_schedule(
+    gm: fx.GraphModule,
+    example_inputs: Sequence[Any],
+    read: Callable[[GraphLowering], _Result],
+    **options: Any,
+) -> _Result:
+    """Let Inductor lower, fuse and order a graph, look at the result, and stop before code is written.
+
+    Source: `GraphLowering.codegen` (torch._inductor.graph), whose first two steps these are.
+
+    Args:
+        gm: a forward or backward graph as AOTAutograd hands it to Inductor, which takes ownership of it.
+        example_inputs: its inputs.
+        read: called with the lowered graph, its scheduler in place, under Inductor's handlers.
+        **options: of `compile_fx_inner`.
+
+    Returns:
+        What `read` returns.
+    """
+    results: list[_Result] = []
+
+    def stop_when_scheduled(graph: GraphLowering) -> Any:
+        graph.init_wrapper_code()
+        graph._update_scheduler()
+        _report_output_strides(graph)
+        results.append(read(graph))
+        raise _Scheduled
+
+    settings = {
+        # a cached graph would not be lowered
+        "fx_graph_cache": False,
+        # searching for the fastest kernels would run them
+        "max_autotune": False,
+        "max_autotune_gemm": False,
+        # Inductor copies its configuration for its logs, and a partitioner may hold fake tensors
+        "custom_partitioner_fn": None,
+    }
+    with (
+        inductor_config.patch(settings),
+        patch.object(GraphLowering, "codegen", stop_when_scheduled),
+        comparing_sparse_results(),
+    ):
+        try:
+            compile_fx_inner(gm, example_inputs, **options)
+        except Exception:
+            if not results:
+                raise
+    if not results:
+        raise AssertionError("Inductor returned without scheduling the graph")
+    return results[0]
+
+
+def _report_output_strides(graph: GraphLowering) -> None:
+    """Tell AOTAutograd the strides of a forward graph's outputs, which the backward graph is then lowered for.
+
+    As `set_tracing_context_output_strides` (torch._inductor.output_code) does for a compiled graph. Symbolic ones are not told.
+    """
+    context = TracingContext.try_get()
+    if context is None or context.output_strides is None or context.output_strides:
+        return
+    for output in graph.graph_outputs:
+        layout = output.maybe_get_layout() if isinstance(output, inductor_ir.IRNode) else None
+        strides = list(getattr(layout, "stride", None) or [])
+        is_plain = bool(strides) and all(isinstance(one, int | sympy.Integer) for one in strides)
+        context.output_strides.append(tuple(map(int, strides)) if is_plain else None)
+
+
+def inplace_decisions() -> Any:
+    """Context in which Inductor's scheduler decides which outputs take over the memory of an input.
+
+    As `Scheduler.codegen_extern_call` does for kernels that it does not write itself.
+    """
+    return V.set_kernel_handler(Kernel(increase_kernel_count=False))
+
+
+def results_of(operator: Any) -> Iterator[Any]:
+    """Buffers of the schedule that hold the tensors of an operator with several results, each once for each reader."""
+    for user in operator.users:
+        parts = user.node.get_outputs() if hasattr(user.node, "get_outputs") else []
+        yield from (part for part in parts if isinstance(part.node, inductor_ir.MultiOutput))

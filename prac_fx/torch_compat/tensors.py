@@ -1,0 +1,37 @@
+"""Tensors and what holds their memory."""
+
+from __future__ import annotations
+
+import sympy
+import torch
+
+
+def storage_key(value: torch.Tensor) -> int:
+    """Identity of the storage behind a (fake) tensor: equal for a value and all its views.
+
+    Raises:
+        NotImplementedError: for tensors without storage (sparse).
+    """
+    address: int = value.untyped_storage()._cdata
+    return address
+
+
+def autograd_references(value: torch.Tensor) -> int:
+    """How many hold the memory of a tensor: 1 when only its Python object does, more while a pending backward does.
+
+    A backward holds the C++ tensor, or, through a saved-tensors hook, an alias of it.
+    """
+    owners: int = value._use_count()  # type: ignore[attr-defined]
+    # one of the storage's owners is the tensor, one the storage object that this line makes
+    return owners + torch._C._storage_Use_Count(value.untyped_storage()._cdata) - 2
+
+
+def has_saved_tensors_hooks() -> bool:
+    """Do hooks (`torch.autograd.graph.saved_tensors_hooks`, `save_on_cpu`) see what a forward pass saves now?"""
+    return torch._C._autograd._top_saved_tensors_default_hooks(True) is not None
+
+
+def split_size(size: torch.SymInt) -> tuple[int, sympy.Expr]:
+    """The largest whole number that divides a symbolic size whatever its symbols are, and the rest as an expression."""
+    factor, rest = sympy.expand(size.node.expr).primitive()
+    return int(factor), rest

@@ -1,0 +1,105 @@
+"""Models without memory, and other sizes of their inputs."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+from prac_fx.errors import ReportError
+from prac_fx.memory.fake_model import as_fake, build_model, fake_mode_of, resized
+from prac_fx.torch_compat import FakeTensor, FakeTensorMode
+from tests.models import Sequential, rows
+
+
+def test_a_fake_copy_leaves_the_model_alone() -> None:
+    model, x = Sequential(), rows(8)
+    fake_model, fake_x = as_fake((model, x), FakeTensorMode())
+    assert isinstance(fake_x, FakeTensor)
+    assert all(isinstance(parameter, FakeTensor) for parameter in fake_model.parameters())
+    assert not any(isinstance(parameter, FakeTensor) for parameter in model.parameters())
+    assert fake_model(fake_x).shape == (8, 64)
+
+
+def test_tied_parameters_stay_tied() -> None:
+    model = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4))
+    model[1].weight = model[0].weight
+    fake = as_fake(model, FakeTensorMode())
+    assert fake[0].weight is fake[1].weight
+
+
+@pytest.mark.parametrize("fake", [True, False, None])
+def test_build_model(fake: bool | None) -> None:
+    built = build_model(lambda: (nn.Linear(16, 16), torch.randn(4, 16)), fake)
+    # None: it fits easily
+    assert (fake_mode_of(built) is not None) == bool(fake)
+
+
+def test_a_model_that_would_not_fit_is_built_without_memory(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr("prac_fx.memory.fake_model.free_memory", lambda: 1024)
+    model, _ = build_model(lambda: (nn.Linear(64, 64), torch.randn(4, 64)))
+    assert model.weight.device.type == "cpu"
+    assert isinstance(model.weight, FakeTensor)
+
+
+def test_the_random_stream_is_untouched() -> None:
+    torch.manual_seed(3)
+    expected = torch.rand(2)
+    torch.manual_seed(3)
+    build_model(lambda: nn.Linear(64, 64), True)
+    assert torch.equal(torch.rand(2), expected)
+
+
+# -- other sizes ---------------------------------------------------------------------------------
+
+
+def _tokens(batch: int = 2, length: int = 6) -> dict[str, Any]:
+    tokens = torch.arange(batch * length).view(batch, length)
+    return {"input_ids": tokens, "labels": tokens[:, 0], "mask": torch.ones(batch, length)}
+
+
+def test_batch_and_sequence() -> None:
+    given = _tokens()
+    _, _, inputs = resized(None, (), given, batch=5, seq=4)
+    assert inputs["input_ids"].shape == (5, 4)
+    assert inputs["labels"].shape == (5,)
+    assert inputs["mask"].shape == (5, 4)
+    assert torch.equal(inputs["input_ids"][:2], given["input_ids"][:, :4])  # values stay valid ones
+    assert given["input_ids"].shape == (2, 6)
+
+
+def test_sizes_of_fake_inputs() -> None:
+    mode = FakeTensorMode()
+    (x,) = as_fake((rows(8),), mode)
+    with mode:
+        _, (larger,), _ = resized(None, (x,), {}, batch=100)
+    assert larger.shape == (100, 64)
+
+
+def test_dtype_changes_a_copy() -> None:
+    model = Sequential()
+    changed, (x,), _ = resized(model, (rows(8),), {}, dtype="bfloat16")
+    assert x.dtype == torch.bfloat16
+    assert {parameter.dtype for parameter in changed.parameters()} == {torch.bfloat16}
+    assert {parameter.dtype for parameter in model.parameters()} == {torch.float32}
+
+
+@pytest.mark.parametrize(
+    ("inputs", "sizes", "message"),
+    [
+        (_tokens(), {"batch": 0}, "batch=0: expected at least 1"),
+        (_tokens(), {"seq": -1}, "seq=-1: expected at least 1"),
+        (_tokens(), {"dtype": "int8"}, "dtype='int8': expected 'float32', "),
+        (_tokens(), {"dtype": "half precision"}, "dtype='half precision': expected 'float32', "),
+        ({"x": torch.randn(4, 4)}, {"seq": 8}, "seq: no input has token numbers"),
+        ({"x": 3}, {"batch": 8}, "batch: no input is a tensor with a dimension"),
+    ],
+)
+def test_refusals(inputs: dict[str, Any], sizes: dict[str, Any], message: str) -> None:
+    with pytest.raises(ReportError) as caught:
+        resized(None, (), inputs, **sizes)
+    assert str(caught.value).startswith(message)

@@ -1,0 +1,40 @@
+"""The layout of the package: lower rooms know nothing of higher ones, and every room is installed."""
+
+from __future__ import annotations
+
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).parent.parent
+
+
+def test_lower_rooms_know_nothing_of_higher_ones() -> None:
+    """The contracts are in pyproject.toml."""
+    command = [sys.executable, "-c", "from importlinter.cli import lint_imports_command as c; c()"]
+    checked = subprocess.run(
+        [*command, "--no-cache"], cwd=ROOT, capture_output=True, text=True, check=False
+    )
+    assert checked.returncode == 0, checked.stdout
+
+
+def test_every_folder_is_installed() -> None:
+    listed = set(re.findall(r'^    "(prac_fx[\w.]*)",$', _pyproject("packages"), re.MULTILINE))
+    folders = {path.parent for path in (ROOT / "prac_fx").rglob("__init__.py")}
+    folders.add(ROOT / "prac_fx" / "passes")  # a link, which rglob does not follow
+    assert listed == {".".join(folder.relative_to(ROOT).parts) for folder in folders}
+
+
+def test_every_room_is_in_the_contract() -> None:
+    layers = set(re.findall(r"prac_fx\.(\w+)", _pyproject("layers")))
+    rooms = {
+        path.stem for path in (ROOT / "prac_fx").iterdir() if path.is_dir() or path.suffix == ".py"
+    }
+    assert layers == rooms - {"__init__", "_version", "__pycache__"}
+
+
+def _pyproject(key: str) -> str:
+    """The lines of a list in it."""
+    text = (ROOT / "pyproject.toml").read_text(encoding="utf-8")
+    return text.split(f"{key} = [\n", 1)[1].split("]", 1)[0]
