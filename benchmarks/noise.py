@@ -28,7 +28,7 @@ from benchmarks.record import commit
 from benchmarks.settings import Settings
 from examples.stdlib_text import batches, library_bytes
 from prac_fx.config import PracConfig
-from prac_fx.passes.plan import Plan
+from prac_fx.passes.plan_data import Plan
 
 TITLE = "Gradient noise against saved bytes"
 

@@ -9,7 +9,7 @@ import torch.fx as fx
 
 from prac_fx.compiler.dynamo_backend import DynamoGraph, plan_and_compile
 from prac_fx.config import PracConfig
-from prac_fx.passes.plan import Plan
+from prac_fx.passes.plan_data import Plan
 from prac_fx.runtime.step import training_step
 from prac_fx.torch_compat import compile_fx, copy_dynamo_graph, make_boxed_func
 

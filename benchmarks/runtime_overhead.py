@@ -19,7 +19,7 @@ from torch.utils.benchmark import Timer
 
 from prac_fx.codecs import PracCodec, QuantCodec
 from prac_fx.config import PracConfig
-from prac_fx.passes.plan import Plan, Site
+from prac_fx.passes.plan_data import Plan, Site
 from prac_fx.runtime.step import training_step
 from prac_fx.runtime.subspace_state import subspaces_of
 

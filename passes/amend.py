@@ -24,10 +24,9 @@ from prac_fx.graph.graph_edit import allocating_node
 from prac_fx.graph.nbytes import storage_nbytes
 from prac_fx.graph.origin import origin_of
 from prac_fx.passes.operators import operator_name
+from prac_fx.passes.plan_data import Reason
 from prac_fx.passes.soundness import Fault, Problem, Verdict
 from prac_fx.torch_compat import has_tag_must_recompute
-
-Reason = tuple[str, str]  # code of `plan.REASONS` and detail
 
 _CODES: Mapping[Problem, str] = {
     "exponential": "ill_conditioned",
@@ -190,4 +189,4 @@ def _reason(fault: Fault) -> Reason:
     """Reason code, and the operator with its place in the user's code."""
     origin = origin_of(fault.operator)
     where = f" at {origin.file}:{origin.line}" if origin.file else ""
-    return _CODES[fault.problem], f"{origin.op}{where}"
+    return Reason(_CODES[fault.problem], f"{origin.op}{where}")

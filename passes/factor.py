@@ -1,9 +1,8 @@
 """Pass 7, factor: take weight gradients from the coordinates, so that the decoded value is never built.
 
     before                                      after
-    basis_t = permute(basis, [1, 0])            small = mm(dy_t, coordinates)
-    decoded = mm(coordinates, basis_t)          basis_t = permute(basis, [1, 0])
-    dw = mm(dy_t, decoded)                      dw = mm(small, basis_t)
+    decoded = decode(coordinates, basis)        dw = weight_gradient(coordinates, dy_t, basis)
+    dw = mm(dy_t, decoded)
 
 Source: arXiv 2602.23111, X~^T dY = P ((X P)^T dY). Associating from the other end costs 2 m r o + 2 n r o
 FLOPs instead of 2 m n o, and needs no (m, n) buffer.
@@ -16,9 +15,8 @@ from collections.abc import Sequence
 import torch
 import torch.fx as fx
 
-from prac_fx.codecs import PracCodec
 from prac_fx.graph.graph_edit import Inliner, erase_dead
-from prac_fx.passes.rewrite import EncodedSite
+from prac_fx.passes.encoded import EncodedSite
 from prac_fx.passes.roles import MATMULS
 
 _aten = torch.ops.aten
@@ -27,27 +25,27 @@ _BACKWARD = "must_be_in_backward"
 
 def factor(encoded: Sequence[EncodedSite], inline: Inliner) -> None:
     """Replace every reader of a decoded value by its factored form; edits the graph."""
-    for one in encoded:
-        for reader, side in one.readers:
-            _factor_reader(one, reader, side, inline)
-        erase_dead(one.decode_nodes)
+    for site in encoded:
+        for reader, side in site.readers:
+            _factor_reader(site, reader, side, inline)
+        erase_dead(site.decode_nodes)
 
 
-def _factor_reader(one: EncodedSite, reader: fx.Node, side: int, inline: Inliner) -> None:
-    codec, dy = one.site.codec, reader.args[MATMULS[reader.target][1 - side]]
+def _factor_reader(encoded: EncodedSite, reader: fx.Node, side: int, inline: Inliner) -> None:
+    codec, dy = encoded.site.codec, reader.args[MATMULS[reader.target][1 - side]]
     assert isinstance(dy, fx.Node)
-    assert isinstance(codec, PracCodec)
-    assert one.state is not None
+    count = len(encoded.parts)
     # left operand X^T: the result is (n, o); right operand X: dY^T stands left, the result is (o, n)
     gradient = codec.weight_gradient if side == 0 else codec.weight_gradient_transposed
     result = inline(
-        gradient,
-        [one.coordinates, one.state.basis, dy],
+        lambda dy, *args: gradient(args[:count], dy, *args[count:]),
+        [dy, *encoded.parts, *encoded.basis],
         before=reader,
         tag=_BACKWARD,
         like=reader,
         key=("weight_gradient", side, codec),
         name="weight_gradient",
+        label=f"weight_gradient[{codec.describe()}]",
     ).result
     if reader.target in (_aten.addmm.default, _aten.baddbmm.default):
         result = _add_summand(reader, result, inline)

@@ -21,9 +21,8 @@ import torch.fx as fx
 from prac_fx.errors import CannotRewriteError
 from prac_fx.graph.graph_edit import allocating_node, storage_of
 from prac_fx.passes.draws import partition_drawing_once
-from prac_fx.passes.plan import Plan
-from prac_fx.passes.rewrite import EncodedSite
-from prac_fx.passes.sample import sample
+from prac_fx.passes.encoded import EncodedSite
+from prac_fx.passes.plan_data import Plan
 from prac_fx.passes.survey import SavedValue, saved_values
 from prac_fx.torch_compat import (
     CheckpointPolicy,
@@ -38,7 +37,7 @@ class PartitionedGraph:
     """A rewritten joint graph, split.
 
     Attributes:
-        fw: the forward module, with the sampling of rows in it.
+        fw: the forward module; `sample` adds the sampling of rows.
         bw: the backward module.
         saved: what the forward hands to the backward.
         stored: name of each encoded value -> names of the saved values that hold its encoding.
@@ -85,7 +84,6 @@ def partition(
     if _output_names(fw, num_fwd_outputs) != outputs:
         raise CannotRewriteError("the partitioner changed the forward outputs")
     _check_totals(gm.graph, saved, stored, plan)
-    sample(fw, encoded)
     stored_by = {
         one.value.name: tuple(by_storage[storage_of(part)] for part in one.stored)
         for one in encoded

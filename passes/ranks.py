@@ -6,9 +6,10 @@ from dataclasses import dataclass, replace
 
 import torch
 
-from prac_fx.codecs import PracCodec, QuantCodec
+from prac_fx.codecs import Codec, PracCodec, QuantizedCoordinates
 from prac_fx.config import PracConfig, ProjectedRole
 from prac_fx.graph.nbytes import size_hint
+from prac_fx.passes.plan_data import Keep
 from prac_fx.passes.quantizer import quantizer
 from prac_fx.passes.sizes import Sizes
 
@@ -61,97 +62,102 @@ def relative_flops(matrix: Projected, codec: PracCodec) -> float:
     return codec.flops(size_hint(matrix.tokens), matrix.outputs) / max(1, matrix.exact_flops)
 
 
-def not_worthwhile(matrix: Projected, codec: PracCodec) -> str:
-    """Why "auto" takes something else than PRAC for a matrix; empty when PRAC it is."""
+def check_worthwhile(matrix: Projected, codec: PracCodec) -> None:
+    """Does "auto" take PRAC for a matrix?
+
+    Raises:
+        Keep: it takes something else.
+    """
     if matrix.features < _MIN_WORTHWHILE_FEATURES:
-        return f"{matrix.features} features are few for PRAC"
+        raise Keep("not_derivable", f"{matrix.features} features are few for PRAC")
     left = relative_flops(matrix, codec)
-    return f"PRAC would take {left:.2f} of the exact FLOPs" if left > _WORTHWHILE_FLOPS else ""
+    if left > _WORTHWHILE_FLOPS:
+        raise Keep("not_derivable", f"PRAC would take {left:.2f} of the exact FLOPs")
 
 
-def bad_rank(matrix: Projected, config: PracConfig) -> tuple[str, str] | None:
-    """Reason code and detail when the ranks do not fit the features; None when they do."""
+def check_rank(matrix: Projected, config: PracConfig) -> None:
+    """Do the ranks fit the features?
+
+    Raises:
+        Keep: they do not.
+    """
     n = matrix.features
     options = [config.for_role(name, matrix.role) for name in ("principal", "random")]
     ranks = [_rank(option, n) for option in options]
     vanished = any(rank == 0 and option != 0 for rank, option in zip(ranks, options, strict=True))
     if vanished or sum(ranks) > n:
-        return "too_few_features", f"rank {sum(ranks)} for {n} features"
-    return None
+        raise Keep("too_few_features", f"rank {sum(ranks)} for {n} features")
 
 
-def too_few(
-    matrix: Projected,
-    codec: PracCodec,
-    coordinates: QuantCodec | None,
-    config: PracConfig,
-    sizes: Sizes,
-) -> tuple[str, str] | None:
-    """Are there enough tokens for the encoding to pay? None if so, else reason code and detail."""
+def check_tokens(
+    matrix: Projected, rank: int, codec: Codec, config: PracConfig, sizes: Sizes
+) -> None:
+    """Are there enough tokens for the encoding to pay?
+
+    Args:
+        matrix: to be encoded.
+        rank: of the subspace.
+        codec: of the coordinates, too.
+        config: the user's options.
+        sizes: which symbolic sizes are large enough.
+
+    Raises:
+        Keep: there are not.
+    """
     n = matrix.features
-    if _saved_per_token(matrix, codec, coordinates) <= 0:
-        return "rank_saves_nothing", f"rank {codec.rank} for {n} features"
+    if _saved_per_token(matrix, codec) <= 0:
+        raise Keep("rank_saves_nothing", f"rank {rank} for {n} features")
     bounds = (
         ("too_small", _min_tokens(matrix, config), False),
-        ("too_few_tokens", codec.rank + 1, True),
+        ("too_few_tokens", rank + 1, True),
         # a basis outlives the batch: with fewer tokens another time it is there all the same
-        ("rank_saves_nothing", _tokens_for_state(matrix, codec, coordinates), False),
+        ("rank_saves_nothing", _tokens_for_state(matrix, codec), False),
     )
     for reason, bound, always in bounds:
         if not sizes.reaches(matrix.tokens, bound, always=always):
             symbolic = not isinstance(matrix.tokens, int)
             verb = "may have" if symbolic else "has"
             detail = f"{matrix.tokens}x{n} {verb} fewer than {bound} tokens"
-            return ("symbolic_size" if symbolic else reason), detail
-    return None
+            raise Keep("symbolic_size" if symbolic else reason, detail)
 
 
-def least_tokens(
-    matrix: Projected, codec: PracCodec, coordinates: QuantCodec | None, config: PracConfig
-) -> tuple[int, int]:
-    """Tokens from which the encoding is to be used, and from which the state pays, too, of as many blocks as there may be."""
-    runs_from = max(_min_tokens(matrix, config), codec.rank + 1)
-    cheapest = choose_codec(replace(matrix, tokens=1), config)
-    stored_as = coordinates_codec(cheapest, config, matrix.device)
-    if _saved_per_token(matrix, cheapest, stored_as) <= 0:
-        cheapest, stored_as = codec, coordinates
-    return runs_from, max(runs_from, _tokens_for_state(matrix, cheapest, stored_as))
+def least_tokens(matrix: Projected, rank: int, codec: Codec, config: PracConfig) -> tuple[int, int]:
+    """Tokens from which the encoding is to be used, and from which the state of as many blocks as there may be pays, too.
+
+    Arguments as for `check_tokens`.
+    """
+    runs_from = max(_min_tokens(matrix, config), rank + 1)
+    cheapest = with_coordinates(choose_codec(replace(matrix, tokens=1), config), config, matrix)
+    if _saved_per_token(matrix, cheapest) <= 0:
+        cheapest = codec
+    return runs_from, max(runs_from, _tokens_for_state(matrix, cheapest))
 
 
 def _min_tokens(matrix: Projected, config: PracConfig) -> int:
     return -(-config.min_nbytes // (matrix.features * matrix.itemsize))
 
 
-def _tokens_for_state(matrix: Projected, codec: PracCodec, coordinates: QuantCodec | None) -> int:
+def _tokens_for_state(matrix: Projected, codec: Codec) -> int:
     """Tokens of which the encoding saves more than the state takes."""
-    state = codec.state_nbytes(matrix.itemsize)
-    return int(state / _saved_per_token(matrix, codec, coordinates)) + 1
+    return int(codec.state_nbytes(matrix.itemsize) / _saved_per_token(matrix, codec)) + 1
 
 
-def _saved_per_token(matrix: Projected, codec: PracCodec, coordinates: QuantCodec | None) -> float:
-    stored = coordinates_nbytes(codec, coordinates, 1024, matrix.itemsize) / 1024
+def _saved_per_token(matrix: Projected, codec: Codec) -> float:
+    stored = codec.stored_nbytes(1024, matrix.itemsize) / 1024
     return matrix.features * matrix.itemsize - stored
 
 
-def coordinates_codec(
-    codec: PracCodec, config: PracConfig, device: torch.device
-) -> QuantCodec | None:
-    """How the coordinates of a PRAC site are stored; None when they are stored as they are."""
+def with_coordinates(codec: PracCodec, config: PracConfig, matrix: Projected) -> Codec:
+    """The codec with its coordinates stored as the options say."""
     if config.coordinates == "exact":
-        return None
+        return codec
     assert config.coordinates is not None
     # several blocks are stored as (B, r / B, m): the quantised dimension is the one of the directions
     dim = -1 if codec.blocks == 1 else -2
-    return quantizer(config.coordinates, codec.rank // codec.blocks, device, config, dim)
-
-
-def coordinates_nbytes(
-    codec: PracCodec, coordinates: QuantCodec | None, tokens: int, itemsize: int
-) -> int:
-    """Bytes stored for a number of tokens."""
-    if coordinates is None:
-        return codec.coordinates_nbytes(tokens, itemsize)
-    return coordinates.stored_nbytes(tokens * codec.blocks, itemsize)
+    per_block = codec.rank // codec.blocks
+    return QuantizedCoordinates(
+        codec, quantizer(config.coordinates, per_block, matrix.device, config, dim=dim)
+    )
 
 
 def _rank(option: float | int, n: int) -> int:

@@ -18,7 +18,7 @@ import torch.fx as fx
 from torch import Tensor
 
 from prac_fx.graph.graph_edit import Inliner
-from prac_fx.passes.rewrite import EncodedSite
+from prac_fx.passes.encoded import EncodedSite
 
 _BITS = 16
 _STEP = 40503  # odd, and about 2**16 times the golden ratio's fraction
@@ -43,10 +43,10 @@ def sample(fw: fx.GraphModule, encoded: Sequence[EncodedSite]) -> None:
     nodes = {node.name: node for node in graph.nodes}
     output = next(iter(graph.find_nodes(op="output")))
     inline = Inliner(graph)
-    for one in encoded:
-        if one.state is None or one.state.rows is None:
+    for site in encoded:
+        if site.state is None or site.state.rows is None:
             continue
-        matrix, buffer = nodes[one.matrix.name], nodes[one.state.rows.name]
+        matrix, buffer = nodes[site.matrix.name], nodes[site.state.rows.name]
         rows = inline(
             sample_matrix,
             [matrix, buffer],
@@ -55,6 +55,7 @@ def sample(fw: fx.GraphModule, encoded: Sequence[EncodedSite]) -> None:
             like=matrix,
             key="sample",
             name="sampled_rows",
+            label="sample",
         ).result
         with graph.inserting_before(output):
             copied = graph.call_function(torch.ops.aten.copy_.default, (buffer, rows))

@@ -9,6 +9,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
+from prac_fx.codecs import ELEMENTWISE
 from prac_fx.errors import PracOptionError
 from prac_fx.torch_compat import inductor_config, inductor_patches
 
@@ -16,7 +17,7 @@ PREFIX = "prac."
 
 # How the saved values of each part may be stored. "auto" takes PRAC where it saves FLOPs and computes the
 # value again from stored ones where that is free.
-QUANTIZED = ("int8", "int4")
+QUANTIZED = tuple(ELEMENTWISE)
 PARTS: Mapping[str, tuple[str, ...]] = {
     "weight_gradient": ("auto", "prac", "recompute", *QUANTIZED, "exact"),
     "input_gradient": ("prac", *QUANTIZED, "exact"),
@@ -70,6 +71,9 @@ _COMMON: Mapping[str, Any] = {
     "checkpoint_inputs": "exact",
 }
 
+# Passes that can be left out; see `prac_fx.passes.runner`.
+SKIPPABLE_PASSES = ("judge", "factor", "sample")
+
 ProjectedRole = Literal["weight_gradient", "input_gradient"]
 PROJECTED_ROLES: tuple[ProjectedRole, ...] = ("weight_gradient", "input_gradient")
 
@@ -122,6 +126,9 @@ class PracConfig:
             replicas of DistributedDataParallel and `fully_shard` draw independently, ranks that share data
             (tensor parallelism) alike. "identical": all of them alike. "independent": none of them; for data
             parallelism that neither of the two wrappers runs.
+        skip_passes: names of passes to leave out, to find the one that a fault comes from: "judge" (values that backward may
+            not read with an error are encoded all the same: gradients may be wrong), "factor" (weight gradients are
+            taken from decoded values), "sample" (no rows are sampled, so that bases stay random).
         strict: raise where the backend would otherwise fall back to plain Inductor with a warning.
         report: path of a JSON file, into which the job writes what its compiled graphs save for backward, and why;
             `python -m prac_fx.report report.json` shows it. In a distributed job each rank writes its own,
@@ -152,6 +159,7 @@ class PracConfig:
     exclude: tuple[str, ...] = ()
     seed: int = 0
     across_ranks: Literal["auto", "identical", "independent"] = "auto"
+    skip_passes: tuple[str, ...] = ()
     strict: bool = False
     report: str | None = None
 
@@ -179,6 +187,10 @@ class PracConfig:
         _check_int("seed", self.seed, minimum=0, maximum=2**63 - 1)
         for name in ("include", "exclude"):
             object.__setattr__(self, name, _globs(name, getattr(self, name)))
+        skipped = _globs("skip_passes", self.skip_passes)
+        for name in skipped:
+            _check_choice("skip_passes", name, SKIPPABLE_PASSES)
+        object.__setattr__(self, "skip_passes", skipped)
         both = sorted(set(self.include) & set(self.exclude))
         if both:
             raise PracOptionError(

@@ -13,7 +13,7 @@ from prac_fx.compiler import pipeline
 from prac_fx.compiler.dynamo_backend import DynamoGraph, analyse_graph, compile_rewritten
 from prac_fx.config import split_options
 from prac_fx.passes.partition import PartitionedGraph
-from prac_fx.passes.plan import Plan, PlannedValue
+from prac_fx.passes.plan_data import Plan, PlannedValue
 from prac_fx.torch_compat import functorch_config, make_boxed_func
 from tests.compiling import SMALL
 

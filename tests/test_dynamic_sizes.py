@@ -15,7 +15,7 @@ from torch._dynamo.utils import counters
 
 import prac_fx
 from prac_fx.codecs import PracCodec
-from prac_fx.passes.plan import Plan
+from prac_fx.passes.plan_data import Plan
 from tests import models
 from tests.compiling import loss_of
 from tests.uncompiled import compile_plain, no_code_generation

@@ -19,7 +19,7 @@ import prac_fx
 from prac_fx.codecs import PracCodec, QuantCodec
 from prac_fx.compiler import dynamo_backend
 from prac_fx.compiler.graph_records import _ALIVE, CompiledGraph
-from prac_fx.passes.plan import Plan
+from prac_fx.passes.plan_data import Plan
 from prac_fx.report import load_document
 from prac_fx.runtime.rounding_seed import rounding_seed_of
 from prac_fx.runtime.subspace_state import subspaces_of

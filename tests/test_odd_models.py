@@ -26,7 +26,7 @@ from transformers import (
 )
 
 from prac_fx.codecs import PracCodec
-from prac_fx.passes.plan import Plan
+from prac_fx.passes.plan_data import Plan
 from prac_fx.runtime.subspace_state import subspaces_of
 from tests.compiling import compile_prac, gradients, step, subspace_of
 from tests.models import VOCABULARY, Sequential, rows

@@ -7,7 +7,7 @@ import re
 from pathlib import Path
 
 from prac_fx import PracConfig
-from prac_fx.passes.plan import REASONS
+from prac_fx.passes.plan_data import REASONS
 from prac_fx.report import main
 
 ROOT = Path(__file__).parent.parent

@@ -17,7 +17,7 @@ from prac_fx.codecs import BitCodec
 from prac_fx.compiler.retries import Retries
 from prac_fx.memory.trace import Step, trace
 from prac_fx.passes import partition as partition_pass
-from prac_fx.passes.plan import Plan
+from prac_fx.passes.plan_data import Plan
 from tests.compiling import gradients, step
 from tests.models import rows
 from tests.passes.modules import Mlp, inputs

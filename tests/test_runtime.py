@@ -13,7 +13,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from prac_fx.codecs import PracCodec, QuantCodec
 from prac_fx.config import PracConfig
-from prac_fx.passes.plan import Plan, Site
+from prac_fx.passes.plan_data import Plan, Site
 from prac_fx.runtime.step import state_inputs, training_step
 from prac_fx.runtime.subspace_state import subspaces_of
 from tests.compiling import compile_prac, step

@@ -15,7 +15,7 @@ import prac_fx
 from prac_fx import NoiseReport, ParameterNoise, PracConfig, VerifyError, verify
 from prac_fx.noise import variants
 from prac_fx.noise.figures import Deviations, parameter_noise, student_quantile
-from prac_fx.passes.plan import PlannedValue
+from prac_fx.passes.plan_data import PlannedValue
 from tests.compiling import SMALL, compile_prac, step
 from tests.models import Sequential, gpt2, llama, rows
 

@@ -12,7 +12,7 @@ import torch.fx as fx
 
 from prac_fx.compiler import dynamo_backend
 from prac_fx.compiler.eager_graphs import run_eagerly
-from prac_fx.passes.plan import Plan
+from prac_fx.passes.plan_data import Plan
 from prac_fx.torch_compat import compile_fx, without_autograd_cache
 
 

@@ -1,14 +1,34 @@
 """Codecs: how a saved value is stored and what backward does with it.
 
-A codec is one file with a frozen dataclass that offers `encode` and `decode` on plain tensors and its bytes on plain
-numbers. Its methods are traced into the joint graph as ordinary aten operators.
+A codec is one file, with a frozen dataclass that is a `Codec`, and one line of `ELEMENTWISE` below if options may name it.
 
-`PracCodec` stores a value in a subspace and offers `weight_gradient` as well, which never decodes. `QuantCodec` stores
-each element in fewer bits, `BitCodec` packs masks.
+`PracCodec` stores a value in a subspace and makes weight gradients without decoding it; `QuantizedCoordinates` stores
+its coordinates in few bits. `QuantCodec` stores each element in fewer bits, `BitCodec` packs masks.
 """
 
+from collections.abc import Callable, Mapping
+from functools import partial
+
+from prac_fx.codecs.base import Codec, Rounding
 from prac_fx.codecs.bits import BitCodec
 from prac_fx.codecs.prac import PracCodec
 from prac_fx.codecs.quantized import QuantCodec
+from prac_fx.codecs.quantized_coordinates import QuantizedCoordinates
 
-__all__ = ["BitCodec", "PracCodec", "QuantCodec"]
+__all__ = [
+    "ELEMENTWISE",
+    "BitCodec",
+    "Codec",
+    "PracCodec",
+    "QuantCodec",
+    "QuantizedCoordinates",
+    "Rounding",
+]
+
+
+# Those that options may choose for any value that is decoded whole. Each is called with the features of a row, the largest
+# group of them that may share a scale, and by keyword `stochastic`, `zero_point` and `word_bits` (as in `QuantCodec`).
+ELEMENTWISE: Mapping[str, Callable[..., Codec]] = {
+    "int8": partial(QuantCodec, "int8"),
+    "int4": partial(QuantCodec, "int4"),
+}

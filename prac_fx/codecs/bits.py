@@ -9,13 +9,16 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from prac_fx.codecs.base import Codec
+
 
 @dataclass(frozen=True)
-class BitCodec:
+class BitCodec(Codec):
     """A bool tensor whose last dimension has `features` elements, n.
 
     Attributes:
@@ -44,6 +47,11 @@ class BitCodec:
         return True
 
     @property
+    def is_lossless(self) -> bool:
+        """Nothing is lost."""
+        return True
+
+    @property
     def width(self) -> int:
         """w, bytes of a row."""
         return math.ceil(self.features / 8)
@@ -52,7 +60,7 @@ class BitCodec:
         """Short text for tables."""
         return self.name
 
-    def encode(self, x: Tensor, *numbers: Tensor) -> tuple[Tensor, ...]:
+    def encode(self, x: Tensor, *numbers: Any, **_: Any) -> tuple[Tensor, ...]:
         """Eight to a byte.
 
         Args:
@@ -71,10 +79,12 @@ class BitCodec:
             byte = byte | (eighth.to(torch.int32) << place)
         return (byte.to(torch.uint8),)
 
-    def decode(self, stored: Sequence[Tensor], dtype: torch.dtype = torch.bool) -> Tensor:
+    def decode(
+        self, parts: Sequence[Tensor], dtype: torch.dtype = torch.bool, *basis: Tensor
+    ) -> Tensor:
         """The bools, (..., n)."""
-        places = torch.arange(8, dtype=torch.int32, device=stored[0].device).view(8, 1)
-        bits = (stored[0].unsqueeze(-2).to(torch.int32) >> places) & 1
+        places = torch.arange(8, dtype=torch.int32, device=parts[0].device).view(8, 1)
+        bits = (parts[0].unsqueeze(-2).to(torch.int32) >> places) & 1
         flat = bits.flatten(-2)
         if flat.shape[-1] != self.features:
             flat = flat.narrow(-1, 0, self.features)

@@ -14,16 +14,19 @@ Layout of the coordinates: B = 1 stores C, shape (..., m, r). B > 1 stores the t
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from prac_fx.codecs.base import Codec
 from prac_fx.codecs.subspace import tail_scale
 
 
 @dataclass(frozen=True)
-class PracCodec:
+class PracCodec(Codec):
     """Ranks and blocks of one site. All counts are totals over the blocks.
 
     Attributes:
@@ -69,9 +72,19 @@ class PracCodec:
         blocks = f" x{self.blocks}" if self.blocks > 1 else ""
         return f"{self.name} {self.principal}+{self.random}/{self.features}{blocks}"
 
+    @property
+    def is_unbiased(self) -> bool:
+        """Without a random part (`pac`) what lies outside of the principal subspace is lost."""
+        return self.random > 0
+
+    @property
+    def subspace(self) -> PracCodec:
+        """Its own."""
+        return self
+
     # -- tensors ----------------------------------------------------------------------------------
 
-    def encode(self, x: Tensor, basis: Tensor) -> Tensor:
+    def encode(self, x: Tensor, basis: Tensor, *_: Any, **__: Any) -> tuple[Tensor, ...]:
         """Coordinates of `x`.
 
         Args:
@@ -79,20 +92,23 @@ class PracCodec:
             basis: `basis_shape`, dtype of `x`.
 
         Returns:
-            (m, r), (E, m, r), or (B, r / B, m); dtype of `x`. Finite as long as the norm of each
+            One tensor, (m, r), (E, m, r), or (B, r / B, m); dtype of `x`. Finite as long as the norm of each
             token, times sqrt(k), is within the range of float32 (float16 included).
         """
         basis = self._guarded(basis)
         if self.blocks == 1:
             if x.dim() == 2:
-                return x.mm(basis)
+                return (x.mm(basis),)
             flat = x.reshape(-1, self.features).mm(basis)
-            return flat.view(x.shape[0], -1, self.rank)
+            return (flat.view(x.shape[0], -1, self.rank),)
         per_block = x.view(-1, self.blocks, self.features // self.blocks)
-        return basis.mT.bmm(per_block.permute(1, 2, 0))
+        return (basis.mT.bmm(per_block.permute(1, 2, 0)),)
 
-    def decode(self, coordinates: Tensor, basis: Tensor) -> Tensor:
+    def decode(self, parts: Sequence[Tensor], dtype: torch.dtype, *basis: Tensor) -> Tensor:
         """X~ = C P^T, the unbiased estimate of x, in the shape that was encoded."""
+        return self._decoded(*parts, *basis)
+
+    def _decoded(self, coordinates: Tensor, basis: Tensor) -> Tensor:
         if self.blocks == 1:
             flat = coordinates if coordinates.dim() == 2 else coordinates.reshape(-1, self.rank)
             decoded = _times(flat.mm(basis.mT), self._unguard(basis.dtype))
@@ -102,17 +118,20 @@ class PracCodec:
         per_block = _times(basis.bmm(coordinates), self._unguard(basis.dtype))  # (B, n / B, m)
         return per_block.permute(2, 0, 1).reshape(-1, self.features)
 
-    def weight_gradient(self, coordinates: Tensor, basis: Tensor, dy: Tensor) -> Tensor:
+    def weight_gradient(self, parts: Sequence[Tensor], dy: Tensor, *basis: Tensor) -> Tensor:
         """X~^T dY without X~: P (C^T dY), 2 m r o + 2 n r o FLOPs instead of 2 m n o.
 
         Args:
-            coordinates: what `encode` returned.
-            basis: the basis it was encoded with.
+            parts: what `encode` returned.
             dy: (m, o), or (E, m, o).
+            *basis: the basis it was encoded with.
 
         Returns:
             (n, o), or (E, n, o); dtype of `dy`.
         """
+        return self._gradient(dy, *parts, *basis)
+
+    def _gradient(self, dy: Tensor, coordinates: Tensor, basis: Tensor) -> Tensor:
         unguard = self._unguard(dy.dtype)
         if self.blocks == 1:
             if dy.dim() == 2:
@@ -124,21 +143,24 @@ class PracCodec:
         return basis.bmm(per_block).view(self.features, -1)
 
     def weight_gradient_transposed(
-        self, coordinates: Tensor, basis: Tensor, dy_t: Tensor
+        self, parts: Sequence[Tensor], dy_t: Tensor, *basis: Tensor
     ) -> Tensor:
         """dY^T X~ without X~: (dY^T C) P^T, the form that `F.linear` needs.
 
         Args:
-            coordinates: what `encode` returned.
-            basis: the basis it was encoded with.
+            parts: what `encode` returned.
             dy_t: (o, m), or (E, o, m).
+            *basis: the basis it was encoded with.
 
         Returns:
             (o, n), or (E, o, n); dtype of `dy_t`.
         """
+        return self._gradient_transposed(dy_t, *parts, *basis)
+
+    def _gradient_transposed(self, dy_t: Tensor, coordinates: Tensor, basis: Tensor) -> Tensor:
         if self.blocks > 1:
             # this way round the blocks of the result lie where they belong, without a copy
-            return self.weight_gradient(coordinates, basis, dy_t.mT).mT
+            return self._gradient(dy_t.mT, coordinates, basis).mT
         unguard = self._unguard(dy_t.dtype)
         if dy_t.dim() == 2:
             return _times(dy_t.mm(coordinates), unguard).mm(basis.mT)
@@ -162,9 +184,9 @@ class PracCodec:
 
     # -- sizes and costs --------------------------------------------------------------------------
 
-    def coordinates_nbytes(self, tokens: int, itemsize: int) -> int:
-        """Bytes stored for `tokens` tokens."""
-        return tokens * self.rank * itemsize
+    def stored_nbytes(self, rows: int, itemsize: int) -> int:
+        """Bytes stored for so many tokens."""
+        return rows * self.rank * itemsize
 
     def state_nbytes(self, itemsize: int) -> int:
         """Bytes that live as long as the parameter: the basis and the sampled rows."""

@@ -19,11 +19,12 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
+from prac_fx.codecs.base import Codec, Rounding
 from prac_fx.codecs.rounding import column_numbers, row_numbers, uniform
 from prac_fx.codecs.words import WordBits, packed, packed_bytes, split, unpacked
 
@@ -39,7 +40,7 @@ _SMALLEST = 2.0**-110  # span of a group, so that its reciprocal times the level
 
 
 @dataclass(frozen=True)
-class QuantCodec:
+class QuantCodec(Codec):
     """Format and grouping of one site.
 
     Attributes:
@@ -78,6 +79,16 @@ class QuantCodec:
     def is_unbiased(self) -> bool:
         """Is the mean of what `decode` returns, over the seeds, what was encoded?"""
         return self.stochastic
+
+    @property
+    def is_coarse(self) -> bool:
+        """With 4 bits, 7 levels either side of zero."""
+        return _BITS[self.format] <= 4
+
+    @property
+    def rounding(self) -> Rounding | None:
+        """A number for each row and one for each padded column, when rounding is stochastic."""
+        return Rounding(1, self.padded_features) if self.stochastic else None
 
     @property
     def padded_features(self) -> int:
@@ -138,7 +149,7 @@ class QuantCodec:
         return rows, column_numbers(self.padded_features, seed)
 
     def encode(
-        self, x: Tensor, rows: Tensor | None = None, columns: Tensor | None = None
+        self, x: Tensor, rows: Tensor | None = None, columns: Tensor | None = None, **_: Any
     ) -> tuple[Tensor, ...]:
         """Codes and scales, and offsets with `zero_point`.
 
@@ -171,7 +182,7 @@ class QuantCodec:
             return pieces[0]
         return tuple(torch.cat(parts, self.dim) for parts in zip(*pieces, strict=True))
 
-    def decode(self, stored: Sequence[Tensor], dtype: torch.dtype) -> Tensor:
+    def decode(self, parts: Sequence[Tensor], dtype: torch.dtype, *basis: Tensor) -> Tensor:
         """What stands for x, in the shape that was encoded.
 
         Nothing in a group with an infinity or NaN in it is finite. All of any other is, except in float32 and float64
@@ -179,10 +190,11 @@ class QuantCodec:
         the largest and the smallest value is.
 
         Args:
-            stored: what `encode` returned.
+            parts: what `encode` returned.
             dtype: that of x.
+            *basis: none.
         """
-        codes, *bounds = stored
+        codes, *bounds = parts
         work = _working(dtype)
         each = [bound.unsqueeze(self.dim).unsqueeze(self.dim).to(work) for bound in bounds]
         low, span = self._span(each)

@@ -16,10 +16,10 @@ from typing import Any, NoReturn
 import torch.fx as fx
 
 from prac_fx.compiler.dynamo_backend import DynamoGraph, call_partitioner
-from prac_fx.compiler.pipeline import merge_duplicates
 from prac_fx.graph.flops import graph_flops
 from prac_fx.memory.trace import Step, trace_with
 from prac_fx.passes.draws import draws_anew
+from prac_fx.passes.runner import merge_duplicates
 from prac_fx.passes.survey import saved_values
 from prac_fx.torch_compat import (
     CustomPartitionerFn,

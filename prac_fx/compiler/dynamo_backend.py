@@ -25,7 +25,6 @@ from prac_fx.compiler.peak_aware_reuse import without_higher_peak
 from prac_fx.compiler.pipeline import (
     AnalysePartitioner,
     AnalysisDone,
-    Arguments,
     PlainPartitioner,
     RewritePartitioner,
 )
@@ -36,7 +35,8 @@ from prac_fx.document.job import check_report_path, report_graph
 from prac_fx.errors import CannotRewriteError, PracOptionError, PracWarning
 from prac_fx.graph.nbytes import format_nbytes
 from prac_fx.graph.origin import clean_path
-from prac_fx.passes.plan import Plan
+from prac_fx.passes.plan_data import Plan
+from prac_fx.passes.runner import Arguments
 from prac_fx.runtime.data_parallel import is_distributed
 from prac_fx.runtime.step import state_inputs, training_step
 from prac_fx.torch_compat import (

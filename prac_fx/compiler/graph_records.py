@@ -11,7 +11,7 @@ from typing import Any
 from torch.utils.weak import WeakIdKeyDictionary
 
 from prac_fx.config import PracConfig
-from prac_fx.passes.plan import Plan, PlannedValue
+from prac_fx.passes.plan_data import Plan, PlannedValue
 
 
 @dataclass(frozen=True)

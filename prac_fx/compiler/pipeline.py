@@ -1,58 +1,23 @@
-"""The passes in run order, as the two partitioners that the two phases of compilation install."""
+"""The two partitioners that run the passes, one in each phase of compilation, and the cache key of what they make."""
 
 from __future__ import annotations
 
 import functools
 import hashlib
-import logging
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NoReturn
 
 import torch.fx as fx
 
-from prac_fx.codecs import PracCodec
 from prac_fx.config import PracConfig
 from prac_fx.errors import CannotRewriteError
-from prac_fx.graph.graph_edit import Inliner, with_names_in_order
-from prac_fx.passes.classify import classify
 from prac_fx.passes.draws import partition_drawing_once
-from prac_fx.passes.factor import factor
-from prac_fx.passes.partition import PartitionedGraph, partition
-from prac_fx.passes.plan import JointGraph, Plan, fingerprint, make_plan
-from prac_fx.passes.rewrite import SiteState, State, rewrite
-from prac_fx.passes.roles import assign_roles
-from prac_fx.passes.sentinels import sentinels
-from prac_fx.passes.survey import survey
-from prac_fx.torch_compat import (
-    CustomPartitionerFn,
-    argument_index,
-    fx_graph_cse,
-    trace_structured,
-)
-
-log = logging.getLogger(__name__)
-
-
-@dataclass(frozen=True)
-class Arguments:
-    """What is known of the arguments of Dynamo's graph, by index.
-
-    Attributes:
-        names: relative to the compiled module.
-        parameters: all nn.Parameters.
-        trainable: those that require a gradient.
-    """
-
-    names: Mapping[int, str]
-    parameters: frozenset[int]
-    trainable: frozenset[int]
-
-    @property
-    def owner(self) -> int:
-        """The parameter that owns what belongs to the whole graph: the first that trains, or the first of all."""
-        return min(self.trainable or self.parameters)
+from prac_fx.passes.encoded import SiteState, State
+from prac_fx.passes.partition import PartitionedGraph
+from prac_fx.passes.plan_data import Plan
+from prac_fx.passes.runner import PLANNING, REWRITING, Arguments, Work, run
+from prac_fx.torch_compat import CustomPartitionerFn, argument_index
 
 
 class AnalysisDone(Exception):
@@ -72,7 +37,7 @@ def analyse(
     arguments: Arguments,
     blocked: Collection[str] = (),
 ) -> Plan:
-    """Passes 1 to 5: classify, survey, roles, chains, plan. Leaves `gm` as it is but for `merge_duplicates`.
+    """Plan. Leaves `gm` as it is but for `merge_duplicates`.
 
     Args:
         gm: the joint graph module.
@@ -82,62 +47,10 @@ def analyse(
         arguments: what is known of the graph's arguments.
         blocked: names of values to keep, because encoding them failed.
     """
-    merge_duplicates(gm)
-    surveyed = survey(gm, joint_inputs, partition_options)
-    static = {
-        *arguments.parameters,
-        *(partition_options.get("static_lifetime_input_indices") or ()),
-    }
-    num_fwd_outputs = partition_options["num_fwd_outputs"]
-    classification = classify(gm.graph, static, arguments.parameters)
-    roles = assign_roles(
-        gm.graph,
-        classification,
-        surveyed,
-        num_fwd_outputs=num_fwd_outputs,
-        trainable=arguments.trainable,
-    )
-    joint = JointGraph(
-        gm.graph,
-        classification,
-        surveyed,
-        roles,
-        arguments.names,
-        arguments.owner,
-        bool(arguments.trainable),
-        sentinels(gm.graph, classification.backward, arguments.parameters),
-    )
-    return make_plan(joint, config, blocked)
-
-
-def merge_duplicates(gm: fx.GraphModule) -> None:
-    """Drop dead nodes and merge equal ones, as torch's partitioner does first of all, and number the rest anew.
-
-    Query, key and value then read one node, and both phases see the same graph with the same names: how many dead
-    nodes a trace leaves behind, and so how the others are numbered, may differ.
-    """
-    gm.graph.eliminate_dead_code()
-    gm.graph = with_names_in_order(fx_graph_cse(gm.graph))
-
-
-def apply_plan(
-    gm: fx.GraphModule,
-    joint_inputs: Sequence[object],
-    partition_options: Mapping[str, Any],
-    plan: Plan,
-    state: State,
-) -> PartitionedGraph:
-    """Passes 6 to 9: rewrite, factor, sample, partition.
-
-    Raises:
-        CannotRewriteError: the graph is not the one that was planned, or an invariant does not hold.
-    """
-    inline = Inliner(gm.graph)
-    encoded = rewrite(gm.graph, plan, state, inline)
-    factor(encoded, inline)
-    gm.graph.lint()
-    gm.recompile()
-    return partition(gm, joint_inputs, partition_options, encoded, plan)
+    work = Work(gm, joint_inputs, partition_options, config, arguments, blocked)
+    run(PLANNING, work)
+    assert work.plan is not None
+    return work.plan
 
 
 class AnalysePartitioner(CustomPartitionerFn):
@@ -183,7 +96,7 @@ class RewritePartitioner(CustomPartitionerFn):
     """
 
     def __init__(self, plan: Plan, first_state: int, config: PracConfig) -> None:
-        self._plan = plan
+        self._plan, self._config = plan, config
         self._first_state = first_state
         self._key = cache_key(plan, config)
 
@@ -197,15 +110,15 @@ class RewritePartitioner(CustomPartitionerFn):
     def run(
         self, gm: fx.GraphModule, joint_inputs: Sequence[object], options: Mapping[str, Any]
     ) -> PartitionedGraph:
-        """Rewrite and partition."""
-        merge_duplicates(gm)
-        if fingerprint(gm.graph) != self._plan.fingerprint:
-            raise CannotRewriteError("tracing the model twice gave two different joint graphs")
-        _trace_graph("prac_joint_graph_before", gm)
-        state = self._find_state(gm.graph)
-        result = apply_plan(gm, joint_inputs, options, self._plan, state)
-        _trace_graph("prac_joint_graph_after", gm)
-        return result
+        """Rewrite and partition.
+
+        Raises:
+            CannotRewriteError: the graph is not the one that was planned, or an invariant does not hold.
+        """
+        work = Work(gm, joint_inputs, options, self._config, plan=self._plan)
+        work.find_state = self._find_state
+        run(REWRITING, work)
+        return work.partitioned
 
     def _find_state(self, graph: fx.Graph) -> State:
         by_index = {
@@ -217,11 +130,11 @@ class RewritePartitioner(CustomPartitionerFn):
         index, seed = self._first_state, None
         try:
             for site in self._plan.sites:
-                if not isinstance(site.codec, PracCodec):
+                if site.codec.subspace is None:
                     continue
-                basis = by_index[index]
-                rows = by_index[index + 1] if site.codec.sample_rows else None
-                index += 2 if site.codec.sample_rows else 1
+                samples = site.codec.subspace.sample_rows > 0
+                basis, rows = by_index[index], by_index[index + 1] if samples else None
+                index += 2 if samples else 1
                 sites[site.value] = SiteState(basis, rows)
             if self._plan.is_random:
                 seed = by_index[index]
@@ -266,11 +179,3 @@ def _sources_digest() -> bytes:
     for path in sorted({path for folder in folders for path in folder.rglob("*.py")}):
         digest.update(path.read_bytes())
     return digest.digest()
-
-
-def _trace_graph(name: str, gm: fx.GraphModule) -> None:
-    trace_structured(
-        "artifact",
-        metadata_fn=lambda: {"name": name, "encoding": "string"},
-        payload_fn=lambda: gm.print_readable(print_output=False),
-    )

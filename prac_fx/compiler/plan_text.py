@@ -8,7 +8,7 @@ from pathlib import PurePath
 from tabulate import tabulate
 
 from prac_fx.graph.nbytes import format_nbytes
-from prac_fx.passes.plan import Plan, PlannedValue
+from prac_fx.passes.plan_data import Plan, PlannedValue
 
 HEADERS = ("module", "source", "shape", "dtype", "role", "before", "after", "decision", "reason")
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from prac_fx.passes.plan import Plan
+from prac_fx.passes.plan_data import Plan
 
 # Each costs two more traces of the model.
 _MOST_VALUES = 8

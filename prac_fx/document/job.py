@@ -27,7 +27,7 @@ from prac_fx.config import PracConfig
 from prac_fx.document.job_graph import JobGraph, job_graph
 from prac_fx.document.of_job import job_document
 from prac_fx.errors import PracOptionError, PracWarning
-from prac_fx.passes.plan import Plan
+from prac_fx.passes.plan_data import Plan
 
 # file -> the graphs in it, in the order of their compilation
 _GRAPHS: defaultdict[Path, dict[object, JobGraph]] = defaultdict(dict)

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from prac_fx.graph.nbytes import size_hint, storage_nbytes
 from prac_fx.graph.origin import clean_path, origin_of
-from prac_fx.passes.plan import Plan, PlannedValue
+from prac_fx.passes.plan_data import Plan, PlannedValue
 from prac_fx.torch_compat import placeholder_source_name
 
 _BUFFERS = "_buffers"

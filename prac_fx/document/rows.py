@@ -5,10 +5,9 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from typing import Any
 
-from prac_fx.codecs import PracCodec
 from prac_fx.config import PracConfig
 from prac_fx.document.schema import Category, Rollup, RollupRow, Value
-from prac_fx.passes.plan import PlannedValue
+from prac_fx.passes.plan_data import PlannedValue
 
 
 def options_of(config: PracConfig) -> dict[str, Any]:
@@ -23,7 +22,7 @@ def options_of(config: PracConfig) -> dict[str, Any]:
 def value_of(value: PlannedValue, layer_kind: str) -> Value:
     """A row of the document; `layer_kind` is the class of the module that computes it."""
     codec = value.codec
-    projected = codec if isinstance(codec, PracCodec) else None
+    projected = None if codec is None else codec.subspace
     return {
         "name": value.name,
         "module": value.origin.module,
@@ -42,7 +41,7 @@ def value_of(value: PlannedValue, layer_kind: str) -> Value:
         "principal": None if projected is None else projected.principal,
         "random": None if projected is None else projected.random,
         "blocks": None if projected is None else projected.blocks,
-        "coordinates": None if value.coordinates is None else value.coordinates.name,
+        "coordinates": None if codec is None else codec.coordinates,
         "nbytes_before": value.nbytes_before,
         "nbytes_after": value.nbytes_after,
         "state_nbytes": value.state_nbytes,

@@ -111,6 +111,10 @@ class Inlined:
         return result
 
 
+# in the metadata of a node: what it is part of, as text, and the first node of that part
+LABEL = "prac_fx_part_of"
+
+
 class Inliner:
     """Copies traced tensor code into one graph, tracing each distinct shape only once.
 
@@ -131,6 +135,7 @@ class Inliner:
         like: fx.Node,
         key: object,
         name: str,
+        label: str = "",
     ) -> Inlined:
         """Inline `function(*args)`.
 
@@ -142,6 +147,7 @@ class Inliner:
             like: node whose source location the new nodes carry.
             key: identifies the function in the trace cache, together with the arguments' shapes.
             name: of the results; further ones are numbered.
+            label: for whoever prints the graph: what all of the new nodes are together.
         """
         values = [arg.meta["val"] for arg in args]
         cache_key = (key, tuple(map(_signature, values)))
@@ -154,6 +160,8 @@ class Inliner:
             traced = trace(*values)
             self._traced[cache_key] = traced
         inlined = self._copy(traced, args, before, tag, like)
+        for node in inlined.nodes if label else ():
+            node.meta[LABEL] = (label, inlined.nodes[0].name)
         for result in inlined.results:
             if result in inlined.nodes:
                 rename_node(result, name)

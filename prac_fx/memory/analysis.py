@@ -28,7 +28,7 @@ from prac_fx.memory.repeated_blocks import (
 from prac_fx.memory.saved_rows import layout_copies, values_after, values_refused
 from prac_fx.memory.timeline import Category, Live, StepMemory, StepPlan, saved_between_graphs
 from prac_fx.memory.trace import Call, PlannedGraph, Step, trace
-from prac_fx.passes.plan import PlannedValue
+from prac_fx.passes.plan_data import PlannedValue
 from prac_fx.torch_compat import functorch_config, storage_key, tree_leaves
 
 log = logging.getLogger(__name__)

@@ -31,7 +31,7 @@ from prac_fx.memory.timeline import (
     StepPlan,
     highest,
 )
-from prac_fx.passes.plan import PlannedValue
+from prac_fx.passes.plan_data import PlannedValue
 
 ANALYSED = 4
 MIDDLE = 2

@@ -7,7 +7,8 @@ from dataclasses import replace
 
 from prac_fx.memory.inductor_buffers import GraphPlan, Value
 from prac_fx.passes.partition import PartitionedGraph
-from prac_fx.passes.plan import Plan, PlannedValue, row_without_readers
+from prac_fx.passes.plan_data import Plan, PlannedValue
+from prac_fx.passes.rows import row_without_readers
 
 
 def values_after(plan: Plan, rewritten: PartitionedGraph) -> list[PlannedValue]:
@@ -91,7 +92,6 @@ def _kept_instead(value: PlannedValue, why: str) -> PlannedValue:
         reason="cannot_rewrite",
         detail=why,
         codec=None,
-        coordinates=None,
         nbytes_after=value.nbytes_before,
         state_nbytes=0,
     )

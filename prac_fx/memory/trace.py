@@ -27,7 +27,7 @@ from prac_fx.compiler.dynamo_backend import (
     with_state_inputs,
 )
 from prac_fx.compiler.peak_aware_reuse import without_higher_peak
-from prac_fx.compiler.pipeline import Arguments, RewritePartitioner, analyse, merge_duplicates
+from prac_fx.compiler.pipeline import RewritePartitioner, analyse
 from prac_fx.compiler.retries import Retries
 from prac_fx.config import PracConfig
 from prac_fx.errors import one_line
@@ -37,7 +37,8 @@ from prac_fx.memory.joint_facts import JointFacts, joint_facts
 from prac_fx.memory.timeline import StepGraph
 from prac_fx.passes.draws import draws_anew, partition_drawing_once
 from prac_fx.passes.partition import PartitionedGraph
-from prac_fx.passes.plan import Plan
+from prac_fx.passes.plan_data import Plan
+from prac_fx.passes.runner import Arguments, merge_duplicates
 from prac_fx.torch_compat import (
     CustomPartitionerFn,
     FakeTensorMode,

@@ -8,7 +8,6 @@ from typing import Any, cast
 
 import torch.fx as fx
 
-from prac_fx.codecs import BitCodec
 from prac_fx.compiler.dynamo_backend import (
     DynamoGraph,
     compile_rewritten,
@@ -18,7 +17,7 @@ from prac_fx.compiler.dynamo_backend import (
 from prac_fx.compiler.eager_graphs import run_eagerly
 from prac_fx.config import PracConfig
 from prac_fx.graph.origin import any_layer
-from prac_fx.passes.plan import Plan, PlannedValue
+from prac_fx.passes.plan_data import Plan, PlannedValue
 from prac_fx.runtime.step import training_step
 from prac_fx.torch_compat import (
     compile_fx,
@@ -139,7 +138,7 @@ def _plan_of_group(plan: Plan, rows: Sequence[PlannedValue]) -> Plan:
 
 
 def _is_extra_mask(row: PlannedValue) -> bool:
-    return isinstance(row.codec, BitCodec) and not row.nbytes_before
+    return row.codec is not None and row.codec.is_lossless and not row.nbytes_before
 
 
 def encoded_groups(plans: Sequence[Plan]) -> dict[Variant, list[PlannedValue]]:

@@ -31,7 +31,7 @@ from prac_fx.noise.figures import (
     zero_gradients,
 )
 from prac_fx.noise.variants import ALL, EXACT, Variant, Variants, encoded_groups
-from prac_fx.passes.plan import Plan, PlannedValue
+from prac_fx.passes.plan_data import Plan, PlannedValue
 from prac_fx.runtime.state_dict import load_state_dict, state_dict
 from prac_fx.runtime.subspace_state import Subspace, subspaces_of
 

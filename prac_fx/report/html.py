@@ -16,7 +16,7 @@ from typing import Any, Literal
 import jinja2
 
 from prac_fx.document.schema import CATEGORIES, Category, Document, Live, Timeline
-from prac_fx.passes.plan import REASONS
+from prac_fx.passes.plan_data import REASONS
 from prac_fx.report import wording
 from prac_fx.report.axes import Sample
 from prac_fx.report.chart import Chart, draw_chart

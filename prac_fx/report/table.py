@@ -12,7 +12,7 @@ from prac_fx.document.schema import (
     Peak,
     RollupRow,
 )
-from prac_fx.passes.plan import REASONS
+from prac_fx.passes.plan_data import REASONS
 from prac_fx.report.repeats import LiveRepeat, Repeat, merge_live, merge_repeats
 from prac_fx.report.style import Style
 from prac_fx.report.text_layout import grid, more_rows, printable, titled, with_details, wrapped

@@ -10,9 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from prac_fx.codecs import PracCodec
 from prac_fx.config import PracConfig
-from prac_fx.passes.plan import Plan
+from prac_fx.passes.plan_data import Plan
 from prac_fx.runtime.data_parallel import home_of, replica_of, sharded_parameters
 from prac_fx.runtime.random_streams import Draws, identity_of
 from prac_fx.runtime.rounding_seed import RoundingSeed
@@ -41,11 +40,12 @@ def state_inputs(plan: Plan) -> list[StateInput]:
     """The arguments that the rewritten graph takes after Dynamo's, in order."""
     found = []
     for number, site in enumerate(plan.sites):
-        if not isinstance(site.codec, PracCodec):
+        subspace = site.codec.subspace
+        if subspace is None:
             continue
-        shapes = {"basis": site.codec.basis_shape}
-        if site.codec.sample_rows:
-            shapes["rows"] = (site.codec.sample_rows, site.codec.features)
+        shapes = {"basis": subspace.basis_shape}
+        if subspace.sample_rows:
+            shapes["rows"] = (subspace.sample_rows, subspace.features)
         found += [
             StateInput(f"prac_{what}_{number}", shape, site.dtype, site.device)
             for what, shape in shapes.items()
@@ -57,7 +57,7 @@ def state_inputs(plan: Plan) -> list[StateInput]:
 
 def _rounding_device(plan: Plan) -> torch.device:
     """Where the seed lives: with the first value that is rounded stochastically."""
-    return next(site.device for site in plan.sites if site.is_random)
+    return next(site.device for site in plan.sites if site.rounding)
 
 
 @dataclass(frozen=True)
@@ -91,7 +91,7 @@ def training_step(
     """
     indices = list(
         dict.fromkeys(
-            [site.owner for site in plan.sites if site.has_state]
+            [site.owner.argument for site in plan.sites if site.owner]
             + ([plan.owner] if plan.is_random else [])
         )
     )
@@ -145,11 +145,11 @@ def _states_of(
 
     states: list[Subspace | RoundingSeed] = []
     for site in plan.sites:
-        if isinstance(site.codec, PracCodec):
-            owner = home_of(args[site.owner], sharded)
-            key = SubspaceKey(site.slot, site.codec, site.dtype)
-            by = draws(site.owner, site.owner_name)
-            states.append(subspace_for(owner, key, site.device, by, config, site.role))
+        if site.owner is not None and site.codec.subspace is not None:
+            owner = home_of(args[site.owner.argument], sharded)
+            key = SubspaceKey(site.owner.slot, site.codec.subspace, site.dtype)
+            by = draws(site.owner.argument, site.owner.name)
+            states.append(subspace_for(owner, key, site.device, by, config, site.owner.role))
     if plan.is_random:
         owner = home_of(args[plan.owner], sharded)
         by = draws(plan.owner, plan.owner_name)

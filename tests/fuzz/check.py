@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from prac_fx import PracWarning
 from prac_fx.compiler import pipeline
-from prac_fx.passes.plan import Plan
+from prac_fx.passes.plan_data import Plan
 from prac_fx.torch_compat import gradient_argument_index
 from tests.fuzz.chance import bias_beyond_chance
 from tests.fuzz.noise import smooth_bias

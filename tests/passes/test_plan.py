@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from expecttest import assert_expected_inline
 from torch import Tensor, nn
 
-from prac_fx.passes.plan import REASONS
+from prac_fx.passes.plan_data import REASONS
 from tests.graphs import rows_of, trace
 from tests.passes.modules import FEATURES, Experts, Mlp, SharedInput, inputs
 

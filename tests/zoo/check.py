@@ -28,7 +28,7 @@ from prac_fx.codecs import PracCodec
 from prac_fx.compiler import pipeline
 from prac_fx.compiler.dynamo_backend import prac
 from prac_fx.graph.graph_edit import Inliner
-from prac_fx.passes.plan import Plan
+from prac_fx.passes.plan_data import Plan
 from tests.compiling import gradients
 from tests.uncompiled import no_code_generation, plain_graphs
 from tests.zoo.architectures import ARCHITECTURES, Build

@@ -1,0 +1,64 @@
+"""What `rewrite` has put into a joint graph: one record for each site, and the placeholders of state."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch.fx as fx
+
+from prac_fx.passes.plan_data import Site
+
+
+@dataclass(frozen=True)
+class SiteState:
+    """The placeholders of one site with state: its basis, and its buffer of sampled rows.
+
+    `rows` is None for a codec without a principal part, which has nothing to refresh.
+    """
+
+    basis: fx.Node
+    rows: fx.Node | None
+
+
+@dataclass(frozen=True)
+class State:
+    """All state placeholders in the joint graph.
+
+    Attributes:
+        sites: of each site with state, by the name of its value.
+        seed: of stochastic rounding, int64 scalar; None when nothing rounds so.
+    """
+
+    sites: Mapping[str, SiteState]
+    seed: fx.Node | None
+
+
+@dataclass(frozen=True)
+class EncodedSite:
+    """What `rewrite` put into the graph for one site.
+
+    Attributes:
+        site: the plan of it.
+        state: its placeholders, if its codec has a basis.
+        value: the node that allocates the value.
+        matrix: the node that is encoded, as rows of features; (m, n) or (E, m, n) where there is a basis.
+        stored: the nodes that are saved instead.
+        parts: factored: what `Codec.unpack` makes of those.
+        decode_nodes: factored: all nodes of the decoded value, in graph order.
+        readers: factored: the weight-gradient matmuls with the side on which they read the value.
+    """
+
+    site: Site
+    state: SiteState | None
+    value: fx.Node
+    matrix: fx.Node
+    stored: tuple[fx.Node, ...]
+    parts: tuple[fx.Node, ...] = ()
+    decode_nodes: tuple[fx.Node, ...] = ()
+    readers: tuple[tuple[fx.Node, int], ...] = ()
+
+    @property
+    def basis(self) -> tuple[fx.Node, ...]:
+        """The basis as arguments of the codec: one, or none."""
+        return () if self.state is None else (self.state.basis,)

@@ -1,0 +1,268 @@
+"""The passes in run order, and what runs them: with times, graphs before and after, and passes left out by name.
+
+`TORCH_LOGS="+prac_fx.passes"` logs how long each pass takes, and the graph after each pass that edits it. `TORCH_TRACE`
+keeps those graphs as artifacts. `prac.skip_passes` leaves a pass out, to find the one that a fault comes from.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import time
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from contextvars import ContextVar
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch.fx as fx
+
+from prac_fx.config import SKIPPABLE_PASSES, PracConfig
+from prac_fx.errors import CannotRewriteError
+from prac_fx.graph.graph_edit import Inliner, with_names_in_order
+from prac_fx.passes.classify import Classification, classify
+from prac_fx.passes.encoded import EncodedSite, State
+from prac_fx.passes.factor import factor
+from prac_fx.passes.joint_graph import JointGraph, fingerprint
+from prac_fx.passes.partition import PartitionedGraph, partition
+from prac_fx.passes.plan import make_plan
+from prac_fx.passes.plan_data import Plan
+from prac_fx.passes.rewrite import rewrite
+from prac_fx.passes.roles import ValueRole, assign_roles
+from prac_fx.passes.sample import sample
+from prac_fx.passes.sentinels import sentinels
+from prac_fx.passes.survey import Survey, survey
+from prac_fx.torch_compat import fx_graph_cse, trace_structured
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Arguments:
+    """What is known of the arguments of Dynamo's graph, by index.
+
+    Attributes:
+        names: relative to the compiled module.
+        parameters: all nn.Parameters.
+        trainable: those that require a gradient.
+    """
+
+    names: Mapping[int, str]
+    parameters: frozenset[int]
+    trainable: frozenset[int]
+
+    @property
+    def owner(self) -> int:
+        """The parameter that owns what belongs to the whole graph: the first that trains, or the first of all."""
+        return min(self.trainable or self.parameters)
+
+
+@dataclass
+class Work:
+    """One joint graph on its way through the passes: what they are given, and what they have found out.
+
+    Attributes:
+        gm: the joint graph module.
+        joint_inputs: its inputs as the partitioner received them.
+        partition_options: keyword arguments of torch's partitioner.
+        config: the user's options.
+        arguments: what is known of the graph's arguments; planning needs them.
+        blocked: names of values to keep, because encoding them failed.
+        plan: made by planning, given to rewriting.
+        find_state: finds the placeholders of state in the graph; rewriting needs it.
+    """
+
+    gm: fx.GraphModule
+    joint_inputs: Sequence[object]
+    partition_options: Mapping[str, Any]
+    config: PracConfig
+    arguments: Arguments | None = None
+    blocked: Collection[str] = ()
+    plan: Plan | None = None
+    find_state: Callable[[fx.Graph], State] | None = None
+    surveyed: Survey = field(init=False)
+    classification: Classification = field(init=False)
+    roles: tuple[ValueRole, ...] = field(init=False)
+    sentinels: Mapping[fx.Node, fx.Node] = field(init=False)
+    inline: Inliner = field(init=False)
+    encoded: list[EncodedSite] = field(init=False)
+    partitioned: PartitionedGraph = field(init=False)
+
+
+@dataclass(frozen=True)
+class Pass:
+    """A step of the work.
+
+    Attributes:
+        name: a verb.
+        run: does it.
+        graph: what it edits; None for a pass that only looks.
+    """
+
+    name: str
+    run: Callable[[Work], None]
+    graph: Callable[[Work], fx.GraphModule] | None = None
+
+
+# -- planning ------------------------------------------------------------------------------------------
+
+
+def merge_duplicates(gm: fx.GraphModule) -> None:
+    """Drop dead nodes and merge equal ones, as torch's partitioner does first of all, and number the rest anew.
+
+    Query, key and value then read one node, and both phases see the same graph with the same names: how many dead
+    nodes a trace leaves behind, and so how the others are numbered, may differ.
+    """
+    gm.graph.eliminate_dead_code()
+    gm.graph = with_names_in_order(fx_graph_cse(gm.graph))
+
+
+def _survey(work: Work) -> None:
+    work.surveyed = survey(work.gm, work.joint_inputs, work.partition_options)
+
+
+def _classify(work: Work) -> None:
+    assert work.arguments is not None
+    parameters = work.arguments.parameters
+    buffers = work.partition_options.get("static_lifetime_input_indices") or ()
+    work.classification = classify(work.gm.graph, {*parameters, *buffers}, parameters)
+
+
+def _assign_roles(work: Work) -> None:
+    assert work.arguments is not None
+    work.roles = assign_roles(
+        work.gm.graph,
+        work.classification,
+        work.surveyed,
+        num_fwd_outputs=work.partition_options["num_fwd_outputs"],
+        trainable=work.arguments.trainable,
+    )
+
+
+def _find_sentinels(work: Work) -> None:
+    assert work.arguments is not None
+    work.sentinels = sentinels(
+        work.gm.graph, work.classification.backward, work.arguments.parameters
+    )
+
+
+def _plan(work: Work) -> None:
+    assert work.arguments is not None
+    joint = JointGraph(
+        work.gm.graph,
+        work.classification,
+        work.surveyed,
+        work.roles,
+        work.arguments.names,
+        work.arguments.owner,
+        bool(work.arguments.trainable),
+        work.sentinels,
+    )
+    judged = "judge" not in work.config.skip_passes
+    work.plan = make_plan(joint, work.config, work.blocked, judged=judged)
+
+
+PLANNING = (
+    Pass("merge_duplicates", lambda work: merge_duplicates(work.gm), lambda work: work.gm),
+    Pass("survey", _survey),
+    Pass("classify", _classify),
+    Pass("assign_roles", _assign_roles),
+    Pass("find_sentinels", _find_sentinels),
+    Pass("plan", _plan),
+)
+
+
+# -- rewriting -----------------------------------------------------------------------------------------
+
+
+def _check_fingerprint(work: Work) -> None:
+    assert work.plan is not None
+    if fingerprint(work.gm.graph) != work.plan.fingerprint:
+        raise CannotRewriteError("tracing the model twice gave two different joint graphs")
+
+
+def _rewrite(work: Work) -> None:
+    assert work.plan is not None
+    assert work.find_state is not None
+    work.inline = Inliner(work.gm.graph)
+    state = work.find_state(work.gm.graph)
+    work.encoded = rewrite(work.gm.graph, work.plan, state, work.inline)
+
+
+def _factor(work: Work) -> None:
+    factor(work.encoded, work.inline)
+
+
+def _partition(work: Work) -> None:
+    assert work.plan is not None
+    work.gm.graph.lint()
+    work.gm.recompile()
+    work.partitioned = partition(
+        work.gm, work.joint_inputs, work.partition_options, work.encoded, work.plan
+    )
+
+
+def _sample(work: Work) -> None:
+    sample(work.partitioned.fw, work.encoded)
+
+
+REWRITING = (
+    Pass("merge_duplicates", lambda work: merge_duplicates(work.gm), lambda work: work.gm),
+    Pass("check_fingerprint", _check_fingerprint),
+    Pass("rewrite", _rewrite, lambda work: work.gm),
+    Pass("factor", _factor, lambda work: work.gm),
+    Pass("partition", _partition, lambda work: work.partitioned.fw),
+    Pass("sample", _sample, lambda work: work.partitioned.fw),
+)
+
+
+# -- running -------------------------------------------------------------------------------------------
+
+Observer = Callable[[Pass, Work], None]
+_OBSERVERS: ContextVar[tuple[Observer, ...]] = ContextVar("observers", default=())
+
+
+@contextlib.contextmanager
+def observed(observer: Observer) -> Iterator[None]:
+    """Context in which `observer` is called after each pass, with the pass and the work as it left it."""
+    token = _OBSERVERS.set((*_OBSERVERS.get(), observer))
+    try:
+        yield
+    finally:
+        _OBSERVERS.reset(token)
+
+
+def run(passes: Sequence[Pass], work: Work) -> None:
+    """Run passes in their order, without those that `prac.skip_passes` names.
+
+    Raises:
+        CannotRewriteError: from a pass; the graph is not the one that was planned, or an invariant does not hold.
+    """
+    for one in passes:
+        if one.name in work.config.skip_passes:
+            log.debug("%s: skipped", one.name)
+            continue
+        start = time.perf_counter()
+        one.run(work)
+        log.debug("%s: %.1f ms", one.name, 1e3 * (time.perf_counter() - start))
+        if one.graph is not None:
+            _show(one.name, one.graph(work))
+        for observer in _OBSERVERS.get():
+            observer(one, work)
+
+
+def _show(name: str, gm: fx.GraphModule) -> None:
+    """The graph after a pass, for logs and structured traces."""
+
+    def text() -> str:
+        return gm.print_readable(print_output=False)
+
+    if log.isEnabledFor(logging.DEBUG):
+        log.debug("graph after %s:\n%s", name, text())
+    trace_structured(
+        "artifact",
+        metadata_fn=lambda: {"name": f"prac_after_{name}", "encoding": "string"},
+        payload_fn=text,
+    )
+
+
+assert {*SKIPPABLE_PASSES} <= {"judge", *(one.name for one in REWRITING)}

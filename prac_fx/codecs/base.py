@@ -1,0 +1,128 @@
+"""What passes and run time ask a codec; they never ask for its class."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+if TYPE_CHECKING:
+    from prac_fx.codecs.prac import PracCodec
+
+
+@dataclass(frozen=True)
+class Rounding:
+    """How many random numbers stochastic rounding takes (see `rounding`).
+
+    Attributes:
+        rows: numbers for rows, for each row of the value.
+        columns: numbers for columns.
+    """
+
+    rows: int
+    columns: int
+
+
+class Codec(ABC):
+    """How a saved value is stored, and what backward does with what is stored.
+
+    A codec is a frozen dataclass: it is part of a plan and of the key of torch's compile cache. Its methods on tensors are
+    traced into the joint graph as ordinary aten operators, so they may not depend on the data.
+
+    A value arrives as rows of `features` elements, (m, n). What `encode` stores has m rows, too, unless
+    `weight_gradient` is all that reads it.
+    """
+
+    features: int
+
+    @property
+    @abstractmethod
+    def name(self) -> str:
+        """What the options and the report call it."""
+
+    @abstractmethod
+    def describe(self) -> str:
+        """Short text for tables, such as `int8/128`."""
+
+    # -- what it promises -------------------------------------------------------------------------
+
+    @property
+    @abstractmethod
+    def is_unbiased(self) -> bool:
+        """Is the mean of what `decode` returns, over the random numbers, what was encoded?"""
+
+    @property
+    def is_lossless(self) -> bool:
+        """Does `decode` return what was encoded, to the bit?"""
+        return False
+
+    @property
+    def is_coarse(self) -> bool:
+        """Are its errors so large that a curved function of them has a bias to speak of?"""
+        return False
+
+    @property
+    def coordinates(self) -> str | None:
+        """How the coordinates in its subspace are stored; None for as they are, or without a subspace."""
+        return None
+
+    # -- what it needs ----------------------------------------------------------------------------
+
+    @property
+    def rounding(self) -> Rounding | None:
+        """The random numbers that `encode` takes last, for rows and for columns; None for none."""
+        return None
+
+    @property
+    def subspace(self) -> PracCodec | None:
+        """The subspace whose basis, (n, r), `encode` and `decode` take; None for none."""
+        return None
+
+    # -- tensors ----------------------------------------------------------------------------------
+
+    @abstractmethod
+    def encode(self, x: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, ...]:
+        """What is stored of x, (m, n), given the basis if it needs one and the numbers if it rounds."""
+
+    def unpack(self, stored: Sequence[Tensor], dtype: torch.dtype) -> tuple[Tensor, ...]:
+        """What all readers in backward share, made once of what is stored.
+
+        Args:
+            stored: what `encode` returned.
+            dtype: that of x.
+        """
+        return tuple(stored)
+
+    @abstractmethod
+    def decode(self, parts: Sequence[Tensor], dtype: torch.dtype, *basis: Tensor) -> Tensor:
+        """What stands for x, in the shape that was encoded.
+
+        Args:
+            parts: what `unpack` returned.
+            dtype: that of x.
+            *basis: the one it was encoded with, if any.
+        """
+
+    def weight_gradient(self, parts: Sequence[Tensor], dy: Tensor, *basis: Tensor) -> Tensor:
+        """x^T dy without x, (n, o), of dy, (m, o). Only codecs with a subspace are asked."""
+        raise NotImplementedError(f"{self.name} has to be decoded")
+
+    def weight_gradient_transposed(
+        self, parts: Sequence[Tensor], dy_t: Tensor, *basis: Tensor
+    ) -> Tensor:
+        """dy^T x without x, (o, n), of dy^T, (o, m). Only codecs with a subspace are asked."""
+        raise NotImplementedError(f"{self.name} has to be decoded")
+
+    # -- bytes ------------------------------------------------------------------------------------
+
+    @abstractmethod
+    def stored_nbytes(self, rows: int, itemsize: int) -> int:
+        """Bytes stored for so many rows of elements of `itemsize` bytes."""
+
+    def state_nbytes(self, itemsize: int) -> int:
+        """Bytes that live as long as the parameter that owns them."""
+        return 0
