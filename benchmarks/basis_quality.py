@@ -124,7 +124,7 @@ class SiteBasis:
         self._renew_tail(step)
 
     def relative_error(self, x: Tensor, dy: Tensor, exact: Tensor) -> float:
-        estimate = self.codec.weight_gradient(self.codec.encode(x, self.basis), self.basis, dy)
+        estimate = self.codec.weight_gradient(self.codec.encode(x, self.basis), dy, self.basis)
         return float((estimate - exact).norm() / exact.norm())
 
     def _renew_tail(self, step: int) -> None:

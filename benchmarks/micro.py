@@ -138,14 +138,14 @@ def _projected(blocks: int, x: Tensor, dy: Tensor, machine: _Machine) -> dict[st
     encode = torch.compile(codec.encode, dynamic=False)
     gradient = torch.compile(codec.weight_gradient, dynamic=False)
     exact = torch.compile(lambda x, dy: x.mT.mm(dy), dynamic=False)
-    stored = encode(x, basis)
+    (stored,) = encode(x, basis)
     encode_flops = codec.flops(tokens, 0)
     found = {
         "encode": machine.against_floor(
             lambda: encode(x, basis), x.nbytes + stored.nbytes + basis.nbytes, encode_flops
         ),
         "gradient": machine.against_floor(
-            lambda: gradient(stored, basis, dy),
+            lambda: gradient((stored,), dy, basis),
             stored.nbytes + dy.nbytes + features * outputs * x.itemsize,
             codec.flops(tokens, outputs) - encode_flops,
         ),

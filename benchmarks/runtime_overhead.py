@@ -17,9 +17,10 @@ from tabulate import tabulate
 from torch import nn
 from torch.utils.benchmark import Timer
 
-from prac_fx.codecs import PracCodec, QuantCodec
+from prac_fx.codecs import PracCodec, QuantCodec, QuantizedCoordinates
 from prac_fx.config import PracConfig
-from prac_fx.passes.plan_data import Plan, Site
+from prac_fx.graph.row_layout import Layout
+from prac_fx.passes.plan_data import DecodedSite, Owner, Plan
 from prac_fx.runtime.step import training_step
 from prac_fx.runtime.subspace_state import subspaces_of
 
@@ -67,12 +68,18 @@ def _nothing(*args: Any) -> None:
 
 def _plan(sites: int, rounds: bool, device: torch.device) -> Plan:
     codec = PracCodec(FEATURES, 8, 8, blocks=1, sample_rows=16)
-    coordinates = QuantCodec("int8", codec.rank, group=16) if rounds else None
-    common = {"dtype": torch.float32, "device": device, "coordinates": coordinates}
+    quantized = QuantizedCoordinates(codec, QuantCodec("int8", codec.rank, group=16))
     return Plan(
         (),
         tuple(
-            Site(f"value_{i}", codec, owner=i, owner_name=f"{i}.weight", **common)  # type: ignore[arg-type]
+            DecodedSite(
+                value=f"value_{i}",
+                codec=quantized if rounds else codec,
+                dtype=torch.float32,
+                device=device,
+                owner=Owner(i, f"{i}.weight", 0, "weight_gradient"),
+                layout=Layout((0, 1), (FEATURES,)),
+            )
             for i in range(sites)
         ),
         clones=(),

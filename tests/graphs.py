@@ -9,11 +9,12 @@ import torch
 import torch.fx as fx
 from torch import Tensor
 
-from prac_fx.compiler import pipeline
 from prac_fx.compiler.dynamo_backend import DynamoGraph, analyse_graph, compile_rewritten
 from prac_fx.config import split_options
+from prac_fx.graph.graph_edit import LABEL
 from prac_fx.passes.partition import PartitionedGraph
 from prac_fx.passes.plan_data import Plan, PlannedValue
+from prac_fx.passes.runner import Pass, Work, observed
 from prac_fx.torch_compat import functorch_config, make_boxed_func
 from tests.compiling import SMALL
 
@@ -32,6 +33,16 @@ class Traced:
 
     def __init__(self) -> None:
         self.graphs: dict[str, str] = {}
+
+    def record(self, done: Pass, work: Work) -> None:
+        """Leave the text of the graph after each editing pass, and the result."""
+        if work.plan is None or work.arguments is not None:
+            return
+        if done.name == "sample":
+            self.result = work.partitioned
+        elif done.graph is not None:
+            name = "joint" if done.name == "merge_duplicates" else done.name
+            self.graphs[name] = readable(done.graph(work).graph)
 
     def value(self, reason_or_decision: str) -> PlannedValue:
         """The only value with this reason or decision."""
@@ -52,7 +63,7 @@ def trace(
         assert plan is not None, "no backward"
         traced.plan = plan
         if plan.sites:
-            with _recorded(traced), functorch_config.patch(enable_autograd_cache=False):
+            with observed(traced.record), functorch_config.patch(enable_autograd_cache=False):
                 compile_rewritten(graph, plan, config, {}, _not_compiled)
             assert traced.result is not None
             traced.graphs["fw"] = readable(traced.result.fw.graph)
@@ -68,73 +79,62 @@ def _not_compiled(gm: fx.GraphModule, example_inputs: Any, **options: Any) -> An
     return make_boxed_func(gm.forward)
 
 
-class _recorded:
-    """While active, the editing passes leave the text of the graph before and after them, and their result."""
-
-    def __init__(self, traced: Traced) -> None:
-        self.traced = traced
-        self.patch: Any = None
-
-    def __enter__(self) -> None:
-        self.originals = {
-            name: getattr(pipeline, name) for name in ("rewrite", "factor", "apply_plan")
-        }
-        pipeline.rewrite = self._rewrite  # type: ignore[assignment]
-        pipeline.factor = self._factor  # type: ignore[assignment]
-        pipeline.apply_plan = self._apply_plan
-
-    def __exit__(self, *error: object) -> None:
-        for name, function in self.originals.items():
-            setattr(pipeline, name, function)
-
-    def _apply_plan(self, *args: Any) -> Any:
-        self.traced.result = self.originals["apply_plan"](*args)
-        return self.traced.result
-
-    def _rewrite(self, graph: fx.Graph, *args: Any) -> Any:
-        self.traced.graphs["joint"] = readable(graph)
-        result = self.originals["rewrite"](graph, *args)
-        self.traced.graphs["rewrite"] = readable(graph)
-        return result
-
-    def _factor(self, encoded: Any, inline: Any) -> None:
-        self.originals["factor"](encoded, inline)
-        self.traced.graphs["factor"] = readable(inline.graph)
-
-
-_OURS = ("coordinates", "decoded", "weight_gradient", "sampled_rows")
-
-
 def readable(graph: fx.Graph) -> str:
     """A graph as short text: one line a node, its shape, and whether it must be in backward.
 
-    Operators are numbered in order of appearance: torch's own numbers depend on its version.
+    All that belongs to one encoding, decoding, weight gradient or sample is one line, so that plan and rewrite can be
+    read, and do not change with the codec. Operators are numbered in order of appearance: torch's own numbers depend
+    on its version.
     """
-    lines, names = [], _names(graph)
+    parts = _parts(graph)
+    names, lines = _names(graph, parts), []
     for node in graph.nodes:
+        members = parts.get(node, [node])
         if node.op == "placeholder":
             if node.users:
                 lines.append(f"{names[node]}: {_shape(node)}")
         elif node.op == "output":
             outputs = fx.node.map_arg(node.args, names.__getitem__)
             lines.append("return " + ", ".join(map(str, _flat(outputs))))
-        else:
-            args, kwargs = fx.node.map_arg((node.args, node.kwargs), names.__getitem__)
-            given = [str(arg).replace("'", "") for arg in args]
-            given += [f"{key}={value}" for key, value in kwargs.items()]
-            must = node.meta.get("partitioner_tag") == "must_be_in_backward"
-            lines.append(
-                f"{names[node]} = {_operator(node)}({', '.join(given)}) -> {_shape(node)}"
-                + ("  # backward" if must else "")
-            )
+        elif node is members[-1]:
+            lines.append(_line(members, names))
     return "\n".join(lines)
 
 
-def _names(graph: fx.Graph) -> dict[fx.Node, str]:
+def _parts(graph: fx.Graph) -> dict[fx.Node, list[fx.Node]]:
+    """What each node is part of, by node."""
+    found: dict[object, list[fx.Node]] = {}
+    for node in graph.nodes:
+        if LABEL in node.meta and node.op == "call_function":
+            found.setdefault(node.meta[LABEL], []).append(node)
+    return {node: members for members in found.values() for node in members}
+
+
+def _line(members: list[fx.Node], names: dict[fx.Node, str]) -> str:
+    last = members[-1]
+    must = last.meta.get("partitioner_tag") == "must_be_in_backward"
+    behind = "  # backward" if must else ""
+    if LABEL not in last.meta:
+        args, kwargs = fx.node.map_arg((last.args, last.kwargs), names.__getitem__)
+        given = [str(arg).replace("'", "") for arg in args]
+        given += [f"{key}={value}" for key, value in kwargs.items()]
+        call = f"{_operator(last)}({', '.join(given)})"
+        return f"{names[last]} = {call} -> {_shape(last)}{behind}"
+    inside = set(members)
+    given = dict.fromkeys(
+        names[arg] for node in members for arg in node.all_input_nodes if arg not in inside
+    )
+    results = [node for node in members if not inside.issuperset(node.users)]
+    made = ", ".join(names[node] for node in results)
+    shapes = ", ".join(map(_shape, results))
+    return f"{made} = {last.meta[LABEL][0]}({', '.join(given)}) -> {shapes}{behind}"
+
+
+def _names(graph: fx.Graph, parts: dict[fx.Node, list[fx.Node]]) -> dict[fx.Node, str]:
     counts: dict[str, int] = {}
     names = {}
     for node in graph.nodes:
-        if node.op != "call_function" or node.name.startswith(_OURS):
+        if node.op != "call_function" or node in parts:
             names[node] = node.name
             continue
         count = counts[_operator(node)] = counts.get(_operator(node), 0) + 1

@@ -352,7 +352,7 @@ def test_a_graph_that_cannot_be_rewritten_falls_back_with_one_warning(
     def broken(*args: Any, **kwargs: Any) -> None:
         raise prac_fx.CannotRewriteError("broken on purpose")
 
-    monkeypatch.setattr("prac_fx.compiler.pipeline.analyse", broken)
+    monkeypatch.setattr("prac_fx.passes.runner.survey", broken)
     model, x = Sequential(), rows()
     step(torch.compile(model), model, x)
     expected = gradients(model)

@@ -157,8 +157,8 @@ def _projection() -> None:
     basis = torch.empty(codec.basis_shape, device="meta")
     x = torch.empty(96, 128, device="meta")
     coordinates = codec.encode(x, basis)
-    codec.decode(coordinates, basis)
-    codec.weight_gradient(coordinates, basis, x)
+    codec.decode(coordinates, x.dtype, basis)
+    codec.weight_gradient(coordinates, x, basis)
     sample_matrix(x, torch.empty(64, 128, device="meta"))
 
 

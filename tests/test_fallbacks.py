@@ -16,7 +16,7 @@ from torch._dynamo.exc import SkipFrame, TensorifyScalarRestartAnalysis
 from torch._inductor.exc import InductorError
 
 import prac_fx
-from prac_fx.codecs import PracCodec, QuantCodec
+from prac_fx.codecs import QuantCodec
 from prac_fx.compiler import dynamo_backend
 from prac_fx.compiler.graph_records import _ALIVE, CompiledGraph
 from prac_fx.passes.plan_data import Plan
@@ -316,7 +316,7 @@ def test_what_policy_paper_projects_has_a_basis_where_something_trains() -> None
     _compile_each(blocks, policy="paper")
     with no_code_generation() as plans:
         _gradient(blocks, rows())
-    assert any(isinstance(value.codec, PracCodec) for value in plans[0].values)
+    assert any((value.codec and value.codec.subspace) for value in plans[0].values)
     assert all(subspaces_of(block.down.bias) for block in blocks)
 
 

@@ -13,7 +13,8 @@ from prac_fx.codecs import BitCodec, QuantCodec
 from prac_fx.codecs.quantized import Format
 from prac_fx.codecs.words import word_bits_on
 from prac_fx.compiler.dynamo_backend import rewritten_patches
-from prac_fx.passes.plan_data import Plan, Site
+from prac_fx.graph.row_layout import Layout
+from prac_fx.passes.plan_data import DecodedSite, Plan
 from prac_fx.torch_compat import gpu_fusion_patches, inductor_config
 from tests.gpu_planning import gpu_kernels
 
@@ -119,7 +120,13 @@ def test_decoding_is_part_of_what_reads_the_value(name: Format) -> None:
 
 @pytest.mark.parametrize(("device", "expected"), [("cpu", {}), ("cuda", gpu_fusion_patches())])
 def test_settings_are_for_graphs_on_a_gpu(device: str, expected: dict[str, Any]) -> None:
-    site = Site("value", _codec("int8", 64), torch.float32, torch.device(device))
+    site = DecodedSite(
+        value="value",
+        codec=_codec("int8", 64),
+        dtype=torch.float32,
+        device=torch.device(device),
+        layout=Layout((0, 1), (64,)),
+    )
     plan = Plan((), (site,), (), (), owner=0, owner_name="0.weight", fingerprint="")
     assert rewritten_patches(plan, {}) == expected
     of_user = {"loop_ordering_after_fusion": True}

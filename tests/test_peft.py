@@ -10,7 +10,6 @@ import torch
 from torch import Tensor, nn
 
 import prac_fx
-from prac_fx.codecs import PracCodec
 from prac_fx.report.explain import MemoryReport
 from tests.compiling import BALANCED
 from tests.models import Sequential, llama, rows
@@ -97,7 +96,7 @@ def test_no_projection_that_costs_more_than_the_small_gradients(
         model, inputs = _adapted_llama("LoRA", dropout)
         report = prac_fx.explain(model, **inputs, options=OPTIONS)
     values = [value for value in report.values if value.role == "W" and value.nbytes_before]
-    assert not [value for value in values if isinstance(value.codec, PracCodec)]
+    assert not [value for value in values if (value.codec and value.codec.subspace)]
     assert {value.stored_as.partition("/")[0] for value in values} == {"int8", "recompute"}
     assert report.state_nbytes == 0
 

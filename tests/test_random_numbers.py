@@ -186,7 +186,7 @@ def test_nothing_to_train() -> None:
 
     with no_code_generation() as plans:
         torch.testing.assert_close(gradient(0.0), gradient(1.0))
-    assert not any(site.has_state for plan in plans for site in plan.sites)
+    assert not any(site.owner for plan in plans for site in plan.sites)
 
 
 def test_a_nested_region_that_draws() -> None:

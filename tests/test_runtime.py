@@ -11,9 +11,10 @@ import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from prac_fx.codecs import PracCodec, QuantCodec
+from prac_fx.codecs import PracCodec, QuantCodec, QuantizedCoordinates
 from prac_fx.config import PracConfig
-from prac_fx.passes.plan_data import Plan, Site
+from prac_fx.graph.row_layout import Layout
+from prac_fx.passes.plan_data import DecodedSite, Owner, Plan
 from prac_fx.runtime.step import state_inputs, training_step
 from prac_fx.runtime.subspace_state import subspaces_of
 from tests.compiling import compile_prac, step
@@ -27,16 +28,15 @@ DEVICES = ["cpu", *(["cuda"] if torch.cuda.is_available() else [])]
 
 def _plan(owners: int, rounds: bool = True, device: str = "cpu") -> Plan:
     """A graph with one site for each of its arguments."""
-    coordinates = QuantCodec("int8", CODEC.rank, group=8) if rounds else None
+    quantized = QuantizedCoordinates(CODEC, QuantCodec("int8", CODEC.rank, group=8))
     sites = tuple(
-        Site(
-            f"value_{i}",
-            CODEC,
-            torch.float32,
-            torch.device(device),
-            coordinates=coordinates,
-            owner=i,
-            owner_name=f"{i}.weight",
+        DecodedSite(
+            value=f"value_{i}",
+            codec=quantized if rounds else CODEC,
+            dtype=torch.float32,
+            device=torch.device(device),
+            owner=Owner(i, f"{i}.weight", 0, "weight_gradient"),
+            layout=Layout((0, 1), (FEATURES,)),
         )
         for i in range(owners)
     )

@@ -8,15 +8,14 @@ import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
-from unittest.mock import patch
 
 import torch
 import torch.fx as fx
 from torch import Tensor, nn
 
 from prac_fx import PracWarning
-from prac_fx.compiler import pipeline
-from prac_fx.passes.plan_data import Plan
+from prac_fx.passes.plan_data import FactoredSite, Plan
+from prac_fx.passes.runner import Pass, Work, observed
 from prac_fx.torch_compat import gradient_argument_index
 from tests.fuzz.chance import bias_beyond_chance
 from tests.fuzz.noise import smooth_bias
@@ -294,13 +293,12 @@ def _difference(want: Tensor, got: Tensor) -> str:
 def recorded_plans() -> Iterator[list[Plan]]:
     """Context that gives the plans made in it."""
     plans: list[Plan] = []
-    make_plan = pipeline.make_plan
 
-    def recorded(*args: Any, **kwargs: Any) -> Plan:
-        plans.append(make_plan(*args, **kwargs))
-        return plans[-1]
+    def record(done: Pass, work: Work) -> None:
+        if done.name == "plan" and work.plan is not None:
+            plans.append(work.plan)
 
-    with patch.object(pipeline, "make_plan", recorded):
+    with observed(record):
         yield plans
 
 
@@ -308,15 +306,14 @@ def recorded_plans() -> Iterator[list[Plan]]:
 def recorded_noise() -> Iterator[set[str]]:
     """Context that gives the names of the gradients which factored sites feed, in all graphs compiled in it."""
     noisy: set[str] = set()
-    make_plan = pipeline.make_plan
 
-    def recorded(joint: Any, *args: Any, **kwargs: Any) -> Plan:
-        plan: Plan = make_plan(joint, *args, **kwargs)
-        readers = {name for site in plan.sites for name, _ in site.readers}
-        noisy.update(_fed_by(joint.graph, readers, joint.argument_names))
-        return plan
+    def record(done: Pass, work: Work) -> None:
+        if done.name == "plan" and work.plan is not None and work.arguments is not None:
+            factored = [site for site in work.plan.sites if isinstance(site, FactoredSite)]
+            readers = {name for site in factored for name, _ in site.readers}
+            noisy.update(_fed_by(work.gm.graph, readers, work.arguments.names))
 
-    with patch.object(pipeline, "make_plan", recorded):
+    with observed(record):
         yield noisy
 
 

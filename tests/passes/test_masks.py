@@ -47,37 +47,21 @@ le.Scalar      bool     A bits""",
 primals_2: 512x64
 primals_3: 64x128
 primals_4: 2x64x38
-coordinates: 2x38x512
-stored: 512x16
+stored: 2x38x512
+stored_1: 512x16
 tangents_1: scalar
 expand_1 = expand(tangents_1, [512, 64]) -> 512x64
 permute_1 = permute(expand_1, [1, 0]) -> 64x512
-permute_2 = permute(permute_1, [1, 0]) -> 512x64  # backward
-view_1 = view(coordinates, [76, -1]) -> 76x512  # backward
-mm_1 = mm(view_1, permute_2) -> 76x64  # backward
-view_2 = view(mm_1, [2, 38, -1]) -> 2x38x64  # backward
-bmm_1 = bmm(primals_4, view_2) -> 2x64x64  # backward
-view_3 = view(bmm_1, [128, -1]) -> 128x64  # backward
-weight_gradient = permute(view_3, [1, 0]) -> 64x128  # backward
-permute_3 = permute(primals_3, [1, 0]) -> 128x64
-permute_4 = permute(permute_3, [1, 0]) -> 64x128
-mm_2 = mm(expand_1, permute_4) -> 512x128
+weight_gradient = weight_gradient[prac 38+38/128 x2](permute_1, stored, primals_4) -> 64x128  # backward
+permute_2 = permute(primals_3, [1, 0]) -> 128x64
+permute_3 = permute(permute_2, [1, 0]) -> 64x128
+mm_1 = mm(expand_1, permute_3) -> 512x128
 full_1 = full([], 0.0, dtype=torch.float32, layout=torch.strided, device=cpu, pin_memory=False) -> scalar
-view_4 = view(stored, [-1, 16]) -> 512x16  # backward
-iota_1 = iota(8, start=0, step=1, dtype=torch.int32, device=cpu, requires_grad=False) -> 8  # backward
-view_5 = view(iota_1, [8, 1]) -> 8x1  # backward
-unsqueeze_1 = unsqueeze(view_4, -2) -> 512x1x16  # backward
-convert_element_type_1 = convert_element_type(unsqueeze_1, torch.int32) -> 512x1x16  # backward
-__rshift___1 = __rshift__(convert_element_type_1, view_5) -> 512x8x16  # backward
-bitwise_and_1 = bitwise_and(__rshift___1, 1) -> 512x8x16  # backward
-view_6 = view(bitwise_and_1, [512, 128]) -> 512x128  # backward
-convert_element_type_2 = convert_element_type(view_6, torch.bool) -> 512x128  # backward
-view_7 = view(convert_element_type_2, [512, 128]) -> 512x128  # backward
-decoded_1 = permute(view_7, [0, 1]) -> 512x128  # backward
-where_1 = where(decoded_1, full_1, mm_2) -> 512x128
-permute_5 = permute(where_1, [1, 0]) -> 128x512
-mm_3 = mm(permute_5, primals_2) -> 128x64
-return mm_3, None, weight_gradient, None, None""",
+decoded_1 = decode[bits](stored_1) -> 512x128  # backward
+where_1 = where(decoded_1, full_1, mm_1) -> 512x128
+permute_4 = permute(where_1, [1, 0]) -> 128x512
+mm_2 = mm(permute_4, primals_2) -> 128x64
+return mm_2, None, weight_gradient, None, None""",
     )
 
 

@@ -37,7 +37,7 @@ query                                      512x128      A    keep      loss_inte
 key                                        512x128      A    keep      loss_intermediate""",
     )
     (site,) = plan.sites
-    assert site.owner_name == "query.weight"
+    assert site.owner.name == "query.weight"
     assert len(site.readers) == 3
 
 
@@ -174,7 +174,7 @@ def test_every_reason_has_a_meaning_and_a_test() -> None:
 @pytest.mark.parametrize("options", [{"blocks": 5}, {"blocks": 8, "principal": 4, "random": 4}])
 def test_blocks_that_do_not_fit_count_as_one(options: dict[str, int]) -> None:
     (site,) = trace(Mlp(), inputs(), **options).plan.sites
-    assert site.codec.blocks == 1
+    assert site.codec.subspace.blocks == 1
 
 
 # -- forms in which weight gradients come ---------------------------------------------------------
@@ -182,7 +182,7 @@ def test_blocks_that_do_not_fit_count_as_one(options: dict[str, int]) -> None:
 
 def _sites(model: nn.Module, x: Tensor | None = None) -> list[str]:
     plan = trace(model, inputs() if x is None else x).plan
-    return [site.owner_name for site in plan.sites]
+    return [site.owner.name for site in plan.sites]
 
 
 @pytest.mark.parametrize(
@@ -247,7 +247,7 @@ def test_lora_reads_its_input_with_the_adapter_only() -> None:
             return torch.cos(self.base(x) + self.b(self.a(x))).sum()
 
     plan = trace(Lora(), inputs()).plan
-    assert [site.owner_name for site in plan.sites] == ["a.weight", "b.weight"]
+    assert [site.owner.name for site in plan.sites] == ["a.weight", "b.weight"]
     assert len(plan.sites[0].readers) == 1
 
 
@@ -263,7 +263,7 @@ def test_tied_weights_have_a_slot_for_each_use() -> None:
             return x.sum()
 
     plan = trace(Tied(), inputs()).plan
-    assert [(site.owner_name, site.slot) for site in plan.sites] == [
+    assert [(site.owner.name, site.owner.slot) for site in plan.sites] == [
         ("body.weight", 0),
         ("body.weight", 1),
     ]
@@ -297,7 +297,7 @@ def test_a_weight_gradient_that_meets_an_activation_again_is_role_a() -> None:
             return torch.cos(x @ weight).sum()
 
     plan = trace(Hyper(), inputs().requires_grad_()).plan
-    assert all(site.owner_name == "generate.weight" for site in plan.sites)
+    assert all(site.owner.name == "generate.weight" for site in plan.sites)
     readers = {name for site in plan.sites for name, _ in site.readers}
     assert len(readers) <= 1
 

@@ -5,8 +5,9 @@ from __future__ import annotations
 import pytest
 import torch
 
+from prac_fx.codecs import QuantCodec, QuantizedCoordinates
 from prac_fx.config import PracConfig
-from prac_fx.passes.ranks import Projected, choose_codec, coordinates_codec
+from prac_fx.passes.ranks import Projected, choose_codec, with_coordinates
 
 CPU, GPU = torch.device("cpu"), torch.device("cuda")
 
@@ -49,6 +50,7 @@ def test_what_the_user_asks_for_is_kept(
 def test_words_of_coordinates(device: torch.device, word_bits: int) -> None:
     config = PracConfig()
     codec = choose_codec(_matrix(2048, device), config)
-    coordinates = coordinates_codec(codec, config, device)
-    assert coordinates is not None
-    assert coordinates.word_bits == word_bits
+    stored = with_coordinates(codec, config, _matrix(2048, device))
+    assert isinstance(stored, QuantizedCoordinates)
+    assert isinstance(stored.quantizer, QuantCodec)
+    assert stored.quantizer.word_bits == word_bits

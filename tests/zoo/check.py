@@ -24,10 +24,9 @@ from torch._dynamo.utils import counters
 
 from benchmarks.held_memory import all_tensors, held_nbytes
 from prac_fx import PracWarning
-from prac_fx.codecs import PracCodec
-from prac_fx.compiler import pipeline
 from prac_fx.compiler.dynamo_backend import prac
 from prac_fx.graph.graph_edit import Inliner
+from prac_fx.passes import runner
 from prac_fx.passes.plan_data import Plan
 from tests.compiling import gradients
 from tests.uncompiled import no_code_generation, plain_graphs
@@ -216,7 +215,7 @@ def _estimated_by_prac(run: _Run) -> set[str]:
         f".{name}"
         for plan in run.plans
         for value in plan.values
-        if isinstance(value.codec, PracCodec)
+        if value.codec is not None and value.codec.subspace is not None
         for name in value.read_by
     }
     first: dict[int, str] = {}
@@ -358,7 +357,7 @@ def _shared_traces() -> AbstractContextManager[Any]:
         made._traced = _TRACED
         return made
 
-    return patch.object(pipeline, "Inliner", inliner)
+    return patch.object(runner, "Inliner", inliner)
 
 
 _TRACED: dict[object, fx.GraphModule] = {}
