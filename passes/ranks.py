@@ -6,7 +6,7 @@ from dataclasses import dataclass, replace
 
 import torch
 
-from prac_fx.codecs import Codec, PracCodec, QuantizedCoordinates
+from prac_fx.codecs import Codec, PracCodec, QuantizedCoordinates, SubspaceShape
 from prac_fx.config import PracConfig, ProjectedRole
 from prac_fx.graph.nbytes import size_hint
 from prac_fx.passes.plan_data import Keep
@@ -57,12 +57,12 @@ class Projected:
         return 2 * size_hint(self.tokens) * self.features * self.outputs
 
 
-def relative_flops(matrix: Projected, codec: PracCodec) -> float:
+def relative_flops(matrix: Projected, subspace: SubspaceShape) -> float:
     """FLOPs of encoding and of the factored weight gradients, over those of the exact ones."""
-    return codec.flops(size_hint(matrix.tokens), matrix.outputs) / max(1, matrix.exact_flops)
+    return subspace.flops(size_hint(matrix.tokens), matrix.outputs) / max(1, matrix.exact_flops)
 
 
-def check_worthwhile(matrix: Projected, codec: PracCodec) -> None:
+def check_worthwhile(matrix: Projected, subspace: SubspaceShape) -> None:
     """Does "auto" take PRAC for a matrix?
 
     Raises:
@@ -70,7 +70,7 @@ def check_worthwhile(matrix: Projected, codec: PracCodec) -> None:
     """
     if matrix.features < _MIN_WORTHWHILE_FEATURES:
         raise Keep("not_derivable", f"{matrix.features} features are few for PRAC")
-    left = relative_flops(matrix, codec)
+    left = relative_flops(matrix, subspace)
     if left > _WORTHWHILE_FLOPS:
         raise Keep("not_derivable", f"PRAC would take {left:.2f} of the exact FLOPs")
 

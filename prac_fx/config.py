@@ -1,19 +1,25 @@
-"""Options of the "prac" backend: one frozen dataclass, and the parser of `torch.compile(options=...)`."""
+"""Options of the "prac" backend: one frozen dataclass."""
 
 from __future__ import annotations
 
 import dataclasses
-import difflib
-import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
 from prac_fx.codecs import ELEMENTWISE
 from prac_fx.errors import PracOptionError
-from prac_fx.torch_compat import inductor_config, inductor_patches
-
-PREFIX = "prac."
+from prac_fx.option_checks import (
+    PREFIX,
+    check_choice,
+    check_int,
+    check_rank,
+    check_rank_sum,
+    globs,
+    json_path,
+    per_role,
+    rules,
+)
 
 # How the saved values of each part may be stored. "auto" takes PRAC where it saves FLOPs and computes the
 # value again from stored ones where that is free.
@@ -164,32 +170,32 @@ class PracConfig:
     report: str | None = None
 
     def __post_init__(self) -> None:
-        _check_choice("policy", self.policy, tuple(POLICIES))
+        check_choice("policy", self.policy, tuple(POLICIES))
         for name, value in {**_COMMON, **POLICIES[self.policy]}.items():
             if getattr(self, name) is None:
                 object.__setattr__(self, name, value)
         for part, allowed in PARTS.items():
-            _check_choice(part, getattr(self, part), allowed)
-        object.__setattr__(self, "rules", _rules(self.rules))
-        _check_int("group_size", self.group_size, minimum=8)
-        _check_choice("rounding", self.rounding, ("stochastic", "nearest"))
-        _check_choice("across_ranks", self.across_ranks, ("auto", "identical", "independent"))
+            check_choice(part, getattr(self, part), allowed)
+        object.__setattr__(self, "rules", rules(self.rules, RULE_CODECS))
+        check_int("group_size", self.group_size, minimum=8)
+        check_choice("rounding", self.rounding, ("stochastic", "nearest"))
+        check_choice("across_ranks", self.across_ranks, ("auto", "identical", "independent"))
         for name in ("zero_point", "strict"):
             if not isinstance(getattr(self, name), bool):
                 raise PracOptionError(
                     f"{PREFIX}{name}={getattr(self, name)!r}: expected True or False"
                 )
         for name in ("principal", "random", "tail_every"):
-            object.__setattr__(self, name, _per_role(name, getattr(self, name)))
+            object.__setattr__(self, name, per_role(name, getattr(self, name), PROJECTED_ROLES))
         self._check_projection()
-        object.__setattr__(self, "report", _json_path("report", self.report))
-        _check_int("min_nbytes", self.min_nbytes, minimum=0)
-        _check_int("seed", self.seed, minimum=0, maximum=2**63 - 1)
+        object.__setattr__(self, "report", json_path("report", self.report))
+        check_int("min_nbytes", self.min_nbytes, minimum=0)
+        check_int("seed", self.seed, minimum=0, maximum=2**63 - 1)
         for name in ("include", "exclude"):
-            object.__setattr__(self, name, _globs(name, getattr(self, name)))
-        skipped = _globs("skip_passes", self.skip_passes)
+            object.__setattr__(self, name, globs(name, getattr(self, name)))
+        skipped = globs("skip_passes", self.skip_passes)
         for name in skipped:
-            _check_choice("skip_passes", name, SKIPPABLE_PASSES)
+            check_choice("skip_passes", name, SKIPPABLE_PASSES)
         object.__setattr__(self, "skip_passes", skipped)
         both = sorted(set(self.include) & set(self.exclude))
         if both:
@@ -200,18 +206,18 @@ class PracConfig:
     def _check_projection(self) -> None:
         """Ranks, blocks and schedule of PRAC."""
         if self.blocks != "auto":
-            _check_int("blocks", self.blocks, minimum=1, alternative='"auto"')
-        _check_int("refresh_every", self.refresh_every, minimum=1)
+            check_int("blocks", self.blocks, minimum=1, alternative='"auto"')
+        check_int("refresh_every", self.refresh_every, minimum=1)
         for role in PROJECTED_ROLES:
             principal, random, tail = (
                 self.for_role(name, role) for name in ("principal", "random", "tail_every")
             )
-            _check_rank("principal", principal)
-            _check_rank("random", random)
-            _check_rank_sum(principal, random)
+            check_rank("principal", principal)
+            check_rank("random", random)
+            check_rank_sum(principal, random)
             if tail is None:
                 continue
-            _check_int("tail_every", tail, minimum=1, alternative="None")
+            check_int("tail_every", tail, minimum=1, alternative="None")
             if tail > self.refresh_every:
                 raise PracOptionError(
                     f"prac.tail_every={tail} contradicts prac.refresh_every="
@@ -241,179 +247,3 @@ class PracConfig:
 
     def __hash__(self) -> int:
         return hash(repr(self))
-
-
-def split_options(options: Mapping[str, Any] | None) -> tuple[PracConfig, dict[str, Any]]:
-    """Split the `options` of `torch.compile` into our configuration and Inductor's.
-
-    Returns:
-        The configuration from the `prac.*` keys, and the remaining keys, checked against Inductor's.
-
-    Raises:
-        PracOptionError: unknown key (with the nearest known one), ill-typed or contradictory value.
-    """
-    fields = {field.name for field in dataclasses.fields(PracConfig)}
-    ours: dict[str, Any] = {}
-    inductor: dict[str, Any] = {}
-    for key, value in (options or {}).items():
-        if not isinstance(key, str):
-            raise PracOptionError(f"options: keys are text, got {key!r}")
-        name = key.replace("-", "_")
-        if name.startswith(PREFIX):
-            field = name[len(PREFIX) :]
-            if field not in fields:
-                known = sorted(PREFIX + known for known in fields)
-                raise PracOptionError(
-                    f"unknown option {key!r}{_near_miss(name, known)}; known are {', '.join(known)}"
-                )
-            ours[field] = value
-        else:
-            inductor[_inductor_key(key, name, fields)] = value
-    return PracConfig(**ours), inductor
-
-
-def config_patches(mode: str | None, options: Mapping[str, Any]) -> dict[str, Any]:
-    """Inductor's config patches for a mode and for options that `split_options` has checked.
-
-    Raises:
-        PracOptionError: unknown mode, or a value of the wrong type.
-    """
-    try:
-        return inductor_patches(mode, options)
-    except RuntimeError as error:
-        raise PracOptionError(f"options: {error}") from None
-
-
-def read_options(
-    options: Mapping[str, Any] | PracConfig | None,
-) -> tuple[PracConfig, dict[str, Any]]:
-    """Our configuration and Inductor's config patches, from options in either form.
-
-    Raises:
-        PracOptionError: as `split_options` and `config_patches`.
-    """
-    if isinstance(options, PracConfig):
-        return options, {}
-    config, inductor_options = split_options(options)
-    return config, config_patches(None, inductor_options)
-
-
-def _inductor_key(key: str, name: str, fields: set[str]) -> str:
-    known = inductor_config.get_config_copy()
-    if name == "custom_partitioner_fn":
-        raise PracOptionError(
-            'options: "custom_partitioner_fn" contradicts backend="prac", which is a partitioner itself'
-        )
-    if name not in known:
-        if name in fields or name == "prac":
-            raise PracOptionError(f"unknown option {key!r}: did you mean {PREFIX + name!r}?")
-        raise PracOptionError(
-            f"unknown option {key!r}: neither a prac.* option nor one of Inductor's"
-            f"{_near_miss(name, [*known, *(PREFIX + field for field in fields)])}"
-        )
-    return name
-
-
-def _check_choice(name: str, value: object, allowed: Sequence[str]) -> None:
-    if value not in allowed:
-        raise PracOptionError(
-            f"{PREFIX}{name}={value!r}: allowed are {', '.join(map(repr, allowed))}"
-            f"{_near_miss(str(value), allowed)}"
-        )
-
-
-def _per_role(name: str, value: object) -> object:
-    """One value as it is; one per role as pairs, which can be hashed."""
-    if not isinstance(value, Mapping | tuple | list):
-        return value
-    try:
-        given = dict(value)
-    except (TypeError, ValueError):
-        given = {}
-    if set(given) != set(PROJECTED_ROLES):
-        raise PracOptionError(
-            f"{PREFIX}{name}={value!r}: expected one value, or a mapping with exactly the keys "
-            f"{' and '.join(map(repr, PROJECTED_ROLES))}"
-        )
-    return tuple((role, given[role]) for role in PROJECTED_ROLES)
-
-
-def _rules(value: object) -> tuple[tuple[str, str], ...]:
-    expected = 'a list of (glob, codec) pairs, such as [("*.mlp.*", "int4")]'
-    if not isinstance(value, list | tuple):
-        raise PracOptionError(f"{PREFIX}rules={value!r}: expected {expected}")
-    for rule in value:
-        is_pair = isinstance(rule, list | tuple) and len(rule) == 2
-        if not is_pair or not all(isinstance(part, str) and part for part in rule):
-            raise PracOptionError(f"{PREFIX}rules: got {rule!r}, expected {expected}")
-        if rule[1] not in RULE_CODECS:
-            raise PracOptionError(
-                f"{PREFIX}rules: unknown codec in {tuple(rule)!r}; allowed are "
-                f"{', '.join(map(repr, RULE_CODECS))}{_near_miss(rule[1], RULE_CODECS)}"
-            )
-    return tuple((rule[0], rule[1]) for rule in value)
-
-
-def _near_miss(name: str, known: Any) -> str:
-    close = difflib.get_close_matches(name, list(known), n=1, cutoff=0.6)
-    return f" (did you mean {close[0]!r}?)" if close else ""
-
-
-def _check_int(
-    name: str,
-    value: object,
-    *,
-    minimum: int,
-    maximum: int | None = None,
-    alternative: str | None = None,
-) -> None:
-    allowed = (
-        f"an int of at least {minimum}" if maximum is None else f"an int in {minimum}..{maximum}"
-    )
-    if alternative:
-        allowed += f", or {alternative}"
-    # bool is an int in Python, and never what is meant here
-    ok = isinstance(value, int) and not isinstance(value, bool) and value >= minimum
-    if not ok or (maximum is not None and value > maximum):  # type: ignore[operator]
-        raise PracOptionError(f"{PREFIX}{name}={value!r}: expected {allowed}")
-
-
-def _check_rank(name: str, value: object) -> None:
-    allowed = (
-        "a fraction of the features in 0.0 .. 1.0 or a whole number of directions (int, at least 0)"
-    )
-    if isinstance(value, bool) or not isinstance(value, int | float):
-        raise PracOptionError(f"{PREFIX}{name}={value!r}: expected {allowed}")
-    if value < 0 or value != value or (isinstance(value, float) and value > 1.0):
-        raise PracOptionError(f"{PREFIX}{name}={value!r}: expected {allowed}")
-
-
-def _check_rank_sum(principal: float, random: float) -> None:
-    both = f"prac.principal={principal!r} and prac.random={random!r}"
-    if principal == 0 and random == 0:
-        raise PracOptionError(f"{both}: at least one of them must be above 0")
-    if isinstance(principal, float) and isinstance(random, float) and principal + random > 1.0:
-        raise PracOptionError(f"{both}: together they are more than all directions (1.0)")
-
-
-def _json_path(name: str, value: object) -> str | None:
-    if value is None:
-        return None
-    path = os.fspath(value) if isinstance(value, str | os.PathLike) else None
-    if not isinstance(path, str) or not path.endswith(".json"):
-        raise PracOptionError(
-            f"{PREFIX}{name}={value!r}: expected the path of a JSON file, such as 'report.json'"
-        )
-    return path
-
-
-def _globs(name: str, value: object) -> tuple[str, ...]:
-    patterns = [value] if isinstance(value, str) else value
-    if not isinstance(patterns, list | tuple) or not all(
-        isinstance(p, str) and p for p in patterns
-    ):
-        raise PracOptionError(
-            f"{PREFIX}{name}={value!r}: expected a glob on module paths or a list of them, "
-            'such as ["*.mlp.*"]'
-        )
-    return tuple(patterns)

@@ -10,8 +10,8 @@ import torch.fx as fx
 from torch import Tensor
 
 from prac_fx.compiler.dynamo_backend import DynamoGraph, analyse_graph, compile_rewritten
-from prac_fx.config import split_options
 from prac_fx.graph.graph_edit import LABEL
+from prac_fx.options import split_options
 from prac_fx.passes.partition import PartitionedGraph
 from prac_fx.passes.plan_data import Plan, PlannedValue
 from prac_fx.passes.runner import Pass, Work, observed
@@ -38,9 +38,9 @@ class Traced:
         """Leave the text of the graph after each editing pass, and the result."""
         if work.plan is None or work.arguments is not None:
             return
-        if done.name == "sample":
-            self.result = work.partitioned
-        elif done.graph is not None:
+        if done.name == "partition":
+            self.result = work.partitioned  # `sample` still edits it
+        elif done.graph is not None and done.name != "sample":
             name = "joint" if done.name == "merge_duplicates" else done.name
             self.graphs[name] = readable(done.graph(work).graph)
 

@@ -17,10 +17,10 @@ import pytest
 from torch import Tensor, nn
 
 from prac_fx import PracConfig
-from prac_fx.config import split_options
 from prac_fx.errors import ReportError
 from prac_fx.memory import analysis
 from prac_fx.memory.fake_model import build_model
+from prac_fx.options import split_options
 from prac_fx.passes.plan_data import REASONS
 from prac_fx.passes.ranks import sample_rows
 from prac_fx.report import analyse_file, check_document, main

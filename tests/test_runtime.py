@@ -15,6 +15,8 @@ from prac_fx.codecs import PracCodec, QuantCodec, QuantizedCoordinates
 from prac_fx.config import PracConfig
 from prac_fx.graph.row_layout import Layout
 from prac_fx.passes.plan_data import DecodedSite, Owner, Plan
+from prac_fx.runtime import step as runtime_step
+from prac_fx.runtime.moves import move_in_place
 from prac_fx.runtime.step import state_inputs, training_step
 from prac_fx.runtime.subspace_state import subspaces_of
 from tests.compiling import compile_prac, step
@@ -154,3 +156,36 @@ def test_steps_count_on_when_a_graph_is_compiled_anew() -> None:
             step(compiled, model, rows(count))
     steps = {s.steps for p in model.parameters() for s in subspaces_of(p).values()}
     assert steps == {4}
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_state_follows_a_model_that_moves_and_comes_back() -> None:
+    (weight,) = _weights(1)
+    steps = {d: training_step(_received, _plan(1, device=d), PracConfig()) for d in DEVICES}
+    for device in ("cpu", "cuda", "cpu", "cuda", "cuda", "cpu"):
+        weight.data = weight.to(device)
+        _, *state = steps[device](weight)
+        assert {tensor.device.type for tensor in state} == {device}
+
+
+def test_state_that_another_graph_moved_is_bound_anew(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A graph keeps what it has bound only as long as nothing was moved behind its back."""
+    weights, config = _weights(2), PracConfig()
+    call = training_step(_received, _plan(2), config)
+    call(*weights)
+    devices: list[torch.device] = []
+    bound = runtime_step.subspace_for
+
+    def recorded(owner: Tensor, key: Any, device: torch.device, *args: Any) -> Any:
+        devices.append(device)
+        return bound(owner, key, device, *args)
+
+    monkeypatch.setattr(runtime_step, "subspace_for", recorded)
+    call(*weights)
+    assert not devices
+    (state,) = subspaces_of(weights[1]).values()
+    move_in_place(state.basis, torch.device("cpu"))
+    call(*weights)
+    assert devices == [torch.device("cpu")] * 2
+    call(*weights)
+    assert len(devices) == 2

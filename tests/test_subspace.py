@@ -441,3 +441,26 @@ def test_global_random_state_is_untouched(name: str) -> None:
     if isinstance(first, Tensor):
         assert isinstance(second, Tensor)
         assert torch.equal(first, second)
+
+
+@pytest.mark.parametrize("half", [torch.float16, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("batch", [(), (4,)], ids=["B=1", "B=4"])
+def test_autocast_changes_nothing(half: torch.dtype, batch: tuple[int, ...]) -> None:
+    """A step runs under the user's autocast; bases are made in full precision all the same."""
+    n, r1, r2 = 64, 8, 6
+    q1 = _orthonormal(*batch, n, r1, dtype=torch.float32)
+    rows = 1000 * _randn(32, n * math.prod(batch), seed=1, dtype=torch.float32)
+
+    def everything() -> list[Tensor]:
+        refreshed = refresh_principal(rows, q1, iterations=2)
+        assert refreshed is not None
+        initial = initial_basis((*batch, n, r1 + r2), r1, torch.float32, _generator(2))
+        tail = draw_tail(q1, r2, _generator(3))
+        checked = torch.tensor(is_basis(join_basis(q1, tail), r1))
+        return [refreshed, *initial, tail, orthonormalize(rows.mT), checked]
+
+    plain = everything()
+    with torch.autocast("cpu", half):
+        under_autocast = everything()
+    for expected, found in zip(plain, under_autocast, strict=True):
+        assert torch.equal(expected, found)

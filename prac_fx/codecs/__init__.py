@@ -9,7 +9,7 @@ its coordinates in few bits. `QuantCodec` stores each element in fewer bits, `Bi
 from collections.abc import Callable, Mapping
 from functools import partial
 
-from prac_fx.codecs.base import Codec, Rounding
+from prac_fx.codecs.base import Codec, Rounding, SubspaceShape
 from prac_fx.codecs.bits import BitCodec
 from prac_fx.codecs.prac import PracCodec
 from prac_fx.codecs.quantized import QuantCodec
@@ -23,6 +23,7 @@ __all__ = [
     "QuantCodec",
     "QuantizedCoordinates",
     "Rounding",
+    "SubspaceShape",
 ]
 
 

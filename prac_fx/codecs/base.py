@@ -5,13 +5,10 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
-
-if TYPE_CHECKING:
-    from prac_fx.codecs.prac import PracCodec
 
 
 @dataclass(frozen=True)
@@ -25,6 +22,44 @@ class Rounding:
 
     rows: int
     columns: int
+
+
+@dataclass(frozen=True)
+class SubspaceShape:
+    """Ranks and blocks of a subspace. All counts are totals over the blocks.
+
+    Attributes:
+        features: n, divisible by `blocks`.
+        principal: r1, divisible by `blocks`.
+        random: r2, divisible by `blocks`.
+        blocks: B, number of feature blocks with a basis of their own.
+        sample_rows: s, tokens copied out of each forward pass for the refresh of the basis.
+    """
+
+    features: int
+    principal: int
+    random: int
+    blocks: int
+    sample_rows: int
+
+    @property
+    def rank(self) -> int:
+        """r = r1 + r2, coordinates stored for each token."""
+        return self.principal + self.random
+
+    @property
+    def basis_shape(self) -> tuple[int, ...]:
+        """(n, r) for one block, (B, n / B, r / B) for several."""
+        if self.blocks == 1:
+            return (self.features, self.rank)
+        return (self.blocks, self.features // self.blocks, self.rank // self.blocks)
+
+    def flops(self, tokens: int, outputs: int) -> int:
+        """FLOPs of encoding one matrix once, and of weight gradients with `outputs` columns in all."""
+        encode = 2 * tokens * self.features * self.rank // self.blocks
+        small = 2 * tokens * self.rank * outputs
+        project = 2 * self.features * self.rank * outputs // self.blocks
+        return encode + small + project
 
 
 class Codec(ABC):
@@ -78,7 +113,7 @@ class Codec(ABC):
         return None
 
     @property
-    def subspace(self) -> PracCodec | None:
+    def subspace(self) -> SubspaceShape | None:
         """The subspace whose basis, (n, r), `encode` and `decode` take; None for none."""
         return None
 

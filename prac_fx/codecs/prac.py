@@ -21,32 +21,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from prac_fx.codecs.base import Codec
+from prac_fx.codecs.base import Codec, SubspaceShape
 from prac_fx.codecs.subspace import tail_scale
 
 
 @dataclass(frozen=True)
-class PracCodec(Codec):
-    """Ranks and blocks of one site. All counts are totals over the blocks.
-
-    Attributes:
-        features: n, divisible by `blocks`.
-        principal: r1, divisible by `blocks`.
-        random: r2, divisible by `blocks`.
-        blocks: B, number of feature blocks with a basis of their own.
-        sample_rows: s, tokens copied out of each forward pass for the refresh of the basis.
-    """
-
-    features: int
-    principal: int
-    random: int
-    blocks: int
-    sample_rows: int
-
-    @property
-    def rank(self) -> int:
-        """r = r1 + r2, coordinates stored for each token."""
-        return self.principal + self.random
+class PracCodec(SubspaceShape, Codec):
+    """A value as coordinates in a principal plus a random subspace; the fields are those of `SubspaceShape`."""
 
     @property
     def scale(self) -> float:
@@ -60,13 +41,6 @@ class PracCodec(Codec):
             return "rac"
         return "prac" if self.random else "pac"
 
-    @property
-    def basis_shape(self) -> tuple[int, ...]:
-        """(n, r) for one block, (B, n / B, r / B) for several."""
-        if self.blocks == 1:
-            return (self.features, self.rank)
-        return (self.blocks, self.features // self.blocks, self.rank // self.blocks)
-
     def describe(self) -> str:
         """Short text for tables, such as `prac 76+76/256` or `prac 408+408/1376 x4`."""
         blocks = f" x{self.blocks}" if self.blocks > 1 else ""
@@ -78,7 +52,7 @@ class PracCodec(Codec):
         return self.random > 0
 
     @property
-    def subspace(self) -> PracCodec:
+    def subspace(self) -> SubspaceShape:
         """Its own."""
         return self
 
@@ -192,13 +166,6 @@ class PracCodec(Codec):
         """Bytes that live as long as the parameter: the basis and the sampled rows."""
         basis = self.features * self.rank // self.blocks
         return (basis + self.sample_rows * self.features) * itemsize
-
-    def flops(self, tokens: int, outputs: int) -> int:
-        """FLOPs of encoding one matrix once, and of weight gradients with `outputs` columns in all."""
-        encode = 2 * tokens * self.features * self.rank // self.blocks
-        small = 2 * tokens * self.rank * outputs
-        project = 2 * self.features * self.rank * outputs // self.blocks
-        return encode + small + project
 
 
 def _times(x: Tensor, factor: float) -> Tensor:

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from prac_fx.codecs.base import Codec, Rounding
+from prac_fx.codecs.base import Codec, Rounding, SubspaceShape
 from prac_fx.codecs.prac import PracCodec
 
 
@@ -61,7 +61,7 @@ class QuantizedCoordinates(Codec):
         return rounding and Rounding(rounding.rows * self.projection.blocks, rounding.columns)
 
     @property
-    def subspace(self) -> PracCodec:
+    def subspace(self) -> SubspaceShape:
         """The projection's."""
         return self.projection
 

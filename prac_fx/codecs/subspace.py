@@ -11,8 +11,12 @@ B blocks, s sampled rows. A leading "..." is either nothing (B = 1) or (B,).
 
 from __future__ import annotations
 
+import contextlib
+import functools
 import hashlib
 import math
+from collections.abc import Callable
+from typing import ParamSpec, TypeVar
 
 import torch
 from torch import Tensor
@@ -24,12 +28,31 @@ _TIE_BREAK = 1e-2
 _TOLERANCE = 0.05
 _PROBES = 4
 
+_P = ParamSpec("_P")
+_R = TypeVar("_R")
+
+
+def _without_autocast(function: Callable[_P, _R]) -> Callable[_P, _R]:
+    """Under the user's autocast a basis would be made in half precision: QR fails there, or float16 overflows."""
+
+    @functools.wraps(function)
+    def in_full_precision(*args: _P.args, **kwargs: _P.kwargs) -> _R:
+        of = (*args, *kwargs.values())
+        kinds = {one.device.type for one in of if isinstance(one, Tensor | torch.Generator)}
+        with contextlib.ExitStack() as stack:
+            for kind in filter(torch.amp.is_autocast_available, kinds):
+                stack.enter_context(torch.autocast(kind, enabled=False))
+            return function(*args, **kwargs)
+
+    return in_full_precision
+
 
 def tail_scale(n: int, r1: int, r2: int) -> float:
     """k = (n - r1) / r2, the factor that makes the estimator unbiased (Theorem 6); 1.0 when r2 = 0."""
     return (n - r1) / r2 if r2 else 1.0
 
 
+@_without_autocast
 def orthonormalize(a: Tensor) -> Tensor:
     """Orthonormal basis of the columns of `a`, shape (..., n, r) with r <= n, by Householder QR.
 
@@ -39,6 +62,7 @@ def orthonormalize(a: Tensor) -> Tensor:
     return q
 
 
+@_without_autocast
 def draw_tail(q1: Tensor, r2: int, generator: torch.Generator) -> Tensor:
     """Q2: r2 orthonormal directions, uniform in the orthogonal complement of Q1.
 
@@ -68,6 +92,7 @@ def _project_out(q1: Tensor, s: Tensor) -> Tensor:
     return s
 
 
+@_without_autocast
 def refresh_principal(rows: Tensor, q1: Tensor, iterations: int = 1) -> Tensor | None:
     """Q1 after `iterations` steps of subspace iteration on sampled rows, started from the old Q1.
 
@@ -107,6 +132,7 @@ def join_basis(q1: Tensor, q2: Tensor) -> Tensor:
     return torch.cat([q1, math.sqrt(tail_scale(n, r1, r2)) * q2], dim=-1)
 
 
+@_without_autocast
 def is_basis(p: Tensor, r1: int) -> bool:
     """Is this P = [Q1, sqrt(k) Q2] of orthonormal columns [Q1, Q2], up to rounding?
 

@@ -30,11 +30,12 @@ from prac_fx.compiler.pipeline import (
 )
 from prac_fx.compiler.plan_text import plan_as_text
 from prac_fx.compiler.retries import Retries
-from prac_fx.config import PracConfig, config_patches, split_options
+from prac_fx.config import PracConfig
 from prac_fx.document.job import check_report_path, report_graph
 from prac_fx.errors import CannotRewriteError, PracOptionError, PracWarning
 from prac_fx.graph.nbytes import format_nbytes
 from prac_fx.graph.origin import clean_path
+from prac_fx.options import config_patches, split_options
 from prac_fx.passes.plan_data import Plan
 from prac_fx.passes.runner import Arguments
 from prac_fx.runtime.data_parallel import is_distributed

@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from prac_fx.config import PracConfig, read_options
+from prac_fx.config import PracConfig
 from prac_fx.errors import VerifyError
 from prac_fx.noise.figures import (
     Deviations,
@@ -31,6 +31,7 @@ from prac_fx.noise.figures import (
     zero_gradients,
 )
 from prac_fx.noise.variants import ALL, EXACT, Variant, Variants, encoded_groups
+from prac_fx.options import read_options
 from prac_fx.passes.plan_data import Plan, PlannedValue
 from prac_fx.runtime.state_dict import load_state_dict, state_dict
 from prac_fx.runtime.subspace_state import Subspace, subspaces_of

@@ -25,8 +25,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
-from prac_fx.config import split_options
 from prac_fx.errors import ReportError
+from prac_fx.options import split_options
 from prac_fx.report import table
 from prac_fx.report.analyse_file import Analysis
 from prac_fx.report.png import require_matplotlib

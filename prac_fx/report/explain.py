@@ -14,13 +14,14 @@ from prac_fx.compare.estimate import Progress, compare_alternatives
 from prac_fx.compare.largest_batch import largest_batches
 from prac_fx.compare.measure import measure_alternatives
 from prac_fx.compare.ways import Alternative
-from prac_fx.config import PracConfig, read_options
+from prac_fx.config import PracConfig
 from prac_fx.document.schema import Document
 from prac_fx.errors import ReportError
 from prac_fx.memory.analysis import AnalysedStep, analyse_step
 from prac_fx.memory.fake_model import fake_mode_of, resized
 from prac_fx.memory.timeline import StepMemory
 from prac_fx.memory.trace import Step
+from prac_fx.options import read_options
 from prac_fx.passes.plan_data import PlannedValue
 from prac_fx.report.document_of_step import document_of
 

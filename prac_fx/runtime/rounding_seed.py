@@ -14,6 +14,8 @@ import torch
 from torch import Tensor
 from torch.utils.weak import WeakTensorKeyDictionary
 
+from prac_fx.runtime.moves import move_in_place
+
 _MASK = 2**64 - 1
 
 
@@ -74,6 +76,6 @@ def set_rounding_seed(owner: Tensor, stream: str, steps: int, device: torch.devi
             seed = torch.zeros((), dtype=torch.int64, device=device)
         found = _SEEDS.setdefault(owner, RoundingSeed(seed, stream))
     elif found.seed.device != device:
-        found.seed.data = found.seed.to(device)  # the same object: graphs are bound to it
+        move_in_place(found.seed, device)
     found.restart(stream, steps, found.replica)
     return found

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from prac_fx.config import PracConfig
 from prac_fx.passes.plan_data import Plan
 from prac_fx.runtime.data_parallel import home_of, replica_of, sharded_parameters
+from prac_fx.runtime.moves import move_count
 from prac_fx.runtime.random_streams import Draws, identity_of
 from prac_fx.runtime.rounding_seed import RoundingSeed
 from prac_fx.runtime.subspace_state import Subspace, SubspaceKey, rounding_seed_for, subspace_for
@@ -62,13 +63,19 @@ def _rounding_device(plan: Plan) -> torch.device:
 
 @dataclass(frozen=True)
 class _Binding:
-    """The states of one instance of a compiled graph: one set of owners, each at its argument index."""
+    """The states of one instance of a compiled graph: one set of owners, each at its argument index.
+
+    `moves` is the count of moves when they were bound: another graph may have moved them to its own device since.
+    """
 
     owners: tuple[tuple[int, weakref.ref[Tensor]], ...]
     states: tuple[Subspace | RoundingSeed, ...]
     tensors: tuple[Tensor, ...]
+    moves: int
 
     def fits(self, args: Sequence[Any]) -> bool:
+        if self.moves != move_count():
+            return False
         for index, owner in self.owners:  # a generator would double the time
             if owner() is not args[index]:
                 return False
@@ -112,7 +119,7 @@ def training_step(
             (index, weakref.ref(args[index], forget if index == first else None))
             for index in indices
         )
-        bindings[key] = _Binding(owners, states, _tensors_of(states))
+        bindings[key] = _Binding(owners, states, _tensors_of(states), move_count())
         return bindings[key]
 
     def step(*args: Any) -> Any:

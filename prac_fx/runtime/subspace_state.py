@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from torch.utils.weak import WeakTensorKeyDictionary
 
-from prac_fx.codecs import PracCodec
+from prac_fx.codecs import SubspaceShape
 from prac_fx.codecs.subspace import (
     draw_tail,
     initial_basis,
@@ -27,6 +27,7 @@ from prac_fx.codecs.subspace import (
 )
 from prac_fx.config import PracConfig, ProjectedRole
 from prac_fx.runtime.data_parallel import home_of, sharded_parameters
+from prac_fx.runtime.moves import move_in_place
 from prac_fx.runtime.random_streams import Draws
 from prac_fx.runtime.rounding_seed import RoundingSeed, rounding_seed_of, set_rounding_seed
 from prac_fx.runtime.schedule import next_due
@@ -42,7 +43,7 @@ class SubspaceKey:
     """Names one state of a parameter: which of its sites, and how that site is encoded."""
 
     slot: int
-    codec: PracCodec
+    codec: SubspaceShape
     dtype: torch.dtype
 
 
@@ -184,7 +185,7 @@ def subspace_for(
     elif found.basis.device != device:
         for tensor in (found.basis, found.rows):
             if tensor is not None:
-                tensor.data = tensor.to(device)  # the same object: graphs are bound to it
+                move_in_place(tensor, device)
     found.configure(config, role, draws.replica)
     return found
 
