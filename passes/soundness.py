@@ -34,6 +34,14 @@ import torch.fx as fx
 
 from prac_fx.graph.graph_edit import allocating_node, tensor_value
 from prac_fx.passes.chains import is_cheap, is_reduction, is_view
+from prac_fx.passes.exponentials import (
+    CARRY,
+    EXPONENTIALS,
+    LOGISTIC,
+    Form,
+    constant_factor,
+    is_guarded,
+)
 from prac_fx.passes.operators import (
     POWERS,
     Operator,
@@ -54,7 +62,6 @@ _BOUNDED_ABOVE = 1.0
 _SMALLEST_SUMMAND = 0.5  # of 1 + exp(x)
 
 Problem = Response | Literal["sentinel"]
-Form = Literal["plain", "exponential", "one plus exponential"]
 
 
 @dataclass(frozen=True)
@@ -374,7 +381,7 @@ class _Walk:
 
     def _gain(self, node: fx.Node, args: Collection[fx.Node]) -> float:
         gain = max(self.noise[arg].gain for arg in args)
-        factor = _factor(node)
+        factor = constant_factor(node)
         return gain if factor is None else gain * abs(factor)
 
     # -- exponentials ------------------------------------------------------------------------------------------
@@ -383,7 +390,7 @@ class _Walk:
         self, node: fx.Node, responses: dict[fx.Node, Response]
     ) -> tuple[Form, dict[fx.Node, Response]]:
         """The form of the result, and the responses as that changes them."""
-        if "exponential" in responses.values() and operator_name(node) in _EXPONENTIALS:
+        if "exponential" in responses.values() and operator_name(node) in EXPONENTIALS:
             (arg,) = responses
             is_bounded = self._range(arg)[1] <= _BOUNDED_ABOVE
             if is_bounded or self.noise[arg].form != "plain":
@@ -402,11 +409,11 @@ class _Walk:
         forms = [self._form_of(argument) for argument in node.args]
         if has_tag_must_recompute(node):
             return "plain"
-        if is_view(node) or name in _CARRY:
+        if is_view(node) or name in CARRY:
             return forms[0]
         if name == "aten.where":
             return self._where(node, forms)
-        if (name, forms[0]) in _LOGISTIC:
+        if (name, forms[0]) in LOGISTIC:
             return "plain"
         if len(forms) < 2:
             return None
@@ -429,21 +436,13 @@ class _Walk:
         """An exponential that is taken only where its argument is small, as in ELU, is bounded."""
         pending: Form = "plain"
         for position in (1, 2):
-            if forms[position] != "plain" and not _is_guarded(node, position):
+            if forms[position] != "plain" and not is_guarded(node, position):
                 pending = forms[position]
         return pending
 
 
 _SEVERITY = {response: rank for rank, response in enumerate(get_args(Response))}
-_CARRY = ("aten.expand", "aten.clone", "prims.convert_element_type", "aten._to_copy", "aten.neg")
 _INVERSES = ("aten.reciprocal", "aten.rsqrt")
-_EXPONENTIALS = ("aten.exp", "aten.exp2", "aten.expm1")
-# with z = exp(x): 1 / (1 + z), log(1 + z)
-_LOGISTIC = {
-    ("aten.reciprocal", "one plus exponential"),
-    ("aten.log", "one plus exponential"),
-    ("aten.log1p", "exponential"),
-}
 
 
 def _reads_bits(node: fx.Node) -> bool:
@@ -474,61 +473,3 @@ def _belongs_to_region(node: fx.Node, response: Response) -> bool:
     value = tensor_value(node)
     is_mask = value is not None and value.dtype == torch.bool
     return response == "discontinuous" and (is_mask or operator_name(node) == "aten.where")
-
-
-def _factor(node: fx.Node) -> float | None:
-    """The constant that a node multiplies its argument with; None when it does something else."""
-    name = operator_name(node)
-    if name not in ("aten.mul", "aten.div") or len(node.args) < 2:
-        return None
-    left, right = number(node.args[0]), number(node.args[1])
-    if name == "aten.div":
-        return 1 / right if right else None
-    return right if right is not None else left
-
-
-def _is_guarded(where: fx.Node, position: int) -> bool:
-    """Is this branch of `where` an exponential taken only where its argument is bounded above by a constant?"""
-    mask, branch = where.args[0], where.args[position]
-    if not isinstance(mask, fx.Node) or not isinstance(branch, fx.Node) or len(mask.args) < 2:
-        return False
-    bound, exponent = number(mask.args[1]), _exponent(branch)
-    if bound is None or exponent is None or not isinstance(mask.args[0], fx.Node):
-        return False
-    compared, scale = _base(mask.args[0])
-    argument, slope = _base(exponent)
-    is_below = {"aten.le": True, "aten.lt": True, "aten.gt": False, "aten.ge": False}
-    below = is_below.get(operator_name(mask))
-    if below is None or compared is not argument or scale <= 0:
-        return False
-    return slope > 0 if below is (position == 1) else slope < 0
-
-
-def _exponent(node: fx.Node) -> fx.Node | None:
-    """What an exponential is taken of, behind constants, views and gradients that it is multiplied with."""
-    pending, seen = [node], {node}
-    while pending:
-        one = pending.pop(0)
-        name = operator_name(one)
-        if name in _EXPONENTIALS:
-            return one.all_input_nodes[0]
-        if name in (*_CARRY, "aten.mul", "aten.view"):
-            fresh = [arg for arg in one.all_input_nodes if arg not in seen]
-            seen.update(fresh)
-            pending += fresh
-    return None
-
-
-def _base(node: fx.Node) -> tuple[fx.Node, float]:
-    """A node behind views, casts and constant factors, and the product of the factors."""
-    scale = 1.0
-    while True:
-        factor, name = _factor(node), operator_name(node)
-        if factor is not None:
-            node, scale = node.all_input_nodes[0], scale * factor
-        elif name == "aten.neg":
-            node, scale = node.all_input_nodes[0], -scale
-        elif name in _CARRY or is_view(node):
-            node = node.all_input_nodes[0]
-        else:
-            return node, scale

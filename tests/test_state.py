@@ -21,7 +21,7 @@ from prac_fx.codecs import PracCodec
 from prac_fx.codecs.subspace import is_basis
 from prac_fx.config import PracConfig
 from prac_fx.errors import StateError
-from prac_fx.passes.plan import _ENCODABLE_DTYPES
+from prac_fx.passes.choose import ENCODABLE_DTYPES
 from prac_fx.runtime.random_streams import Draws, identity_of
 from prac_fx.runtime.rounding_seed import RoundingSeed, rounding_seed_of, step_number
 from prac_fx.runtime.saved_entries import DTYPES as SAVED_DTYPES
@@ -934,7 +934,7 @@ def test_a_damaged_basis_is_not_saved() -> None:
 
 
 def test_dtypes_that_can_be_saved_are_those_that_are_projected() -> None:
-    assert set(SAVED_DTYPES.values()) == set(_ENCODABLE_DTYPES)
+    assert set(SAVED_DTYPES.values()) == set(ENCODABLE_DTYPES)
 
 
 def _trained(seed: int = 0, steps: int = 5) -> _Model:
