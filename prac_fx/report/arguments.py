@@ -18,14 +18,13 @@ from __future__ import annotations
 
 import argparse
 import ast
-import errno
-import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
 from prac_fx.config import split_options
+from prac_fx.document.write import why_not_writable
 from prac_fx.errors import ReportError
 from prac_fx.report import table
 from prac_fx.report.analyse_file import Analysis
@@ -213,10 +212,9 @@ def _flag(name: str) -> str:
 
 
 def _check_writable(path: Path) -> None:
-    if path.is_dir():
-        raise ReportError(f"{path}: cannot write: {os.strerror(errno.EISDIR)}")
-    if not path.parent.is_dir():
-        raise ReportError(f"{path}: cannot write: {os.strerror(errno.ENOENT)}")
+    reason = why_not_writable(path)
+    if reason is not None:
+        raise ReportError(f"{path}: cannot write: {reason}")
 
 
 def _parse_options(pairs: Sequence[str]) -> dict[str, Any]:

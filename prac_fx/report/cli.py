@@ -13,6 +13,7 @@ from typing import Any
 
 from prac_fx.document.load import load_document
 from prac_fx.document.schema import Document
+from prac_fx.document.write import write_whole
 from prac_fx.errors import PracError, ReportError
 from prac_fx.graph.nbytes import format_nbytes
 from prac_fx.report import compare, table
@@ -88,7 +89,7 @@ def _write(content: str | bytes, output: str) -> None:
         return
     data = content.encode() if isinstance(content, str) else content
     try:
-        Path(output).write_bytes(data)
+        write_whole(Path(output), data)
     except OSError as error:
         raise ReportError(f"{output}: cannot write: {error.strerror}") from error
 
