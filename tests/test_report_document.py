@@ -158,7 +158,7 @@ def test_sizes(text: str, nbytes: int) -> None:
 
 
 @pytest.mark.parametrize(
-    "text", ["", "80G", "GiB", "0", "-1GiB", "0.1", "1e9", "1,5GiB", "80 GiB RAM"]
+    "text", ["", "80G", "GiB", "0", "-1GiB", "0.1", "1e9", "1,5GiB", "80 GiB RAM", "9" * 400 + "TB"]
 )
 def test_bad_sizes(text: str) -> None:
     with pytest.raises(

@@ -23,6 +23,7 @@ from prac_fx.report.html import as_html
 from prac_fx.report.model_file import UserCodeError
 from prac_fx.report.png import as_png
 from prac_fx.report.style import Style, style_for
+from prac_fx.report.text_layout import printable
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -43,7 +44,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except PracError as error:
         if isinstance(error, UserCodeError):
             sys.stderr.write(error.traceback)
-        sys.stderr.write(f"prac_fx.report: {error}\n")
+        sys.stderr.write(f"prac_fx.report: {printable(str(error))}\n")
         return 2
 
 

@@ -195,7 +195,8 @@ def _figure(
 def _categories_at_peak(timeline: Timeline) -> dict[Category, int]:
     event = max(range(len(timeline["nbytes"])), key=timeline["nbytes"].__getitem__)
     columns = timeline["by_category"]
-    return {name: columns[name][event] for name in CATEGORIES if columns.get(name, [0])[event]}
+    known = [name for name in CATEGORIES if name in columns]
+    return {name: columns[name][event] for name in known if columns[name][event]}
 
 
 def _saved_by_category(
