@@ -12,7 +12,6 @@ its own: `report.json` becomes `report.rank0.json`.
 from __future__ import annotations
 
 import json
-import warnings
 from collections import defaultdict
 from pathlib import Path
 
@@ -23,7 +22,7 @@ from prac_fx.config import PracConfig
 from prac_fx.document.job_graph import JobGraph, job_graph
 from prac_fx.document.of_job import job_document
 from prac_fx.document.write import why_not_writable, write_whole
-from prac_fx.errors import PracOptionError, PracWarning
+from prac_fx.errors import PracOptionError, warn
 from prac_fx.passes.plan import Plan
 
 # file -> the graphs in it, in the order of their compilation
@@ -64,11 +63,7 @@ def report_graph(
         text = json.dumps(document, indent=2, allow_nan=False) + "\n"
         write_whole(path, text.encode())
     except OSError as error:
-        warnings.warn(
-            f"prac.report={config.report!r} was not written: {error.strerror}",
-            PracWarning,
-            stacklevel=2,
-        )
+        warn(f"prac.report={config.report!r} was not written: {error.strerror}")
 
 
 def _own_path(report: str) -> Path:
