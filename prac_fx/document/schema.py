@@ -69,7 +69,7 @@ class Model(TypedDict):
 
 
 class Input(TypedDict):
-    """One tensor that the model is called with."""
+    """One tensor that the model is called with, or that it or the loss reads from elsewhere, such as a closure."""
 
     name: str
     shape: list[Size]

@@ -7,7 +7,7 @@ buffers (`prac_fx.memory.trace`). The numbers are not formulas: they come from t
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from prac_fx.compare.estimate import Progress, compare_alternatives
@@ -156,6 +156,7 @@ def report_step(
         raise ReportError("measure: the model has fake tensors; build it with real ones to run it")
     show("the step", 0, 1)
     analysed = analyse_step(step, config, patches, optimizer, all_blocks=all_blocks)
+    step = replace(step, captured=analysed.captured)
     rows: list[Alternative] = []
     if alternatives or fits is not None or measure:
         rows = compare_alternatives(step, analysed, config, patches, show, processes)
