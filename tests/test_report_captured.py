@@ -1,4 +1,4 @@
-"""What the model or the loss reads besides its inputs was there before the step: the step does not allocate it."""
+"""What the model or the loss reads besides its inputs is older than the step, like inputs."""
 
 from __future__ import annotations
 
@@ -117,8 +117,8 @@ def _functions() -> dict[str, Callable[..., Any]]:
     return {
         "closure": lambda x: (model(x) * target).mean(),
         "global": lambda x: (MODEL(x) * TARGET).mean(),
-        "partial": functools.partial(lambda model, target, x: _loss(model(x), target), model, target),
-    }  # fmt: skip
+        "partial": functools.partial(lambda m, t, x: _loss(m(x), t), model, target),
+    }
 
 
 @pytest.mark.parametrize("kind", _functions())

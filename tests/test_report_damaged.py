@@ -1,4 +1,4 @@
-"""A report file that is damaged or made to harm ends in a report, or in one line and exit code 2; never in a traceback."""
+"""A damaged or hostile report file ends in a report, or in one line and exit code 2."""
 
 from __future__ import annotations
 

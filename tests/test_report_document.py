@@ -14,7 +14,7 @@ from prac_fx.document.advice import advice_for
 from prac_fx.document.load import check_document, load_document
 from prac_fx.document.schema import CATEGORIES
 from prac_fx.errors import ReportError
-from prac_fx.report.axes import MOST_SAMPLES, byte_marks, phase_spans, sample_timeline
+from prac_fx.report.axes import MAX_SAMPLES, byte_marks, phase_spans, sample_timeline
 from prac_fx.report.palette import DARK, LIGHT
 from prac_fx.report.repeats import merge_live, merge_repeats
 from prac_fx.report.sizes import parse_nbytes
@@ -209,7 +209,7 @@ def test_of_many_events_the_highest_are_drawn() -> None:
     saved[12_345] = 1000  # a single event that thinning must not lose
     one = timeline({"saved": saved}, {"forward": 8_000, "backward": 12_000})
     samples = sample_timeline(one, phase_spans({"before": one, "after": one}))
-    assert MOST_SAMPLES - 2 <= len(samples) <= MOST_SAMPLES + 2
+    assert MAX_SAMPLES - 2 <= len(samples) <= MAX_SAMPLES + 2
     assert 12_345 in [sample.event for sample in samples]
     lefts = [sample.left for sample in samples]
     assert lefts == sorted(lefts)

@@ -1,4 +1,4 @@
-"""How a report gets into its file: whole or not at all, through no link, with the mode that the file had."""
+"""How a report gets into its file: whole, through no link, with the mode that the file had."""
 
 from __future__ import annotations
 

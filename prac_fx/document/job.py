@@ -1,12 +1,13 @@
-"""The report that a running job writes: `torch.compile(..., options={"prac.report": "report.json"})`.
+"""The report of a running job: `torch.compile(..., options={"prac.report": "report.json"})`.
 
-It has what compilation knows: every value that backward needs, what the plan makes of it and why, and the parameters.
-What only an analysis of the whole step finds out (peak, timeline, optimizer, other ways to train) is null. The plan is
-made anew in every process, so the report does not depend on compile caches; where min-cut decides anew on the rewritten
-graph, what is really saved may be less than what was planned.
+It has what compilation knows: every value that backward needs, what the plan makes of it and why,
+and the parameters. What only an analysis of the whole step finds out (peak, timeline, optimizer,
+other ways to train) is null. Every process makes the plan anew, so the report does not depend on
+compile caches. Min-cut decides anew on the rewritten graph: what is really saved may be less than
+what was planned.
 
-The file is written anew, whole, after each graph that is compiled, and appears at once. In a distributed job every rank has
-its own: `report.json` becomes `report.rank0.json`.
+The whole file is written anew after each graph that is compiled. In a distributed job every rank
+has its own: `report.json` becomes `report.rank0.json`.
 """
 
 from __future__ import annotations
@@ -51,7 +52,7 @@ def report_graph(
         plan: what it was compiled by; None for plain Inductor without one.
         fallback: why it is plain Inductor's then.
 
-    If the file cannot be written any more, that is a warning: a full disk is no reason to stop a training run.
+    A file that cannot be written any more is a warning: a full disk is no reason to stop training.
     """
     if config.report is None:
         return
@@ -67,7 +68,10 @@ def report_graph(
 
 
 def _own_path(report: str) -> Path:
-    """The file of this process. The folder is resolved, for a job may change its own; a link to a file is not."""
+    """The file of this process.
+
+    The folder is resolved, for a job may change its own. A link to a file is not.
+    """
     path = Path(report).expanduser()
     path = path.parent.resolve() / path.name
     if dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1:

@@ -1,4 +1,4 @@
-"""Reads a report file and checks it against the types of `schema`, so that the rest need not doubt it."""
+"""Reads a report file and checks it against `schema`, so that the rest need not doubt it."""
 
 from __future__ import annotations
 
@@ -39,7 +39,8 @@ def load_document(path: Path) -> Document:
     """Read a report that was written with `--format json`.
 
     Raises:
-        ReportError: no such file, not JSON, another schema version, or a field that is missing or ill-typed.
+        ReportError: no such file, not JSON, another schema version, or a field that is missing or
+            ill-typed.
     """
     try:
         data = path.read_bytes()
@@ -105,7 +106,7 @@ def _contradictions(document: Document) -> Iterable[str]:
 
 
 def _timeline_contradictions(timeline: Timeline, where: str) -> Iterable[str]:
-    """Lists of different lengths, categories that do not add up, and phases that do not follow each other."""
+    """Lists of different lengths, categories that do not add up, phases that do not follow."""
     events = len(timeline["nbytes"])
     columns = timeline["by_category"]
     if not events:

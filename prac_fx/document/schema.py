@@ -1,17 +1,19 @@
 """The memory report as plain data, schema version 3: what it holds.
 
-`python -m prac_fx.report model.py --format json` writes one, and so does a running job with the option `prac.report`; every
-other format is made of one. A job does not know its peak and timeline, nor anything that comes after its graphs: null.
-A report file is data and nothing else: `load` checks it against the types below, field by field, before anything uses it.
-Nothing in it is executed.
+`python -m prac_fx.report model.py --format json` writes one, and so does a running job with the
+option `prac.report`. Every other format is made of one. A job does not know its peak and timeline,
+nor anything that comes after its graphs: null. A report file is data and nothing else: `load`
+checks it against the types below, field by field, before anything uses it. Nothing in it is
+executed.
 
 Conventions, everywhere in the document:
 
-- Whole numbers are 0 or more, and below 2**63. Sizes end in `nbytes` and are whole bytes. `before` is plain Inductor, `after` is `backend="prac"`.
+- Whole numbers are 0 or more, and below 2**63. Sizes end in `nbytes` and are whole bytes.
+- `before` is plain Inductor, `after` is `backend="prac"`.
 - Shapes are lists of whole numbers; a symbolic size is text.
 - Module paths are relative to the model, `model.layers.0.mlp`; "" is the model itself or unknown.
 - Shares and ratios are fractions: 0.25 is a quarter.
-- Fields that a reader does not know are to be ignored; a field that changes its meaning changes `schema`.
+- A reader ignores fields that it does not know. A field that changes its meaning changes `schema`.
 """
 
 from __future__ import annotations
@@ -69,7 +71,7 @@ class Model(TypedDict):
 
 
 class Input(TypedDict):
-    """One tensor that the model is called with, or that it or the loss reads from elsewhere, such as a closure."""
+    """One tensor that the model is called with, or that the step reads from a closure, say."""
 
     name: str
     shape: list[Size]
@@ -79,8 +81,9 @@ class Input(TypedDict):
 class Totals(TypedDict):
     """Sums over the step.
 
-    `saved_*`: held between forward and backward, inputs and parameters not counted. `state`: bases and sampled
-    rows, held as long as the parameters. `optimizer` names the optimizer that `optimizer_nbytes` is for.
+    `saved_*`: held between forward and backward, inputs and parameters not counted.
+    `state`: bases and sampled rows, held as long as the parameters.
+    `optimizer`: names the optimizer that `optimizer_nbytes` is for.
     """
 
     saved_before_nbytes: Whole
@@ -107,7 +110,7 @@ class Live(TypedDict):
 
 
 class Peak(TypedDict):
-    """The moment of a step with the most bytes allocated: how many, at which node, and what they are."""
+    """The moment of a step with the most bytes allocated: how many, where, and what they are."""
 
     nbytes: Whole
     phase: StepPhase
@@ -212,7 +215,8 @@ class Alternative(TypedDict):
     """One way to train the same model on the same inputs. Null: not known.
 
     `added_flops`: recomputed or added FLOPs over those of the step; negative when it saves some.
-    `gradient`: "exact", "unbiased", "biased", "wrong" or another word. `largest_batch`: that fits `fits_nbytes`.
+    `gradient`: "exact", "unbiased", "biased", "wrong" or another word.
+    `largest_batch`: that fits `fits_nbytes`.
     """
 
     name: str
@@ -234,7 +238,8 @@ class Measured(TypedDict):
 class Document(TypedDict):
     """A whole memory report.
 
-    Both or neither of `peak` and `timeline` are null. `graphs`: how many graphs of the model have a backward.
+    Both or neither of `peak` and `timeline` are null.
+    `graphs`: how many graphs of the model have a backward.
     `fits_nbytes`: what the largest batches fit; null when they were not asked for.
     """
 

@@ -1,4 +1,4 @@
-"""Writes a report: whole or not at all, into the folder that it was meant for, readable by those who could read it."""
+"""Writes a report: whole or not at all, through no link, with the mode that the file had."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ _DEVICES = (Path("/dev"), Path("/dev/fd"), Path("/proc/self/fd"))
 
 
 def why_not_writable(path: Path) -> str | None:
-    """The reason why a file cannot be written, as the system words it; None when nothing speaks against it."""
+    """The reason why a file cannot be written, as the system words it; None when it can be."""
     reason = None
     if path.is_dir():
         reason = errno.EISDIR
@@ -30,9 +30,10 @@ def why_not_writable(path: Path) -> str | None:
 def write_whole(path: Path, data: bytes) -> None:
     """Write a file; a reader meanwhile sees the old one or the new one.
 
-    A new file is made beside it and takes its place. So a link in this place is replaced, not followed: in a shared folder
-    somebody else may have put it there. The mode of an existing file stays, and a new file has that of any other.
-    A device or a pipe, such as /dev/stdout, is written to.
+    A new file is made beside it and takes its place. So a link in this place is replaced, not
+    followed: in a shared folder somebody else may have put it there. The mode of an existing file
+    stays. A new file has the mode of any other. A device or a pipe, such as /dev/stdout, is written
+    to.
 
     Raises:
         OSError: the file cannot be written; an existing one is as it was.
@@ -60,9 +61,9 @@ def write_whole(path: Path, data: bytes) -> None:
 def _mode(path: Path) -> int | None:
     """Permissions of the file in this place; None for no file, or a link."""
     with contextlib.suppress(FileNotFoundError):
-        found = os.lstat(path).st_mode
-        if stat.S_ISREG(found):
-            return stat.S_IMODE(found) & 0o777
+        mode = os.lstat(path).st_mode
+        if stat.S_ISREG(mode):
+            return stat.S_IMODE(mode) & 0o777
     return None
 
 

@@ -1,4 +1,4 @@
-"""The command: reads what is asked for, has it analysed or loaded, writes it in the format that is asked for."""
+"""The command: has a model analysed or a report loaded, and writes it in the given format."""
 
 from __future__ import annotations
 
@@ -30,8 +30,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Command line.
 
     Returns:
-        The exit code: 0; 1 when the peak is above --fail-if-above; 2 after an error, which is one line, after
-        the traceback of the user's own code where that is what failed.
+        The exit code: 0; 1 when the peak is above --fail-if-above; 2 after an error. An error is a
+        line, below the traceback of the user's own code where that failed.
     """
     try:
         arguments = parse_arguments(argv)
@@ -115,13 +115,14 @@ def _verdict(document: Document, arguments: argparse.Namespace) -> int:
         return 0
     if document["peak"] is None:
         raise ReportError(
-            f"--fail-if-above: {arguments.model} is the report of a running job, which knows no peak"
+            f"--fail-if-above: {arguments.model} is the report of a running job, which knows no "
+            "peak"
         )
     peak = document["peak"]["after"]["nbytes"]
     if peak <= limit:
         return 0
     sys.stderr.write(
-        f"prac_fx.report: the estimated peak with prac, {format_nbytes(peak)} ({peak} bytes), is above "
-        f"--fail-if-above {format_nbytes(limit)}\n"
+        f"prac_fx.report: the estimated peak with prac, {format_nbytes(peak)} ({peak} bytes), is "
+        f"above --fail-if-above {format_nbytes(limit)}\n"
     )
     return 1

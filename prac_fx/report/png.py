@@ -1,4 +1,4 @@
-"""The timeline as a picture, by matplotlib: the step with prac by category, and over it the one without."""
+"""The timeline as a picture, by matplotlib: the step with prac by category, the other over it."""
 
 from __future__ import annotations
 

@@ -22,8 +22,8 @@ _MAX_PARAGRAPH = 10_000
 def printable(data: Any) -> Any:
     r"""The same data with line breaks and control codes in its text spelled out: `\n`, `\x1b`.
 
-    What a report file says must not move the cursor of a terminal, nor break a table's lines. A text that is too long to
-    be read is cut.
+    What a report file says must not move the cursor of a terminal, nor break a table's lines.
+    A text that is too long to be read is cut.
     """
     if isinstance(data, dict):
         return {printable(name): printable(field) for name, field in data.items()}
@@ -67,7 +67,7 @@ def grid(
         rows: its cells.
         headers: one for each column.
         align: a letter for each column, l or r.
-        flexible: the column of paths, which are shortened where the table would be wider than a page.
+        flexible: the column of paths; they are shortened where the table is wider than a page.
     """
     sides = ["right" if side == "r" else "left" for side in align]
 
@@ -88,7 +88,7 @@ def _with_shorter(row: Sequence[str], column: int, width: int) -> list[str]:
 
 
 def with_details(table: str, details: Iterable[Iterable[str]], style: Style) -> str:
-    """A grid with a second line under each row, under its second column, cut where it would be too wide."""
+    """A grid with a second line under each row, cut to the width of a page."""
     head, rule, *rows = table.splitlines()
     indent = rule.index("  ") + 2
     lines = [head, rule]
