@@ -115,6 +115,15 @@ def test_devices_and_pipes_are_written_to(tmp_path: Path) -> None:
     assert stat.S_ISFIFO(pipe.lstat().st_mode)
 
 
+@pytest.mark.skipif(os.geteuid() != 0, reason="needs to give a file away")
+def test_a_pipe_of_somebody_else_is_replaced(tmp_path: Path) -> None:
+    pipe = tmp_path / "report.json"
+    os.mkfifo(pipe)
+    os.chown(pipe, 65534, 65534)
+    write_whole(pipe, b"new")
+    assert pipe.read_bytes() == b"new"
+
+
 def test_standard_output_by_its_name(tmp_path: Path) -> None:
     report = tmp_path / "report.json"
     report.write_text(json.dumps(document()))

@@ -68,6 +68,15 @@ def _mode(path: Path) -> int | None:
 
 
 def _is_stream(path: Path) -> bool:
-    """Is it something that is there to be written to, and not to be replaced?"""
-    is_device = path.exists() and not path.is_file() and not path.is_dir()
-    return is_device or path.absolute().parent in _DEVICES
+    """Is it something that is there to be written to, and not to be replaced?
+
+    A pipe of somebody else's is not: opening it could last for ever.
+    """
+    if path.absolute().parent in _DEVICES:
+        return True
+    try:
+        status = os.stat(path)
+    except OSError:
+        return False
+    is_own_pipe = stat.S_ISFIFO(status.st_mode) and status.st_uid == os.geteuid()
+    return stat.S_ISCHR(status.st_mode) or is_own_pipe
