@@ -2,7 +2,13 @@
 
 from __future__ import annotations
 
+import sys
+import warnings
+
 from prac_fx.torch_compat import ShortenTraceback
+
+# The objects that a warning was given for once, by their id: kept, so that no other object gets this id.
+_WARNED_FOR: dict[tuple[int, str], object] = {}
 
 
 class PracError(Exception):
@@ -58,3 +64,31 @@ def one_line(error: BaseException) -> str:
     inner = getattr(error, "inner_exception", error)
     text = str(inner).strip().partition("\n")[0]
     return f"{type(inner).__name__}: {text}" if text else type(inner).__name__
+
+
+def warn(message: str, once_for: object = None) -> None:
+    """A `PracWarning` at the line of the user's code that led here; Python's filters decide what becomes of it.
+
+    Args:
+        message: what to say.
+        once_for: an object, such as the options of a `torch.compile` call, for which this is said only once. Python's own
+            memory of what it has shown does not last: compiling a graph clears it.
+    """
+    key = id(once_for), message
+    if key in _WARNED_FOR:
+        return
+    warnings.warn(message, PracWarning, stacklevel=_users_level())
+    if once_for is not None:
+        _WARNED_FOR[key] = once_for
+
+
+def _users_level() -> int:
+    """How many frames above `warn` the user's code is: torch and this package call each other."""
+    level, frame = 1, sys._getframe(1)
+    while frame.f_back is not None and _package(frame.f_globals) in ("torch", "prac_fx"):
+        level, frame = level + 1, frame.f_back
+    return level
+
+
+def _package(module: dict[str, object]) -> str:
+    return str(module.get("__name__")).partition(".")[0]

@@ -502,7 +502,6 @@ def warnings_of(monkeypatch: pytest.MonkeyPatch) -> Callable[..., list[str]]:
         return forward
 
     monkeypatch.setattr(dynamo_backend, "_compile", compile_nothing)
-    dynamo_backend._warn_biased.cache_clear()
 
     def run(rows: list[int], **options: Any) -> list[str]:
         given = {f"prac.{name}": value for name, value in options.items()}
@@ -526,6 +525,33 @@ def test_pac_warns_of_its_bias(warnings_of: Callable[..., list[str]]) -> None:
 def test_pac_warns_once_for_all_graphs(warnings_of: Callable[..., list[str]]) -> None:
     # the second number of rows compiles again
     assert len(warnings_of([4, 6], random=0)) == 1
+
+
+def test_pac_warns_again_for_another_call(warnings_of: Callable[..., list[str]]) -> None:
+    for _ in range(2):
+        torch._dynamo.reset()
+        assert len(warnings_of([4], random=0)) == 1
+
+
+def test_warnings_can_be_errors(warnings_of: Callable[..., list[str]]) -> None:
+    linear = nn.Linear(8, 8)
+    given = [{"options": {"prac.random": 0}, "backend": "prac"}, {"backend": prac_fx.backend(PracConfig(random=0))}]  # fmt: skip
+    for compiled in [torch.compile(linear, **one) for one in given]:
+        torch._dynamo.reset()
+        with warnings.catch_warnings():
+            warnings.simplefilter("error", PracWarning)
+            for _ in range(2):
+                with pytest.raises(Exception, match=r"prac\.random=0 \(PAC\)"):
+                    compiled(torch.zeros(4, 8))
+            warnings.simplefilter("ignore", PracWarning)
+            compiled(torch.zeros(4, 8))
+
+
+def test_a_warning_is_about_a_line_of_the_user(warnings_of: Callable[..., list[str]]) -> None:
+    compiled = torch.compile(nn.Linear(8, 8), backend="prac", options={"prac.random": 0})
+    with pytest.warns(PracWarning) as caught:
+        compiled(torch.zeros(4, 8))
+    assert [warning.filename for warning in caught] == [__file__]
 
 
 def test_unbiased_settings_do_not_warn(warnings_of: Callable[..., list[str]]) -> None:

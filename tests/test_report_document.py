@@ -14,7 +14,7 @@ from prac_fx.document.advice import advice_for
 from prac_fx.document.load import check_document, load_document
 from prac_fx.document.schema import CATEGORIES
 from prac_fx.errors import ReportError
-from prac_fx.report.axes import MOST_SAMPLES, byte_marks, phase_spans, sample_timeline
+from prac_fx.report.axes import MAX_SAMPLES, byte_marks, phase_spans, sample_timeline
 from prac_fx.report.palette import DARK, LIGHT
 from prac_fx.report.repeats import merge_live, merge_repeats
 from prac_fx.report.sizes import parse_nbytes
@@ -45,20 +45,31 @@ def _set(data: Any, path: tuple[str | int, ...], value: object) -> Any:
 @pytest.mark.parametrize(
     ("path", "value", "message"),
     [
-        (("totals", "logits_nbytes"), ..., "totals.logits_nbytes is missing"),
-        (("totals", "logits_nbytes"), -1, "totals.logits_nbytes: expected a whole number, 0 or more"),
-        (("totals", "logits_nbytes"), True, "totals.logits_nbytes: expected a whole number"),
-        (("totals", "logits_nbytes"), 1.0, "totals.logits_nbytes: expected a whole number"),
-        (("totals", "optimizer"), 3, "totals.optimizer: expected text, got 3"),
-        (("model", "repeated"), {"module": "m"}, "model.repeated.analysed is missing"),
-        (("model",), [], "model: expected an object, got []"),
-        (("values",), {}, "values: expected a list, got {}"),
-        (("values", 1, "shape", 0), 1.5, "values[1].shape[0]: expected a whole number, 0 or more or text"),
-        (("values", 1, "decision"), "burn", "values[1].decision: expected one of encode, keep, recompute"),
-        (("values", 1, "codec"), 3, "values[1].codec: expected text, got 3"),
-        (("alternatives", 0, "added_flops"), "no", "alternatives[0].added_flops: expected a number"),
-        (("alternatives", 0, "added_flops"), 1e999, "alternatives[0].added_flops: expected a number"),
-        (("timeline", "after", "by_category", "heap"), [], "timeline.after.by_category: a name: expected"),
+        (("totals", "logits_nbytes"), ..., "Object missing required field `logits_nbytes` - at `$.totals`"),
+        (("totals", "logits_nbytes"), -1, "Expected `int` >= 0 - at `$.totals.logits_nbytes`"),
+        (("totals", "logits_nbytes"), 2**63, "Expected `int` <= 9223372036854775807 - at `$.totals.logits_nbytes`"),
+        (("totals", "logits_nbytes"), True, "Expected `int | null`, got `bool` - at `$.totals.logits_nbytes`"),
+        (("totals", "logits_nbytes"), 1.5, "Expected `int | null`, got `float` - at `$.totals.logits_nbytes`"),
+        (("totals", "optimizer"), 3, "Expected `str | null`, got `int` - at `$.totals.optimizer`"),
+        (("model", "repeated"), {"module": "m"}, "Object missing required field `analysed` - at `$.model.repeated`"),
+        (("model",), [], "Expected `object`, got `array` - at `$.model`"),
+        (("values",), {}, "Expected `array`, got `object` - at `$.values`"),
+        (("values", 1, "shape", 0), 1.5, "Expected `int | str`, got `float` - at `$.values[1].shape[0]`"),
+        (("values", 1, "decision"), "burn",
+         "Invalid enum value 'burn' - at `$.values[1].decision`, expected one of encode, keep, recompute"),
+        (("values", 1, "category"), "x" * 1000, "Invalid enum value 'xxxxx"),
+        (("peak", "after", "phase"), "lunch",
+         "Invalid enum value 'lunch' - at `$.peak.after.phase`, expected one of forward, loss, backward, optimizer"),
+        (("alternatives", 0, "added_flops"), "no", "Expected `float | null`, got `str` - at `$.alternatives[0].added_flops`"),
+        (("alternatives", 0, "added_flops"), 1e999, "Expected `float` <= 1000000000.0 - at `$.alternatives[0].added_flops`"),
+        (("options", "rules"), [[["deep"]]], "Expected `bool | int | float | str | null`, got `array` - at `$.options"),
+        (("timeline", "after", "by_category", "heap"), [],
+         "Invalid enum value 'heap' - at `key` in `$.timeline.after.by_category`, expected one of parameters, "),
+        (("timeline", "after", "by_category", "saved"), [0] * 9,
+         "timeline.after.by_category: 16096 bytes in all at event 0, which has 282336"),
+        (("timeline", "after", "by_category"), {},
+         "timeline.after.by_category: 0 bytes in all at event 0, which has 282336"),
+        (("peak",), None, "peak and timeline: only one of them is null"),
         (("timeline", "after", "labels"), ["a"], "timeline.after.labels: 1 entries for 9 events"),
         (("timeline", "before", "phases", 1, "start"), 2, "timeline.before.phases[1]: does not follow"),
         (("timeline", "before", "phases"), [], "timeline.before.phases: end at event 0 of 9"),
@@ -68,7 +79,7 @@ def test_a_wrong_field_is_named(path: tuple[str | int, ...], value: object, mess
     with pytest.raises(ReportError) as caught:
         check_document(_set(document(), path, value), "r.json")
     assert str(caught.value).startswith(f"r.json: not a memory report: {message}")
-    assert len(str(caught.value)) < 200
+    assert len(str(caught.value)) < 600
 
 
 def test_an_empty_timeline_is_refused() -> None:
@@ -78,22 +89,30 @@ def test_an_empty_timeline_is_refused() -> None:
 
 def test_unknown_fields_are_ignored() -> None:
     data = {**document(), "future": 1}
-    assert check_document(data, "r.json") is data
+    assert check_document(data, "r.json") == document()
 
 
 @pytest.mark.parametrize(
     ("text", "message"),
     [
         ("{", "not a JSON report: "),
-        ('{"schema": NaN}', "not a JSON report: NaN is not a number"),
-        ("[" * 100_000, "not a JSON report: "),
-        ("[]", "not a memory report: it has no schema version"),
-        ('{"schema": "2"}', "not a memory report: it has no schema version"),
+        ("", "not a JSON report: "),
+        ('{"schema": NaN}', "not a JSON report: JSON is malformed"),
+        ('{"schema": 3, "x": ' + "[" * 100_000, "not a JSON report: maximum recursion depth"),
+        ('{"schema": 3} {}', "not a JSON report: JSON is malformed: trailing characters"),
+        ('{"schema": 3, "prac_fx": "\\ud800"}', "not a JSON report: Input data was truncated"),
+        (
+            '{"schema": 3, "prac_fx": "\\ud800, a long name"}',
+            "not a JSON report: JSON is malformed",
+        ),
+        ("[]", "not a memory report: Expected `object`, got `array`"),
+        ("{}", "not a memory report: Object missing required field `schema`"),
+        ('{"schema": "2"}', "not a memory report: Expected `int`, got `str` - at `$.schema`"),
         (
             '{"schema": 1}',
             "schema version 1, this is prac_fx for version 3: write the report again",
         ),
-        ('{"schema": 3}', "not a memory report: prac_fx is missing"),
+        ('{"schema": 3}', "not a memory report: Object missing required field `prac_fx`"),
     ],
 )
 def test_what_is_no_report_is_refused(tmp_path: Path, text: str, message: str) -> None:
@@ -107,9 +126,14 @@ def test_what_is_no_report_is_refused(tmp_path: Path, text: str, message: str) -
 def test_unreadable_files(tmp_path: Path) -> None:
     with pytest.raises(ReportError, match="cannot read: No such file"):
         load_document(tmp_path / "nowhere.json")
+    with pytest.raises(ReportError, match="cannot read: Is a directory"):
+        load_document(tmp_path)
     path = tmp_path / "report.json"
     path.write_bytes(b"\xff\xfe\xff")
-    with pytest.raises(ReportError, match="cannot read: not UTF-8 text"):
+    with pytest.raises(ReportError, match="not a JSON report"):
+        load_document(path)
+    path.write_bytes(b'{"schema": 3, "prac_fx": "\xff"}')
+    with pytest.raises(ReportError, match="not a JSON report: 'utf-8' codec can't decode"):
         load_document(path)
 
 
@@ -134,7 +158,7 @@ def test_sizes(text: str, nbytes: int) -> None:
 
 
 @pytest.mark.parametrize(
-    "text", ["", "80G", "GiB", "0", "-1GiB", "0.1", "1e9", "1,5GiB", "80 GiB RAM"]
+    "text", ["", "80G", "GiB", "0", "-1GiB", "0.1", "1e9", "1,5GiB", "80 GiB RAM", "9" * 400 + "TB"]
 )
 def test_bad_sizes(text: str) -> None:
     with pytest.raises(
@@ -185,7 +209,7 @@ def test_of_many_events_the_highest_are_drawn() -> None:
     saved[12_345] = 1000  # a single event that thinning must not lose
     one = timeline({"saved": saved}, {"forward": 8_000, "backward": 12_000})
     samples = sample_timeline(one, phase_spans({"before": one, "after": one}))
-    assert MOST_SAMPLES - 2 <= len(samples) <= MOST_SAMPLES + 2
+    assert MAX_SAMPLES - 2 <= len(samples) <= MAX_SAMPLES + 2
     assert 12_345 in [sample.event for sample in samples]
     lefts = [sample.left for sample in samples]
     assert lefts == sorted(lefts)

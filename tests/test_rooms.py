@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import re
 import subprocess
 import sys
@@ -32,6 +33,27 @@ def test_every_room_is_in_the_contract() -> None:
         path.stem for path in (ROOT / "prac_fx").iterdir() if path.is_dir() or path.suffix == ".py"
     }
     assert layers == rooms - {"__init__", "_version", "__pycache__"}
+
+
+def test_what_is_imported_is_declared_and_nothing_else() -> None:
+    requirement = re.compile(r'"([\w-]+)[^"]*"')
+    declared = set(requirement.findall(_pyproject("dependencies")))
+    # one optional part draws pictures
+    optional = re.findall(r"^plot = \[(.*)\]$", (ROOT / "pyproject.toml").read_text(), re.MULTILINE)
+    declared |= set(requirement.findall(optional[0]))
+    assert _imported(ROOT / "prac_fx") | _imported(ROOT / "passes") == declared
+
+
+def _imported(folder: Path) -> set[str]:
+    """Packages of others that the files of a folder import; each is called like its distribution."""
+    names: set[str] = set()
+    for path in folder.rglob("*.py"):
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.Import):
+                names |= {alias.name for alias in node.names}
+            elif isinstance(node, ast.ImportFrom) and node.module and not node.level:
+                names.add(node.module)
+    return {name.partition(".")[0] for name in names} - sys.stdlib_module_names - {"prac_fx"}
 
 
 def _pyproject(key: str) -> str:

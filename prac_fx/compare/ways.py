@@ -225,16 +225,20 @@ def _eager(way: Way, step: Step, optimizer: str) -> Alternative:
 
 def without_values(step: Step) -> Step:
     """The step with fake tensors in place of real ones; the step itself where that cannot be."""
-    if step.fake_mode is not None:
+    trains_globals = any(
+        source.startswith("G[") and isinstance(tensor, nn.Parameter)
+        for source, tensor in step.captured
+    )
+    if step.fake_mode is not None or trains_globals:  # a copy of the model would read them too
         return step
     mode = FakeTensorMode(allow_non_fake_inputs=True)
     try:
-        model, args, kwargs, loss_fn = as_fake(
-            (step.model, step.args, dict(step.kwargs), step.loss_fn), mode
+        model, args, kwargs, loss_fn, captured = as_fake(
+            (step.model, step.args, dict(step.kwargs), step.loss_fn, step.captured), mode
         )
     except Exception:  # a model that cannot be copied is analysed as it is
         return step
-    return Step(model, args, kwargs, loss_fn, mode)
+    return Step(model, args, kwargs, loss_fn, mode, captured)
 
 
 def checkpointed(step: Step) -> Step:

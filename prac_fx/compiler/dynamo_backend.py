@@ -7,9 +7,7 @@ partitioner meets the same joint graph again and rewrites it. Everything else is
 
 from __future__ import annotations
 
-import functools
 import logging
-import warnings
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NoReturn, cast
@@ -32,7 +30,7 @@ from prac_fx.compiler.plan_text import plan_as_text
 from prac_fx.compiler.retries import Retries
 from prac_fx.config import PracConfig
 from prac_fx.document.job import check_report_path, report_graph
-from prac_fx.errors import CannotRewriteError, PracOptionError, PracWarning
+from prac_fx.errors import CannotRewriteError, PracOptionError, warn
 from prac_fx.graph.nbytes import format_nbytes
 from prac_fx.graph.origin import clean_path
 from prac_fx.options import config_patches, split_options
@@ -81,7 +79,7 @@ def prac(
         PracOptionError: before any tracing of ours, for a bad option.
     """
     config, inductor_options = split_options(options)
-    return _checked_compile(gm, example_inputs, config, mode, inductor_options)
+    return _checked_compile(gm, example_inputs, config, mode, inductor_options, options)
 
 
 def backend(config: PracConfig | None = None) -> PracBackend:
@@ -122,7 +120,7 @@ class PracBackend:
                 f"option {ours[0]!r} contradicts the PracConfig that this backend was made with"
             )
         _, inductor_options = split_options(options)
-        return _checked_compile(gm, example_inputs, self.config, mode, inductor_options)
+        return _checked_compile(gm, example_inputs, self.config, mode, inductor_options, self)
 
 
 def _checked_compile(
@@ -131,8 +129,18 @@ def _checked_compile(
     config: PracConfig,
     mode: str | None,
     inductor_options: Mapping[str, Any],
+    given: object,
 ) -> Callable[..., Any]:
-    """What both forms of the backend do once the options are split: the remaining checks, then compile."""
+    """What both forms of the backend do once the options are split: the remaining checks, then compile.
+
+    Args:
+        gm: Dynamo's graph.
+        example_inputs: its inputs.
+        config: our options.
+        mode: one of Inductor's.
+        inductor_options: Inductor's.
+        given: the object that all graphs of one `torch.compile` call have in common.
+    """
     if inductor_config.custom_partitioner_fn is not None:
         raise PracOptionError(
             'torch._inductor.config.custom_partitioner_fn is set: backend="prac" is a '
@@ -148,31 +156,18 @@ def _checked_compile(
     if config.report is not None:
         check_report_path(config.report)
     if config.is_biased:
-        _warn_biased()
+        warn(_BIASED, once_for=given)
     if config.input_gradient == "prac":
-        _warn_projected()
+        warn(_PROJECTED, once_for=given)
     return _compile(gm, example_inputs, config, patches)
 
 
-@functools.cache  # once: compiling clears the registry by which Python shows a warning once
-def _warn_biased() -> None:
-    warnings.warn(
-        "prac.random=0 (PAC) gives biased gradients: the random part is what makes the estimator "
-        "unbiased",
-        PracWarning,
-        stacklevel=4,
-    )
-
-
-@functools.cache
-def _warn_projected() -> None:
-    warnings.warn(
-        'prac.input_gradient="prac" (policy "paper") projects what the input gradient reads: that noise passes '
-        "through every earlier layer and makes gradients noisy and biased. A small LLaMA ended at a validation loss "
-        'of 2.30 instead of 1.73 (benchmarks/results/convergence.md); policy "balanced" saves more and stays at it',
-        PracWarning,
-        stacklevel=4,
-    )
+_BIASED = "prac.random=0 (PAC) gives biased gradients: the random part is what makes the estimator unbiased"
+_PROJECTED = (
+    'prac.input_gradient="prac" (policy "paper") projects what the input gradient reads: that noise passes '
+    "through every earlier layer and makes gradients noisy and biased. A small LLaMA ended at a validation loss "
+    'of 2.30 instead of 1.73 (benchmarks/results/convergence.md); policy "balanced" saves more and stays at it'
+)
 
 
 def _compile(
@@ -209,10 +204,8 @@ def _compile(
         # if plain Inductor fails too, its error is the one to see
         compiled = plain()
         reason = f"{type(error).__name__}: {error}"
-        warnings.warn(
-            f'backend="prac" compiles this graph with plain Inductor, nothing is compressed: {reason}',
-            PracWarning,
-            stacklevel=2,
+        warn(
+            f'backend="prac" compiles this graph with plain Inductor, nothing is compressed: {reason}'
         )
         log.debug("fallback", exc_info=error)
         record(compiled, None, reason)

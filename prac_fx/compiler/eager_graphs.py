@@ -5,7 +5,6 @@ from __future__ import annotations
 import copy
 import functools
 import logging
-import warnings
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal
 
@@ -13,7 +12,7 @@ import torch
 import torch.fx as fx
 from torch import Tensor
 
-from prac_fx.errors import PracWarning, one_line
+from prac_fx.errors import one_line, warn
 from prac_fx.torch_compat import comparing_sparse_results, make_boxed_func, raise_signal
 
 log = logging.getLogger(__name__)
@@ -55,11 +54,9 @@ def with_backward_net(
                 return inner_compile(gm, *args, **kwargs)
             except Exception as error:
                 raise_signal(error)
-                warnings.warn(
+                warn(
                     f'backend="prac": Inductor cannot compile the backward of this graph, which runs operator by '
-                    f"operator instead, slowly: {type(error).__name__}: {one_line(error)}",
-                    PracWarning,
-                    stacklevel=2,
+                    f"operator instead, slowly: {type(error).__name__}: {one_line(error)}"
                 )
                 log.debug("backward", exc_info=error)
                 return run_eagerly(untouched)

@@ -1,22 +1,18 @@
-"""The report that a running job writes: `torch.compile(..., options={"prac.report": "report.json"})`.
+"""The report of a running job: `torch.compile(..., options={"prac.report": "report.json"})`.
 
-It has what compilation knows: every value that backward needs, what the plan makes of it and why, and the parameters.
-What only an analysis of the whole step finds out (peak, timeline, optimizer, other ways to train) is null. The plan is
-made anew in every process, so the report does not depend on compile caches; where min-cut decides anew on the rewritten
-graph, what is really saved may be less than what was planned.
+It has what compilation knows: every value that backward needs, what the plan makes of it and why,
+and the parameters. What only an analysis of the whole step finds out (peak, timeline, optimizer,
+other ways to train) is null. Every process makes the plan anew, so the report does not depend on
+compile caches. Min-cut decides anew on the rewritten graph: what is really saved may be less than
+what was planned.
 
-The file is written anew, whole, after each graph that is compiled, and appears at once. In a distributed job every rank has
-its own: `report.json` becomes `report.rank0.json`.
+The whole file is written anew after each graph that is compiled. In a distributed job every rank
+has its own: `report.json` becomes `report.rank0.json`.
 """
 
 from __future__ import annotations
 
-import contextlib
-import errno
 import json
-import os
-import tempfile
-import warnings
 from collections import defaultdict
 from pathlib import Path
 
@@ -26,7 +22,8 @@ import torch.fx as fx
 from prac_fx.config import PracConfig
 from prac_fx.document.job_graph import JobGraph, job_graph
 from prac_fx.document.of_job import job_document
-from prac_fx.errors import PracOptionError, PracWarning
+from prac_fx.document.write import why_not_writable, write_whole
+from prac_fx.errors import PracOptionError, warn
 from prac_fx.passes.plan_data import Plan
 
 # file -> the graphs in it, in the order of their compilation
@@ -39,16 +36,9 @@ def check_report_path(report: str) -> None:
     Raises:
         PracOptionError: no such folder, or no permission to write there.
     """
-    path = _own_path(report)
-    reason = None
-    if path.is_dir():
-        reason = errno.EISDIR
-    elif not path.parent.is_dir():
-        reason = errno.ENOENT
-    elif not os.access(path.parent, os.W_OK) or (path.exists() and not os.access(path, os.W_OK)):
-        reason = errno.EACCES
+    reason = why_not_writable(_own_path(report))
     if reason is not None:
-        raise PracOptionError(f"prac.report={report!r}: cannot write: {os.strerror(reason)}")
+        raise PracOptionError(f"prac.report={report!r}: cannot write: {reason}")
 
 
 def report_graph(
@@ -62,7 +52,7 @@ def report_graph(
         plan: what it was compiled by; None for plain Inductor without one.
         fallback: why it is plain Inductor's then.
 
-    If the file cannot be written any more, that is a warning: a full disk is no reason to stop a training run.
+    A file that cannot be written any more is a warning: a full disk is no reason to stop training.
     """
     if config.report is None:
         return
@@ -71,35 +61,19 @@ def report_graph(
     _GRAPHS[path][graph.key] = graph
     document = job_document(list(_GRAPHS[path].values()), config)
     try:
-        _write_at_once(path, json.dumps(document, indent=2, allow_nan=False) + "\n")
+        text = json.dumps(document, indent=2, allow_nan=False) + "\n"
+        write_whole(path, text.encode())
     except OSError as error:
-        warnings.warn(
-            f"prac.report={config.report!r} was not written: {error.strerror}",
-            PracWarning,
-            stacklevel=2,
-        )
+        warn(f"prac.report={config.report!r} was not written: {error.strerror}")
 
 
 def _own_path(report: str) -> Path:
-    """The file of this process."""
-    path = Path(report).expanduser().resolve()
+    """The file of this process.
+
+    The folder is resolved, for a job may change its own. A link to a file is not.
+    """
+    path = Path(report).expanduser()
+    path = path.parent.resolve() / path.name
     if dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1:
         return path.with_suffix(f".rank{dist.get_rank()}{path.suffix}")
     return path
-
-
-def _write_at_once(path: Path, text: str) -> None:
-    """Whoever reads the file meanwhile sees the old one or the new one."""
-    handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-    try:
-        with os.fdopen(handle, "w", encoding="utf-8") as file:
-            file.write(text)
-        # mkstemp lets no one else read it
-        umask = os.umask(0)
-        os.umask(umask)
-        os.chmod(name, 0o666 & ~umask)
-        os.replace(name, path)
-    except BaseException:
-        with contextlib.suppress(OSError):
-            os.unlink(name)
-        raise

@@ -1,4 +1,7 @@
-"""The document of a running job: what its compiled graphs save; what compilation does not know is null."""
+"""The document of a running job: what its compiled graphs save.
+
+What compilation does not know is null.
+"""
 
 from __future__ import annotations
 
@@ -24,7 +27,7 @@ def job_document(graphs: Sequence[JobGraph], config: PracConfig) -> Document:
     planned = [value for graph in graphs for value in graph.values]
     values = [value_of(value, value.origin.layer_kind) for value in planned]
     parameters = distinct(graph.parameters for graph in graphs)
-    trained = [one for one in parameters if one.requires_grad]
+    trained = [tensor for tensor in parameters if tensor.requires_grad]
     # what enters a later graph is what an earlier one returns
     inputs = graphs[0].inputs
     document: Document = {
@@ -34,12 +37,13 @@ def job_document(graphs: Sequence[JobGraph], config: PracConfig) -> Document:
         "device": graphs[0].device,
         "model": {
             "name": None,
-            "parameters": sum(one.numel for one in parameters),
-            "trainable": sum(one.numel for one in trained),
+            "parameters": sum(tensor.numel for tensor in parameters),
+            "trainable": sum(tensor.numel for tensor in trained),
             "repeated": None,
         },
         "inputs": [
-            {"name": one.name, "shape": list(one.shape), "dtype": one.dtype} for one in inputs
+            {"name": tensor.name, "shape": list(tensor.shape), "dtype": tensor.dtype}
+            for tensor in inputs
         ],
         "options": options_of(config),
         "graphs": len(graphs),
@@ -47,10 +51,10 @@ def job_document(graphs: Sequence[JobGraph], config: PracConfig) -> Document:
             "saved_before_nbytes": sum(value.nbytes_before for value in planned),
             "saved_after_nbytes": sum(value.nbytes_after for value in planned),
             "state_nbytes": sum(value.state_nbytes for value in planned),
-            "parameters_nbytes": sum(one.nbytes for one in parameters),
-            "buffers_nbytes": sum(one.nbytes for one in distinct(g.buffers for g in graphs)),
-            "inputs_nbytes": sum(one.nbytes for one in inputs),
-            "gradients_nbytes": sum(one.nbytes for one in trained),
+            "parameters_nbytes": sum(tensor.nbytes for tensor in parameters),
+            "buffers_nbytes": sum(tensor.nbytes for tensor in distinct(g.buffers for g in graphs)),
+            "inputs_nbytes": sum(tensor.nbytes for tensor in inputs),
+            "gradients_nbytes": sum(tensor.nbytes for tensor in trained),
             "optimizer_nbytes": None,
             "optimizer": None,
             "logits_nbytes": None,

@@ -51,7 +51,8 @@ def value_of(value: PlannedValue, layer_kind: str) -> Value:
 
 
 def _category(value: PlannedValue) -> Category:
-    return {"input": "inputs", "loss_intermediate": "loss"}.get(value.reason, "saved")  # type: ignore[return-value]
+    categories: dict[str, Category] = {"input": "inputs", "loss_intermediate": "loss"}
+    return categories.get(value.reason, "saved")
 
 
 def rollup_of(values: Sequence[Value]) -> Rollup:

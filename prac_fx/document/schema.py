@@ -1,24 +1,32 @@
 """The memory report as plain data, schema version 3: what it holds.
 
-`python -m prac_fx.report model.py --format json` writes one, and so does a running job with the option `prac.report`; every
-other format is made of one. A job does not know its peak and timeline, nor anything that comes after its graphs: null. A report file is
-data and nothing else: `reading` parses it as JSON and checks it against the types below, field by field, before
-anything uses it. Nothing in it is executed.
+`python -m prac_fx.report model.py --format json` writes one, and so does a running job with the
+option `prac.report`. Every other format is made of one. A job does not know its peak and timeline,
+nor anything that comes after its graphs: null. A report file is data and nothing else: `load`
+checks it against the types below, field by field, before anything uses it. Nothing in it is
+executed.
 
 Conventions, everywhere in the document:
 
-- Sizes end in `nbytes` and are whole bytes. `before` is plain Inductor, `after` is `backend="prac"`.
+- Whole numbers are 0 or more, and below 2**63. Sizes end in `nbytes` and are whole bytes.
+- `before` is plain Inductor, `after` is `backend="prac"`.
 - Shapes are lists of whole numbers; a symbolic size is text.
 - Module paths are relative to the model, `model.layers.0.mlp`; "" is the model itself or unknown.
 - Shares and ratios are fractions: 0.25 is a quarter.
-- Fields that a reader does not know are to be ignored; a field that changes its meaning changes `schema`.
+- A reader ignores fields that it does not know. A field that changes its meaning changes `schema`.
 """
 
 from __future__ import annotations
 
-from typing import Any, Literal, TypedDict, get_args
+from typing import Annotated, Literal, TypedDict, get_args
+
+from msgspec import Meta
 
 SCHEMA = 3
+
+Whole = Annotated[int, Meta(ge=0, le=2**63 - 1)]
+# of FLOPs or of time; larger ones are no share of anything
+Share = Annotated[float, Meta(ge=-1e9, le=1e9)]
 
 Category = Literal[
     "parameters",
@@ -32,7 +40,14 @@ Category = Literal[
     "loss",
 ]
 CATEGORIES: tuple[Category, ...] = get_args(Category)
-Size = int | str
+StepPhase = Literal["forward", "loss", "backward", "optimizer"]
+Decision = Literal["encode", "keep", "recompute"]
+Size = Whole | str
+
+_Number = Annotated[int, Meta(ge=-(2**63), le=2**63 - 1)]
+_Scalar = bool | _Number | float | str | None
+# a setting, a list of settings, or a list of rules
+Option = _Scalar | list[_Scalar | list[_Scalar]]
 
 
 class Repeated(TypedDict):
@@ -42,21 +57,21 @@ class Repeated(TypedDict):
     """
 
     module: str
-    analysed: int
-    total: int
+    analysed: Whole
+    total: Whole
 
 
 class Model(TypedDict):
     """What was analysed: class name, number of parameters, and how many of them are trained."""
 
     name: str | None
-    parameters: int
-    trainable: int
+    parameters: Whole
+    trainable: Whole
     repeated: Repeated | None
 
 
 class Input(TypedDict):
-    """One tensor that the model is called with."""
+    """One tensor that the model is called with, or that the step reads from a closure, say."""
 
     name: str
     shape: list[Size]
@@ -66,20 +81,21 @@ class Input(TypedDict):
 class Totals(TypedDict):
     """Sums over the step.
 
-    `saved_*`: held between forward and backward, inputs and parameters not counted. `state`: bases and sampled
-    rows, held as long as the parameters. `optimizer` names the optimizer that `optimizer_nbytes` is for.
+    `saved_*`: held between forward and backward, inputs and parameters not counted.
+    `state`: bases and sampled rows, held as long as the parameters.
+    `optimizer`: names the optimizer that `optimizer_nbytes` is for.
     """
 
-    saved_before_nbytes: int
-    saved_after_nbytes: int
-    state_nbytes: int
-    parameters_nbytes: int
-    buffers_nbytes: int
-    inputs_nbytes: int
-    gradients_nbytes: int
-    optimizer_nbytes: int | None
+    saved_before_nbytes: Whole
+    saved_after_nbytes: Whole
+    state_nbytes: Whole
+    parameters_nbytes: Whole
+    buffers_nbytes: Whole
+    inputs_nbytes: Whole
+    gradients_nbytes: Whole
+    optimizer_nbytes: Whole | None
     optimizer: str | None
-    logits_nbytes: int | None
+    logits_nbytes: Whole | None
 
 
 class Live(TypedDict):
@@ -88,21 +104,21 @@ class Live(TypedDict):
     what: str
     category: Category
     module: str
-    nbytes: int
+    nbytes: Whole
     shape: list[Size]
     dtype: str
 
 
 class Peak(TypedDict):
-    """The moment of a step with the most bytes allocated: how many, at which node, and what they are."""
+    """The moment of a step with the most bytes allocated: how many, where, and what they are."""
 
-    nbytes: int
-    phase: Literal["forward", "loss", "backward", "optimizer"]
+    nbytes: Whole
+    phase: StepPhase
     node: str
     op: str
     module: str
     file: str
-    line: int
+    line: Whole
     live: list[Live]
 
 
@@ -117,16 +133,16 @@ class Phase(TypedDict):
     """Events `start` up to, not including, `end`."""
 
     name: str
-    start: int
-    end: int
+    start: Whole
+    end: Whole
 
 
 class Timeline(TypedDict):
     """Bytes allocated after each event of a step; the categories add up to `nbytes`."""
 
-    phases: list[Phase]
-    nbytes: list[int]
-    by_category: dict[Category, list[int]]
+    phases: Annotated[list[Phase], Meta(max_length=1000)]
+    nbytes: list[Whole]
+    by_category: dict[Category, list[Whole]]
     labels: list[str]
 
 
@@ -149,23 +165,23 @@ class Value(TypedDict):
     module: str
     op: str
     file: str
-    line: int
+    line: Whole
     shape: list[Size]
     dtype: str
     role: str
     read_by: list[str]
-    decision: Literal["encode", "keep", "recompute"]
+    decision: Decision
     reason: str
     detail: str
     codec: str | None
     stored_as: str
-    principal: int | None
-    random: int | None
-    blocks: int | None
+    principal: Whole | None
+    random: Whole | None
+    blocks: Whole | None
     coordinates: str | None
-    nbytes_before: int
-    nbytes_after: int
-    state_nbytes: int
+    nbytes_before: Whole
+    nbytes_after: Whole
+    state_nbytes: Whole
     layer_kind: str
     category: Category
 
@@ -174,9 +190,9 @@ class RollupRow(TypedDict):
     """Saved bytes of all values of one module, layer kind or role."""
 
     name: str
-    before_nbytes: int
-    after_nbytes: int
-    count: int
+    before_nbytes: Whole
+    after_nbytes: Whole
+    count: Whole
 
 
 class Rollup(TypedDict):
@@ -190,24 +206,25 @@ class Rollup(TypedDict):
 class MeasuredAlternative(TypedDict):
     """What really ran: saved bytes, peak, and step time over that of plain Inductor."""
 
-    saved_nbytes: int | None
-    peak_nbytes: int | None
-    step_ratio: float | None
+    saved_nbytes: Whole | None
+    peak_nbytes: Whole | None
+    step_ratio: Share | None
 
 
 class Alternative(TypedDict):
     """One way to train the same model on the same inputs. Null: not known.
 
     `added_flops`: recomputed or added FLOPs over those of the step; negative when it saves some.
-    `gradient`: "exact", "unbiased", "biased", "wrong" or another word. `largest_batch`: that fits `fits_nbytes`.
+    `gradient`: "exact", "unbiased", "biased", "wrong" or another word.
+    `largest_batch`: that fits `fits_nbytes`.
     """
 
     name: str
-    saved_nbytes: int | None
-    peak_nbytes: int | None
-    added_flops: float | None
+    saved_nbytes: Whole | None
+    peak_nbytes: Whole | None
+    added_flops: Share | None
     gradient: str
-    largest_batch: int | None
+    largest_batch: Whole | None
     measured: MeasuredAlternative | None
     note: str
 
@@ -221,24 +238,25 @@ class Measured(TypedDict):
 class Document(TypedDict):
     """A whole memory report.
 
-    Both or neither of `peak` and `timeline` are null. `graphs`: how many graphs of the model have a backward. `fits_nbytes`: what the largest batches fit; null when
-    they were not asked for.
+    Both or neither of `peak` and `timeline` are null.
+    `graphs`: how many graphs of the model have a backward.
+    `fits_nbytes`: what the largest batches fit; null when they were not asked for.
     """
 
-    schema: int
+    schema: Whole
     prac_fx: str
     torch: str
     device: str
     model: Model
     inputs: list[Input]
-    options: dict[str, Any]
-    graphs: int
+    options: dict[str, Option]
+    graphs: Whole
     totals: Totals
     peak: PeakPair | None
     timeline: TimelinePair | None
     values: list[Value]
     rollup: Rollup
-    fits_nbytes: int | None
+    fits_nbytes: Whole | None
     alternatives: list[Alternative]
     advice: list[str]
     measured: Measured | None

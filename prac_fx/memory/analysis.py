@@ -27,7 +27,7 @@ from prac_fx.memory.repeated_blocks import (
 )
 from prac_fx.memory.saved_rows import layout_copies, values_after, values_refused
 from prac_fx.memory.timeline import Category, Live, StepMemory, StepPlan, saved_between_graphs
-from prac_fx.memory.trace import Call, PlannedGraph, Step, trace
+from prac_fx.memory.trace import Call, PlannedGraph, Step, captured_name, trace
 from prac_fx.passes.plan_data import PlannedValue
 from prac_fx.torch_compat import functorch_config, storage_key, tree_leaves
 
@@ -80,23 +80,36 @@ class Tensors:
 
 
 def tensors_of(step: Step) -> Tensors:
-    """Parameters, buffers and inputs of a step; what shares a storage counts once, for the first that has it."""
+    """Parameters, buffers and inputs of a step; what shares a storage counts once, for the first that has it.
+
+    What the step captures is a parameter or an input to it.
+    """
     seen: set[int] = set()
 
     def distinct(pairs: Iterable[tuple[str, Tensor]]) -> tuple[tuple[str, Tensor], ...]:
-        found = []
+        new = []
         for name, tensor in pairs:
             if storage_key(tensor) not in seen:
                 seen.add(storage_key(tensor))
-                found.append((name, tensor))
-        return tuple(found)
+                new.append((name, tensor))
+        return tuple(new)
 
-    modules = [one for one in (step.model, step.loss_fn) if isinstance(one, nn.Module)]
-    return Tensors(
-        distinct(pair for module in modules for pair in module.named_parameters()),
-        distinct(pair for module in modules for pair in module.named_buffers()),
-        distinct(named_inputs(step.args, step.kwargs)),
-    )
+    modules = [module for module in (step.model, step.loss_fn) if isinstance(module, nn.Module)]
+    parameters = distinct(pair for module in modules for pair in module.named_parameters())
+    buffers = distinct(pair for module in modules for pair in module.named_buffers())
+    inputs = distinct(named_inputs(step.args, step.kwargs))
+    captured = distinct((captured_name(source, step), one) for source, one in step.captured)
+    trainable = tuple(pair for pair in captured if isinstance(pair[1], nn.Parameter))
+    others = tuple(pair for pair in captured if not isinstance(pair[1], nn.Parameter))
+    return Tensors(parameters + trainable, buffers, inputs + others)
+
+
+def with_captured(step: Step, calls: Iterable[Call]) -> Step:
+    """The step with what its runs of graphs have read that was there before, and is none of its own tensors."""
+    step = replace(step, captured=())
+    own = {storage_key(tensor) for tensor in tensors_of(step).all}
+    existing = [pair for call in calls for pair in call.existing]
+    return replace(step, captured=tuple(e for e in existing if storage_key(e[1]) not in own))
 
 
 def named_inputs(args: Sequence[Any], kwargs: Mapping[str, Any]) -> Iterator[tuple[str, Tensor]]:
@@ -122,6 +135,7 @@ class AnalysedStep:
         between_before_nbytes: of values that one graph has made and only a later one saves, with plain Inductor.
         between_after_nbytes: likewise with our backend.
         repeated: its blocks, if only a few of them were traced.
+        captured: what the step reads besides its parameters, buffers and inputs; see `Step`.
     """
 
     tensors: Tensors
@@ -134,6 +148,7 @@ class AnalysedStep:
     between_before_nbytes: int = 0
     between_after_nbytes: int = 0
     repeated: Repeated | None = None
+    captured: tuple[tuple[str, Tensor], ...] = ()
 
     @property
     def num_graphs(self) -> int:
@@ -230,14 +245,13 @@ def analyse_step(
         ReportError: an unknown optimizer, or nothing has a backward.
         CannotMultiplyError: within the budget that is given the blocks are not treated alike.
     """
-    tensors = tensors_of(step)
-    of_optimizer = optimizer_memory(optimizer, tensors.trained)
+    optimizer_memory(optimizer, ())  # refuses an unknown one before any work
 
     def analysed(model: Callable[..., Any], repeated: Repeated | None) -> AnalysedStep:
         known = () if plain is None or plain.repeated != repeated else plain.calls
         traced = replace(step, model=model)
         calls = trace(traced, config, patches, budget=budget, plain=known)
-        return _analysed(step, tensors, of_optimizer, calls, repeated)
+        return _analysed(with_captured(step, calls), optimizer, calls, repeated)
 
     if budget is None and functorch_config.activation_memory_budget < 1:
         all_blocks = True
@@ -259,14 +273,12 @@ def analyse_step(
 
 
 def _analysed(
-    step: Step,
-    tensors: Tensors,
-    optimizer: OptimizerMemory,
-    calls: Sequence[Call],
-    repeated: Repeated | None,
+    step: Step, optimizer_name: str, calls: Sequence[Call], repeated: Repeated | None
 ) -> AnalysedStep:
     if not calls:
         raise ReportError(NO_BACKWARD)
+    tensors = tensors_of(step)
+    optimizer = optimizer_memory(optimizer_name, tensors.trained)
     if repeated is not None:
         check_blocks_alike([call.before.forward_flops for call in calls], repeated)
     values = [(number, value) for number, call in enumerate(calls) for value in _values(call)]
@@ -310,6 +322,7 @@ def _analysed(
         sum(value.nbytes for value in between.values()),
         sum(value.nbytes for value in between_ours.values()),
         repeated,
+        step.captured,
     )
 
 

@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.autograd.graph import saved_tensors_hooks
 
 from prac_fx.graph.nbytes import storage_nbytes
-from prac_fx.torch_compat import TorchDispatchMode, storage_key, tree_leaves
+from prac_fx.torch_compat import TorchDispatchMode, existing_storages, storage_key, tree_leaves
 
 
 class AllocationTracker(TorchDispatchMode):  # type: ignore[no-untyped-call]
@@ -84,12 +84,11 @@ def eager_step(
         parameters: the trained ones.
         known: parameters, buffers and inputs.
     """
-    known = list(known)
-    static = {storage_key(tensor) for tensor in known}
+    existing = existing_storages()
     saved: dict[int, int] = {}
 
     def pack(tensor: Tensor) -> Tensor:
-        if storage_key(tensor) not in static:
+        if storage_key(tensor) not in existing:
             saved[storage_key(tensor)] = storage_nbytes(tensor)
         return tensor
 

@@ -8,6 +8,7 @@ that costs nothing.
 from __future__ import annotations
 
 import dataclasses
+import re
 import types
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
@@ -32,6 +33,7 @@ from prac_fx.compiler.retries import Retries
 from prac_fx.config import PracConfig
 from prac_fx.errors import one_line
 from prac_fx.graph.flops import graph_flops
+from prac_fx.graph.origin import clean_path
 from prac_fx.memory.inductor_buffers import GraphPlan, plan_graph
 from prac_fx.memory.joint_facts import JointFacts, joint_facts
 from prac_fx.memory.timeline import StepGraph
@@ -44,9 +46,11 @@ from prac_fx.torch_compat import (
     FakeTensorMode,
     compile_fx,
     copy_dynamo_graph,
+    existing_storages,
     functorch_config,
     make_boxed_func,
     min_cut_rematerialization_partition,
+    placeholder_source_name,
     raise_signal,
     storage_key,
     without_recompile_limit,
@@ -63,6 +67,8 @@ class Step:
         kwargs: keyword inputs.
         loss_fn: applied to the result and traced together with the model.
         fake_mode: of the model's tensors, if they are fake.
+        captured: what the model and the loss read besides, such as a target that the loss closes over, each with
+            Dynamo's name of where it comes from; known once the step has been traced.
     """
 
     model: Callable[..., Any]
@@ -70,6 +76,7 @@ class Step:
     kwargs: Mapping[str, Any]
     loss_fn: Callable[[Any], Any] | None = None
     fake_mode: FakeTensorMode | None = None
+    captured: tuple[tuple[str, Tensor], ...] = ()
 
 
 @dataclass(frozen=True)
@@ -109,6 +116,7 @@ class Call:
         trainable: argument indices of the trained parameters.
         arguments: storage of each argument.
         results: storage of each result.
+        existing: the arguments whose storage is older than the step, with Dynamo's names of where they come from.
     """
 
     before: PlannedGraph
@@ -116,6 +124,7 @@ class Call:
     trainable: frozenset[int]
     arguments: tuple[int | None, ...]
     results: tuple[int | None, ...]
+    existing: tuple[tuple[str, Tensor], ...] = ()
 
     def step_graph(self, planned: PlannedGraph) -> StepGraph:
         """`before` or `after` with the storages of this call."""
@@ -199,6 +208,21 @@ def trace_with(step: Step, backend: Callable[..., Any], budget: float | None = N
         torch.compile(fresh, backend=backend)(step.model, *step.args, **step.kwargs)
 
 
+def captured_name(source: str, step: Step) -> str:
+    """A short name for something that a step captures.
+
+    Args:
+        source: Dynamo's, such as `L['step'].loss_fn.__closure__[0].cell_contents`; the names are those in `trace_with`.
+        step: the step.
+    """
+    for start, function in (("L['self']", step.model), ("L['step'].loss_fn", step.loss_fn)):
+        cell = re.match(re.escape(start) + r"\.__closure__\[(\d+)\]\.cell_contents", source)
+        if cell and isinstance(function, types.FunctionType):
+            source = function.__code__.co_freevars[int(cell[1])] + source[cell.end() :]
+    source = source.removeprefix("L['step'].").replace(".__self__", "")
+    return clean_path(re.sub(r"G\['__import_\w+'\]", "G", source))
+
+
 class _Planner:
     """A Dynamo backend that plans each graph, and runs it eagerly."""
 
@@ -212,6 +236,8 @@ class _Planner:
         self.patches = patches
         self.planned = planned
         self.calls: list[Call] = []
+        # whatever the model reads it from: a closure, an attribute, a global
+        self._existing = existing_storages()
         # storages are known by their address, which must not be used again
         self._results: list[Any] = []
 
@@ -224,13 +250,21 @@ class _Planner:
         after = before
         if self.config is not None:
             after = plan_rewritten(graph, before, self.config, self.patches)
-        trainable = graph.trainable
+        trainable, sources = graph.trainable, [*map(placeholder_source_name, graph.placeholders)]
 
         def run(*args: Any) -> Any:
             results = forward(*args)
             self._results.append(results)
-            found = results if isinstance(results, tuple | list) else (results,)
-            self.calls.append(Call(before, after, trainable, _storages(args), _storages(found)))
+            listed = results if isinstance(results, tuple | list) else (results,)
+            arguments = _storages(args)
+            existing = tuple(
+                (sources[index], args[index])
+                for index, storage in enumerate(arguments)
+                if storage in self._existing
+            )
+            self.calls.append(
+                Call(before, after, trainable, arguments, _storages(listed), existing)
+            )
             return results
 
         return run

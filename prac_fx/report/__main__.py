@@ -9,7 +9,7 @@ os.environ.setdefault("KINETO_LOG_LEVEL", "99")
 
 from prac_fx.report.cli import main
 
-# Objects between two collections. Tracing makes millions that live on, and at Python's 700 a tenth of the time goes into
-# looking through all of them again and again.
+# Objects between two collections. Tracing makes millions that live on. At Python's 700 a tenth of
+# the time goes into looking through all of them again and again.
 gc.set_threshold(100_000, *gc.get_threshold()[1:])
 sys.exit(main())

@@ -1,4 +1,4 @@
-"""From a model file to a document: runs the user's `build()` and has `prac_fx.report.explain` analyse the step."""
+"""From a model file to a document: runs the user's `build()` and has `explain` analyse the step."""
 
 from __future__ import annotations
 
@@ -102,7 +102,8 @@ def _explained(built: Built, path: Path) -> Iterator[None]:
     except Exception as error:
         _raise_own_error(built, path)
         raise ReportError(
-            f"the model could not be traced: {one_line(error)}; prac_fx.explain(...) in Python shows where"
+            f"the model could not be traced: {one_line(error)}; prac_fx.explain(...) in Python "
+            "shows where"
         ) from error
 
 
@@ -121,7 +122,7 @@ def _raise_own_error(built: Built, path: Path) -> None:
 
 @contextlib.contextmanager
 def _without_tracebacks() -> Iterator[None]:
-    """Keep torch from logging a traceback for an error of the model; it becomes one line of ours."""
+    """Keep torch from logging a traceback for an error of the model: it becomes a line of ours."""
     log = logging.getLogger(FakeTensor.__module__)
     level = log.level
     log.setLevel(logging.CRITICAL)

@@ -1,30 +1,32 @@
 """Where the memory of a training step goes, why, and what would help.
 
-model.py is any file with a function `build()` that returns `(model, inputs)` or `(model, inputs, loss_fn)`:
+model.py is any file with a function `build()` that returns `(model, inputs)` or
+`(model, inputs, loss_fn)`:
 
     import torch
+    from torch import nn
 
     def build():
-        model = torch.nn.Sequential(torch.nn.Linear(512, 2048), torch.nn.GELU(), torch.nn.Linear(2048, 512))
+        model = nn.Sequential(nn.Linear(512, 2048), nn.GELU(), nn.Linear(2048, 512))
         return model, (torch.randn(4096, 512),), lambda out: out.square().mean()
 
-`inputs` is a tuple of arguments, a dict of keyword arguments, or a single tensor. `loss_fn`, when given, is
-applied to the model's result and traced with it. No GPU is needed. Instead of model.py, a report that was written
-with --format json can be given, to see it in another format.
-Options follow as key=value, as in `torch.compile(options=...)`: `prac.principal=0.2 prac.min_nbytes=0`.
+`inputs` is a tuple of arguments, a dict of keyword arguments, or a single tensor. `loss_fn`, when
+given, is applied to the model's result and traced with it. No GPU is needed. Instead of model.py,
+a report that was written with --format json can be given, to see it in another format.
+Options follow as key=value, as in `torch.compile(options=...)`:
+`prac.principal=0.2 prac.min_nbytes=0`.
 """
 
 from __future__ import annotations
 
 import argparse
 import ast
-import errno
-import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
+from prac_fx.document.write import why_not_writable
 from prac_fx.errors import ReportError
 from prac_fx.options import split_options
 from prac_fx.report import table
@@ -45,7 +47,7 @@ class _Parser(argparse.ArgumentParser):
 
 
 def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
-    """Parse the command line, and refuse before minutes of analysis what could not be carried out after it.
+    """Parse the command line, and refuse now what could not be carried out after the analysis.
 
     Returns:
         The arguments; sizes are bytes, `options` of a model is a dict, `format` is set.
@@ -108,7 +110,7 @@ def _add_analysis_flags(group: argparse._ArgumentGroup) -> None:
         "--alternatives",
         action=argparse.BooleanOptionalAction,
         default=None,
-        help="what other ways to train would take (default: yes; each one is an analysis of its own)",
+        help="what other ways to train would take (default: yes; each is an analysis of its own)",
     )
     group.add_argument(
         "--measure",
@@ -136,7 +138,7 @@ def _add_analysis_flags(group: argparse._ArgumentGroup) -> None:
     )
 
 
-# -- checks that need no work ------------------------------------------------------------------------
+# -- checks that need no work ----------------------------------------------------------------------
 
 
 def _check(arguments: argparse.Namespace) -> None:
@@ -213,10 +215,9 @@ def _flag(name: str) -> str:
 
 
 def _check_writable(path: Path) -> None:
-    if path.is_dir():
-        raise ReportError(f"{path}: cannot write: {os.strerror(errno.EISDIR)}")
-    if not path.parent.is_dir():
-        raise ReportError(f"{path}: cannot write: {os.strerror(errno.ENOENT)}")
+    reason = why_not_writable(path)
+    if reason is not None:
+        raise ReportError(f"{path}: cannot write: {reason}")
 
 
 def _parse_options(pairs: Sequence[str]) -> dict[str, Any]:

@@ -1,7 +1,7 @@
 """Two steps on one pair of axes, thinned out for drawing; the peak is always among what is left.
 
-The two steps have different events, so position is progress within a phase: every phase has the same place
-in both.
+The two steps have different events, so position is progress within a phase: every phase has the
+same place in both.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from prac_fx.document.schema import Phase, Timeline, TimelinePair
 
 # More than a screen has pixels to show, few enough for a file that opens at once.
-MOST_SAMPLES = 700
+MAX_SAMPLES = 700
 
 # A phase of a single event, such as the optimizer's, still has to be seen.
 _MIN_SHARE = 0.075
@@ -87,7 +87,7 @@ def byte_marks(nbytes: float) -> list[float]:
 
 
 def sample_timeline(
-    timeline: Timeline, spans: list[Span], limit: int = MOST_SAMPLES
+    timeline: Timeline, spans: list[Span], limit: int = MAX_SAMPLES
 ) -> list[Sample]:
     """At most about `limit` events: of each stretch of a phase the one with the most bytes."""
     places = {(span.name, span.occurrence): span for span in spans}

@@ -1,4 +1,4 @@
-"""Shapes of the timeline for the HTML report: both steps on one axis, in units of a 2000 x 1000 canvas."""
+"""Shapes of the timeline for the HTML report: both steps on one 2000 x 1000 canvas."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ CANVAS_HEIGHT = 1000
 
 @dataclass(frozen=True)
 class Layer:
-    """The area of one category on top of those below it, down to the axis: draw the first one first."""
+    """The area of a category on top of those below it, down to the axis: draw the first first."""
 
     category: Category
     path: str

@@ -1,4 +1,4 @@
-"""The command: reads what is asked for, has it analysed or loaded, writes it in the format that is asked for."""
+"""The command: has a model analysed or a report loaded, and writes it in the given format."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ from typing import Any
 
 from prac_fx.document.load import load_document
 from prac_fx.document.schema import Document
+from prac_fx.document.write import write_whole
 from prac_fx.errors import PracError, ReportError
 from prac_fx.graph.nbytes import format_nbytes
 from prac_fx.report import compare, table
@@ -22,14 +23,15 @@ from prac_fx.report.html import as_html
 from prac_fx.report.model_file import UserCodeError
 from prac_fx.report.png import as_png
 from prac_fx.report.style import Style, style_for
+from prac_fx.report.text_layout import printable
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Command line.
 
     Returns:
-        The exit code: 0; 1 when the peak is above --fail-if-above; 2 after an error, which is one line, after
-        the traceback of the user's own code where that is what failed.
+        The exit code: 0; 1 when the peak is above --fail-if-above; 2 after an error. An error is a
+        line, below the traceback of the user's own code where that failed.
     """
     try:
         arguments = parse_arguments(argv)
@@ -42,7 +44,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except PracError as error:
         if isinstance(error, UserCodeError):
             sys.stderr.write(error.traceback)
-        sys.stderr.write(f"prac_fx.report: {error}\n")
+        sys.stderr.write(f"prac_fx.report: {printable(str(error))}\n")
         return 2
 
 
@@ -88,7 +90,7 @@ def _write(content: str | bytes, output: str) -> None:
         return
     data = content.encode() if isinstance(content, str) else content
     try:
-        Path(output).write_bytes(data)
+        write_whole(Path(output), data)
     except OSError as error:
         raise ReportError(f"{output}: cannot write: {error.strerror}") from error
 
@@ -113,13 +115,14 @@ def _verdict(document: Document, arguments: argparse.Namespace) -> int:
         return 0
     if document["peak"] is None:
         raise ReportError(
-            f"--fail-if-above: {arguments.model} is the report of a running job, which knows no peak"
+            f"--fail-if-above: {arguments.model} is the report of a running job, which knows no "
+            "peak"
         )
     peak = document["peak"]["after"]["nbytes"]
     if peak <= limit:
         return 0
     sys.stderr.write(
-        f"prac_fx.report: the estimated peak with prac, {format_nbytes(peak)} ({peak} bytes), is above "
-        f"--fail-if-above {format_nbytes(limit)}\n"
+        f"prac_fx.report: the estimated peak with prac, {format_nbytes(peak)} ({peak} bytes), is "
+        f"above --fail-if-above {format_nbytes(limit)}\n"
     )
     return 1

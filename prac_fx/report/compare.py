@@ -1,6 +1,6 @@
 """Two reports side by side: totals, peaks, and the values that are kept differently.
 
-Values are the same when module, operator, shape and dtype are, and they are the n-th such one in both.
+Values are the same when module, operator, shape and dtype are, and their number among such values.
 """
 
 from __future__ import annotations
@@ -111,13 +111,13 @@ def _differences(a: Document, b: Document) -> list[Difference]:
         ("torch", a["torch"], b["torch"]),
         ("prac_fx", a["prac_fx"], b["prac_fx"]),
     ]
-    return [{"name": name, "a": one, "b": other} for name, one, other in pairs if one != other]
+    return [{"name": name, "a": of_a, "b": of_b} for name, of_a, of_b in pairs if of_a != of_b]
 
 
 def _totals(document: Document) -> dict[str, int]:
     """By name, those that are known."""
     totals, peak = document["totals"], document["peak"]
-    found = {
+    nbytes_by_name = {
         "saved before": totals["saved_before_nbytes"],
         "saved after": totals["saved_after_nbytes"],
         "peak before": None if peak is None else peak["before"]["nbytes"],
@@ -130,7 +130,7 @@ def _totals(document: Document) -> dict[str, int]:
         "inputs": totals["inputs_nbytes"],
         "logits": totals["logits_nbytes"],
     }
-    return {name: nbytes for name, nbytes in found.items() if nbytes is not None}
+    return {name: nbytes for name, nbytes in nbytes_by_name.items() if nbytes is not None}
 
 
 def _changed_values(a: Document, b: Document) -> list[ValuePair]:
@@ -138,8 +138,8 @@ def _changed_values(a: Document, b: Document) -> list[ValuePair]:
     pairs: list[ValuePair] = []
     for key in dict.fromkeys([*values_a, *values_b]):
         module, op, shape, dtype, occurrence = key
-        one, other = _treatment(values_a.get(key)), _treatment(values_b.get(key))
-        if one != other:
+        of_a, of_b = _treatment(values_a.get(key)), _treatment(values_b.get(key))
+        if of_a != of_b:
             pairs.append(
                 {
                     "module": module,
@@ -147,8 +147,8 @@ def _changed_values(a: Document, b: Document) -> list[ValuePair]:
                     "shape": list(shape),
                     "dtype": dtype,
                     "occurrence": occurrence,
-                    "a": one,
-                    "b": other,
+                    "a": of_a,
+                    "b": of_b,
                 }
             )
     return pairs
@@ -156,14 +156,14 @@ def _changed_values(a: Document, b: Document) -> list[ValuePair]:
 
 def _by_key(document: Document) -> dict[_Key, Value]:
     seen: Counter[tuple[str, str, tuple[Size, ...], str]] = Counter()
-    found: dict[_Key, Value] = {}
+    values: dict[_Key, Value] = {}
     for value in document["values"]:
         if not is_listed(value):
             continue
         key = (value["module"], value["op"], tuple(value["shape"]), value["dtype"])
-        found[(*key, seen[key])] = value
+        values[(*key, seen[key])] = value
         seen[key] += 1
-    return found
+    return values
 
 
 def _treatment(value: Value | None) -> Treatment | None:
@@ -178,7 +178,7 @@ def _treatment(value: Value | None) -> Treatment | None:
     }
 
 
-# -- as text -----------------------------------------------------------------------------------------
+# -- as text ---------------------------------------------------------------------------------------
 
 
 def as_table(comparison: Comparison, *, top: int = 20, style: Style | None = None) -> str:
@@ -187,8 +187,10 @@ def as_table(comparison: Comparison, *, top: int = 20, style: Style | None = Non
     comparison = printable(comparison)
     names = [wrapped(f"{side.upper()}  {comparison[side]}", 3) for side in ("a", "b")]
     lines = [
-        wrapped(f"{one['name'] if side == 'a' else '':10} {side.upper()}  {one[side]}", 14)
-        for one in comparison["differences"]
+        wrapped(
+            f"{difference['name'] if side == 'a' else '':10} {side.upper()}  {difference[side]}", 14
+        )
+        for difference in comparison["differences"]
         for side in ("a", "b")
     ]
     sections = [
@@ -203,12 +205,12 @@ def as_table(comparison: Comparison, *, top: int = 20, style: Style | None = Non
 def _totals_table(comparison: Comparison, style: Style) -> str:
     rows = [
         (
-            one["name"],
-            nbytes_text(one["a_nbytes"]),
-            nbytes_text(one["b_nbytes"]),
-            style.change(change_text(one["a_nbytes"], one["b_nbytes"])),
+            total["name"],
+            nbytes_text(total["a_nbytes"]),
+            nbytes_text(total["b_nbytes"]),
+            style.change(change_text(total["a_nbytes"], total["b_nbytes"])),
         )
-        for one in comparison["totals"]
+        for total in comparison["totals"]
     ]
     return grid(rows, ("", "A", "B", ""), "lrrr")
 
@@ -252,22 +254,26 @@ def _path(group: list[ValuePair]) -> str:
 
 
 def _nbytes(group: list[ValuePair], side: Literal["a", "b"]) -> int:
-    return sum(one["nbytes_after"] for pair in group if (one := pair[side]))
+    return sum(treatment["nbytes_after"] for pair in group if (treatment := pair[side]))
 
 
 def _side(group: list[ValuePair], side: Literal["a", "b"]) -> tuple[str, str]:
-    one = group[0][side]
-    return (NOTHING, "") if one is None else (nbytes_text(_nbytes(group, side)), one["stored_as"])
+    treatment = group[0][side]
+    return (
+        (NOTHING, "")
+        if treatment is None
+        else (nbytes_text(_nbytes(group, side)), treatment["stored_as"])
+    )
 
 
 def _details(pair: ValuePair) -> list[str]:
     a, b = pair["a"], pair["b"]
-    reasons = [one["reason"] for one in (a, b) if one and one["reason"]]
+    reasons = [treatment["reason"] for treatment in (a, b) if treatment and treatment["reason"]]
     parts = [
         " and ".join(dict.fromkeys(reasons)),
         f"{operator_text(pair['op'])} {tensor_text(pair['shape'], pair['dtype'])}",
     ]
     if a and b and a["nbytes_before"] != b["nbytes_before"]:
-        sizes = [nbytes_text(one["nbytes_before"]) for one in (a, b)]
+        sizes = [nbytes_text(treatment["nbytes_before"]) for treatment in (a, b)]
         parts.append(f"without prac {sizes[0]} and {sizes[1]} each")
     return parts

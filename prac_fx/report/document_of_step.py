@@ -35,7 +35,7 @@ from prac_fx.memory.repeated_blocks import ANALYSED
 from prac_fx.memory.timeline import StepMemory
 
 # Most things that are listed for a peak; the rest is summed up by category.
-_MOST_LIVE = 400
+_MAX_LIVE = 400
 
 
 def document_of(
@@ -72,7 +72,7 @@ def document_of(
         "values": values,
         "rollup": rollup_of(values),
         "fits_nbytes": fits,
-        "alternatives": [_alternative(one) for one in alternatives],
+        "alternatives": [_alternative(way) for way in alternatives],
         "advice": [],
         "measured": {"device": measured_on} if measured_on else None,
     }
@@ -123,7 +123,9 @@ def _totals(step: AnalysedStep) -> Totals:
         "parameters_nbytes": held("parameters"),
         "buffers_nbytes": held("buffers"),
         "inputs_nbytes": held("inputs"),
-        "gradients_nbytes": sum(one.numel() * one.itemsize for one in step.tensors.trained),
+        "gradients_nbytes": sum(
+            parameter.numel() * parameter.itemsize for parameter in step.tensors.trained
+        ),
         "optimizer_nbytes": step.optimizer.state_nbytes,
         "optimizer": step.optimizer.name,
         "logits_nbytes": step.logits_nbytes,
@@ -134,14 +136,14 @@ def _peak(memory: StepMemory) -> Peak:
     event = memory.peak
     live: list[Live] = [
         {
-            "what": one.what,
-            "category": one.category,
-            "module": one.module,
-            "nbytes": one.nbytes,
-            "shape": list(one.shape),
-            "dtype": one.dtype,
+            "what": entry.what,
+            "category": entry.category,
+            "module": entry.module,
+            "nbytes": entry.nbytes,
+            "shape": list(entry.shape),
+            "dtype": entry.dtype,
         }
-        for one in memory.live
+        for entry in memory.live
     ]
     return {
         "nbytes": event.total,
@@ -151,17 +153,17 @@ def _peak(memory: StepMemory) -> Peak:
         "module": event.origin.module,
         "file": event.origin.file,
         "line": event.origin.line,
-        "live": [*live[:_MOST_LIVE], *_others(live[_MOST_LIVE:])],
+        "live": [*live[:_MAX_LIVE], *_others(live[_MAX_LIVE:])],
     }
 
 
 def _others(live: Sequence[Live]) -> list[Live]:
     """What is too small to be listed, one entry for each category."""
-    found: list[Live] = []
+    sums: list[Live] = []
     for category in CATEGORIES:
-        nbytes = sum(one["nbytes"] for one in live if one["category"] == category)
+        nbytes = sum(entry["nbytes"] for entry in live if entry["category"] == category)
         if nbytes:
-            found.append(
+            sums.append(
                 {
                     "what": "other",
                     "category": category,
@@ -171,7 +173,7 @@ def _others(live: Sequence[Live]) -> list[Live]:
                     "dtype": "",
                 }
             )
-    return found
+    return sums
 
 
 def _timeline(memory: StepMemory) -> Timeline:
@@ -199,15 +201,15 @@ def _layer_kind(path: str, model: Callable[..., Any]) -> str:
         return ""
 
 
-def _alternative(one: AnalysedAlternative) -> Alternative:
-    measured = one.measured
+def _alternative(way: AnalysedAlternative) -> Alternative:
+    measured = way.measured
     return {
-        "name": one.name,
-        "saved_nbytes": one.saved_nbytes,
-        "peak_nbytes": one.peak_nbytes,
-        "added_flops": one.added_flops,
-        "gradient": one.gradient,
-        "largest_batch": one.largest_batch,
+        "name": way.name,
+        "saved_nbytes": way.saved_nbytes,
+        "peak_nbytes": way.peak_nbytes,
+        "added_flops": way.added_flops,
+        "gradient": way.gradient,
+        "largest_batch": way.largest_batch,
         "measured": None
         if measured is None
         else {
@@ -215,5 +217,5 @@ def _alternative(one: AnalysedAlternative) -> Alternative:
             "peak_nbytes": measured.peak_nbytes,
             "step_ratio": measured.step_ratio,
         },
-        "note": one.notes,
+        "note": way.notes,
     }

@@ -1,13 +1,14 @@
-"""`explain` and `report_step`: where the memory of a training step goes, and what would help, without compiling it.
+"""`explain` and `report_step`: where the memory of a step goes, and what would help.
 
-Dynamo and AOTAutograd trace the model, the passes run, torch's partitioner splits the result, and Inductor plans its
-buffers (`prac_fx.memory.trace`). The numbers are not formulas: they come from the graphs that would be compiled.
+Nothing is compiled. Dynamo and AOTAutograd trace the model, the passes run, torch's partitioner
+splits the result, and Inductor plans its buffers (`prac_fx.memory.trace`). The numbers are not
+formulas: they come from the graphs that would be compiled.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from prac_fx.compare.estimate import Progress, compare_alternatives
@@ -91,10 +92,13 @@ def explain(
     options: Mapping[str, Any] | PracConfig | None = None,
     **kwargs: Any,
 ) -> MemoryReport:
-    """Trace one training step and report what it keeps for backward. Runs the forward pass once, eagerly.
+    """Trace one training step and report what it keeps for backward.
+
+    The forward pass runs once, eagerly.
 
     Args:
-        model: a module, or a function, whose result can be differentiated. Fake tensors (torch's FakeTensorMode) will do.
+        model: a module, or a function, whose result can be differentiated. Fake tensors (torch's
+            FakeTensorMode) will do.
         *args: its inputs.
         loss_fn: applied to the result and traced together with the model.
         options: as for `torch.compile(options=...)`, or a `PracConfig`.
@@ -133,7 +137,8 @@ def report_step(
         kwargs: its keyword inputs.
         loss_fn: as for `explain`.
         options: as for `explain`.
-        optimizer: whose state and temporary memory count; a key of `prac_fx.memory.optimizer.OPTIMIZERS`.
+        optimizer: whose state and temporary memory count; a key of
+            `prac_fx.memory.optimizer.OPTIMIZERS`.
         batch: size of dimension 0 of the inputs, instead of theirs.
         seq: size of dimension 1 of the inputs, likewise.
         dtype: of floating-point parameters, buffers and inputs, such as "bfloat16".
@@ -142,12 +147,13 @@ def report_step(
         measure: run real steps, too, of plain Inductor, `backend="prac"` and eagerly.
         all_blocks: analyse all blocks of a deep model; by default four of many identical ones.
         progress: called with what is done next, steps done, and steps in all.
-        processes: how many alternatives are analysed at a time, in forked processes; see `prac_fx.compare.forked_map`.
+        processes: how many alternatives are analysed at a time, in forked processes; see
+            `prac_fx.compare.forked_map`.
 
     Raises:
         PracOptionError: a bad option.
-        ReportError: an unknown optimizer, sizes that do not fit the inputs, nothing to differentiate, `measure`
-            with fake tensors, or `fits` without a batch dimension.
+        ReportError: an unknown optimizer, sizes that do not fit the inputs, nothing to
+            differentiate, `measure` with fake tensors, or `fits` without a batch dimension.
     """
     config, patches = read_options(options)
     model, args, kwargs = resized(model, args, kwargs or {}, batch, seq, dtype)
@@ -157,6 +163,7 @@ def report_step(
         raise ReportError("measure: the model has fake tensors; build it with real ones to run it")
     show("the step", 0, 1)
     analysed = analyse_step(step, config, patches, optimizer, all_blocks=all_blocks)
+    step = replace(step, captured=analysed.captured)
     rows: list[Alternative] = []
     if alternatives or fits is not None or measure:
         rows = compare_alternatives(step, analysed, config, patches, show, processes)

@@ -1,7 +1,8 @@
 """The report as one HTML page that needs no network: template, style and script are in `page/`.
 
-Whatever comes from the user's model is text to it. Jinja escapes it where it stands in markup, the script only
-ever sets it as text, and the page's own content security policy lets no other script, style or connection in.
+Whatever comes from the user's model is text to it. Jinja escapes it where it stands in markup. The
+script only ever sets it as text. The page's own content security policy lets no other script,
+style or connection in.
 """
 
 from __future__ import annotations
@@ -46,7 +47,7 @@ MEANINGS: dict[Category, str] = {
     "loss": "logits, and what follows from them",
 }
 
-_MOST_LIVE = 8
+_MAX_LIVE = 8
 _VALUE_COLUMNS = (
     ("Value", "text"),
     ("Role", "text"),
@@ -195,7 +196,8 @@ def _figure(
 def _categories_at_peak(timeline: Timeline) -> dict[Category, int]:
     event = max(range(len(timeline["nbytes"])), key=timeline["nbytes"].__getitem__)
     columns = timeline["by_category"]
-    return {name: columns[name][event] for name in CATEGORIES if columns.get(name, [0])[event]}
+    known = [name for name in CATEGORIES if name in columns]
+    return {name: columns[name][event] for name in known if columns[name][event]}
 
 
 def _saved_by_category(
@@ -230,13 +232,14 @@ def _step(document: Document, chart: Chart | None) -> dict[str, Any]:
         if name in used
     ]
     live = [
-        {"name": name, "peak": one, "largest": merge_live(one["live"])[:_MOST_LIVE]}
-        for name, one in ((BEFORE, peak["before"]), (AFTER, peak["after"]))
+        {"name": name, "peak": side, "largest": merge_live(side["live"])[:_MAX_LIVE]}
+        for name, side in ((BEFORE, peak["before"]), (AFTER, peak["after"]))
     ]
     return {
         "chart": chart,
         "chart_label": (
-            f"Bytes allocated during a step. {BEFORE} peaks at {nbytes_text(peak['before']['nbytes'])} in "
+            "Bytes allocated during a step. "
+            f"{BEFORE} peaks at {nbytes_text(peak['before']['nbytes'])} in "
             f"{peak['before']['phase']}, {AFTER} at {nbytes_text(peak['after']['nbytes'])} in "
             f"{peak['after']['phase']}."
         ),
@@ -251,10 +254,10 @@ def _step(document: Document, chart: Chart | None) -> dict[str, Any]:
 
 def _alternatives(document: Document) -> dict[str, Any]:
     ways = document["alternatives"]
-    largest = max([one["peak_nbytes"] or 0 for one in ways] or [0]) or 1
+    largest = max([way["peak_nbytes"] or 0 for way in ways] or [0]) or 1
     return {
         "alternatives": [
-            {"way": one, "width": 100 * (one["peak_nbytes"] or 0) / largest} for one in ways
+            {"way": way, "width": 100 * (way["peak_nbytes"] or 0) / largest} for way in ways
         ],
         "has_batch": document["fits_nbytes"] is not None,
         "has_measured": document["measured"] is not None,
@@ -265,7 +268,7 @@ def _values(document: Document) -> dict[str, Any]:
     listed = [value for value in document["values"] if is_listed(value)]
     merged = merge_repeats(listed)
     each = [Repeat(value["module"] or value["name"], (value,)) for value in listed]
-    each.sort(key=lambda one: (-one.before_nbytes, -one.after_nbytes))
+    each.sort(key=lambda repeat: (-repeat.before_nbytes, -repeat.after_nbytes))
     return {
         "value_columns": _VALUE_COLUMNS,
         "merged": merged,
@@ -280,7 +283,7 @@ def _largest(rows: list[Repeat]) -> int:
     return max([max(row.before_nbytes, row.after_nbytes) for row in rows] or [0]) or 1
 
 
-# -- what the script reads ---------------------------------------------------------------------------
+# -- what the script reads -------------------------------------------------------------------------
 
 
 def _script_data(document: Document, chart: Chart | None) -> dict[str, Any]:
@@ -342,13 +345,15 @@ def _samples(timeline: Timeline, samples: tuple[Sample, ...]) -> dict[str, Any]:
 def _live(live: list[Live]) -> list[tuple[object, ...]]:
     return [
         (
-            one["module"],
-            one["what"],
-            one["category"],
+            entry["module"],
+            entry["what"],
+            entry["category"],
             "",
-            one["nbytes"],
-            one["nbytes"],
-            ", ".join(filter(None, (one["category"], tensor_text(one["shape"], one["dtype"])))),
+            entry["nbytes"],
+            entry["nbytes"],
+            ", ".join(
+                filter(None, (entry["category"], tensor_text(entry["shape"], entry["dtype"])))
+            ),
         )
-        for one in live
+        for entry in live
     ]

@@ -1,6 +1,6 @@
 """One colour for each category of memory, the same in every picture.
 
-Chosen so that any two of them are at least 20 apart in CIELAB, also as people with protanopia, deuteranopia and
+Any two of them are at least 20 apart in CIELAB, also as people with protanopia, deuteranopia and
 tritanopia see them (Machado, Oliveira, Fernandes 2009).
 """
 

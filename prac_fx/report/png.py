@@ -1,9 +1,10 @@
-"""The timeline as a picture, by matplotlib: the step with prac by category, and over it the one without."""
+"""The timeline as a picture, by matplotlib: the step with prac by category, the other over it."""
 
 from __future__ import annotations
 
 import importlib.util
 import io
+import warnings
 from typing import Any
 
 from prac_fx.document.schema import CATEGORIES, Document, Timeline, TimelinePair
@@ -17,12 +18,16 @@ from prac_fx.report.axes import (
     sample_timeline,
 )
 from prac_fx.report.palette import LIGHT
+from prac_fx.report.text_layout import cut, printable
 from prac_fx.report.wording import AFTER, BEFORE, name_text
 
 _INCHES = (10.0, 4.8)
 _DOTS_PER_INCH = 160
 _QUIET = "#5d636d"
 _INK = "#1c1e22"
+# letters that fit above the picture, and below a phase
+_MAX_TITLE = 100
+_MAX_PHASE = 20
 
 
 def require_matplotlib() -> None:
@@ -50,11 +55,18 @@ def as_png(document: Document) -> bytes:
     figure = Figure(figsize=_INCHES, dpi=_DOTS_PER_INCH, layout="constrained")
     axes = figure.add_subplot()
     _draw_steps(axes, timelines)
-    _draw_frame(axes, timelines, name_text(document["model"]))
+    _draw_frame(axes, timelines, _label(name_text(document["model"]), _MAX_TITLE))
     target = io.BytesIO()
-    # without the software's name and version, so that equal reports give equal files
-    figure.savefig(target, format="png", metadata={"Software": None})
+    with warnings.catch_warnings():
+        # a letter that matplotlib's font does not have is drawn as a box
+        warnings.filterwarnings("ignore", message="Glyph .* missing from font")
+        # without the software's name and version, so that equal reports give equal files
+        figure.savefig(target, format="png", metadata={"Software": None})
     return target.getvalue()
+
+
+def _label(text: str, width: int) -> str:
+    return cut(printable(text), width)
 
 
 def _draw_steps(axes: Any, timelines: TimelinePair) -> None:
@@ -112,7 +124,11 @@ def _draw_frame(axes: Any, timelines: TimelinePair, name: str) -> None:
         if number % 2:
             axes.axvspan(span.left, span.right, color="#f2f2ee", zorder=0)
     spans = phase_spans(timelines)
-    axes.set_xticks([(span.left + span.right) / 2 for span in spans], [one.name for one in spans])
+    axes.set_xticks(
+        [(span.left + span.right) / 2 for span in spans],
+        [_label(span.name, _MAX_PHASE) for span in spans],
+        parse_math=False,
+    )
     axes.set_yticks(byte_marks(nbytes), [format_nbytes(mark) for mark in byte_marks(nbytes)])
     axes.set_xlim(0, 1)
     axes.set_ylim(0, nbytes)

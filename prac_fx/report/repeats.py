@@ -14,7 +14,7 @@ class Repeat:
     """Values of equal size, make and treatment.
 
     Attributes:
-        module: their path, with `*` for numbers of layers; a value without a module has its own name.
+        module: their path, with `*` for numbers of layers; the name of a value without a module.
         values: themselves, in the order of the forward pass.
     """
 
@@ -59,12 +59,12 @@ def merge_repeats(values: Iterable[Value]) -> list[Repeat]:
         Repeat(_pattern([value["module"] or value["name"] for value in group]), tuple(group))
         for group in groups.values()
     ]
-    return sorted(repeats, key=lambda one: (-one.before_nbytes, -one.after_nbytes))
+    return sorted(repeats, key=lambda repeat: (-repeat.before_nbytes, -repeat.after_nbytes))
 
 
 @dataclass(frozen=True)
 class LiveRepeat:
-    """Things of equal shape, dtype and category that are alive at the peak; `first` stands for all."""
+    """What is alive at the peak, of equal shape, dtype and category; `first` stands for all."""
 
     what: str
     first: Live
@@ -75,29 +75,29 @@ class LiveRepeat:
 def merge_live(live: Iterable[Live]) -> list[LiveRepeat]:
     """Group what is alive by everything but the number of the layer, the largest group first."""
     groups: dict[tuple[object, ...], list[Live]] = {}
-    for number, one in enumerate(live):
+    for number, entry in enumerate(live):
         # without a module there is nothing that says what else is like it
-        module = any_layer(one["module"]) or number
-        key = (module, one["category"], tuple(one["shape"]), one["dtype"], one["nbytes"])
-        groups.setdefault(key, []).append(one)
+        module = any_layer(entry["module"]) or number
+        key = (module, entry["category"], tuple(entry["shape"]), entry["dtype"], entry["nbytes"])
+        groups.setdefault(key, []).append(entry)
     repeats = [
-        LiveRepeat(_name(group), group[0], len(group), sum(one["nbytes"] for one in group))
+        LiveRepeat(_name(group), group[0], len(group), sum(entry["nbytes"] for entry in group))
         for group in groups.values()
     ]
-    return sorted(repeats, key=lambda one: -one.nbytes)
+    return sorted(repeats, key=lambda repeat: -repeat.nbytes)
 
 
 def _name(group: list[Live]) -> str:
-    module = _pattern([one["module"] for one in group])
-    if len({any_layer(one["what"]) for one in group}) > 1:
+    module = _pattern([entry["module"] for entry in group])
+    if len({any_layer(entry["what"]) for entry in group}) > 1:
         return module  # nodes of equal layers, each with a name of its own
-    what = _pattern([one["what"] for one in group])
+    what = _pattern([entry["what"] for entry in group])
     # the name of a parameter begins with the path of its module
     return what if what.startswith(module) else f"{module} {what}"
 
 
 def _pattern(paths: list[str]) -> str:
-    """One name for all of them: with `*` for the number of the layer, or a list where that is all there is."""
+    """A name for all of them: `*` for the number of the layer, or a list if there is no more."""
     distinct = list(dict.fromkeys(paths))
     pattern = any_layer(distinct[0])
     if len(distinct) > 1 and pattern != "*":

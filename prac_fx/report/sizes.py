@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 
 from prac_fx.errors import ReportError
@@ -27,7 +28,8 @@ def parse_nbytes(text: str, name: str) -> int:
     """
     match = _SIZE.fullmatch(text)
     factor = _UNITS.get(match[2].lower()) if match else None
-    nbytes = round(float(match[1]) * factor) if match and factor else 0
+    size = float(match[1]) * factor if match and factor else 0.0
+    nbytes = round(size) if math.isfinite(size) else 0
     if nbytes < 1:
         raise ReportError(
             f"{name} {text!r}: expected a size above zero, such as 80GiB, 12GB or 4096"

@@ -34,6 +34,6 @@ class Style:
 
 
 def style_for(stream: TextIO) -> Style:
-    """Colour on a terminal only, and not where NO_COLOR (no-color.org) or TERM=dumb asks for none."""
+    """Colour on a terminal, unless NO_COLOR (no-color.org) or TERM=dumb asks for none."""
     wanted = not os.environ.get("NO_COLOR") and os.environ.get("TERM") != "dumb"
     return Style(wanted and stream.isatty())

@@ -42,8 +42,8 @@ from prac_fx.report.wording import (
 By = Literal["value", "module", "kind", "role"]
 GROUPINGS: tuple[By, ...] = get_args(By)
 
-_MOST_LIVE = 5
-_MOST_KINDS = 8
+_MAX_LIVE = 5
+_MAX_KINDS = 8
 
 
 def as_table(
@@ -67,7 +67,7 @@ def as_table(
         _measured(document, style),
         _advice(document, style),
         _values(document, top, style) if by == "value" else _rollup(document, by, top, style),
-        _rollup(document, "kind", _MOST_KINDS, style) if by == "value" else "",
+        _rollup(document, "kind", _MAX_KINDS, style) if by == "value" else "",
         _reasons(document, style) if by == "value" else "",
     ]
     return "\n\n".join(section for section in sections if section) + "\n"
@@ -82,7 +82,8 @@ def _header(document: Document, style: Style) -> str:
         ("options", options_text(document["options"])),
         (
             "made with",
-            f"prac_fx {document['prac_fx']}, torch {document['torch']}, device {document['device']}",
+            f"prac_fx {document['prac_fx']}, torch {document['torch']}, "
+            f"device {document['device']}",
         ),
     ]
     return "\n".join(wrapped(f"{name:11}{text}", 11) for name, text in lines if text)
@@ -126,7 +127,7 @@ def _peaks(document: Document, style: Style) -> list[str]:
 
 def _peak(peak: Peak, title: str, style: Style) -> str:
     by_category = [
-        (category, sum(one["nbytes"] for one in peak["live"] if one["category"] == category))
+        (category, sum(entry["nbytes"] for entry in peak["live"] if entry["category"] == category))
         for category in CATEGORIES
     ]
     by_category.sort(key=lambda pair: -pair[1])
@@ -135,12 +136,12 @@ def _peak(peak: Peak, title: str, style: Style) -> str:
         for category, nbytes in by_category
         if share_text(nbytes, peak["nbytes"]) not in ("", "0%")
     ]
-    largest = merge_live(peak["live"])[:_MOST_LIVE]
+    largest = merge_live(peak["live"])[:_MAX_LIVE]
     lines = [
         wrapped(f"{nbytes_text(peak['nbytes'])} in {position_text(peak)}"),
         wrapped(", ".join(shares)),
         grid(
-            [_live_row(one, peak) for one in largest],
+            [_live_row(entry, peak) for entry in largest],
             ("", "largest", *[""] * 4),
             "rlllrr",
             flexible=1,
@@ -149,14 +150,14 @@ def _peak(peak: Peak, title: str, style: Style) -> str:
     return titled(title, "\n".join(filter(None, lines)), style)
 
 
-def _live_row(one: LiveRepeat, peak: Peak) -> tuple[str, ...]:
+def _live_row(repeat: LiveRepeat, peak: Peak) -> tuple[str, ...]:
     return (
-        count_text(one.count),
-        one.what,
-        one.first["category"],
-        shortened(tensor_text(one.first["shape"], one.first["dtype"]), 24),
-        nbytes_text(one.nbytes),
-        share_text(one.nbytes, peak["nbytes"]),
+        count_text(repeat.count),
+        repeat.what,
+        repeat.first["category"],
+        shortened(tensor_text(repeat.first["shape"], repeat.first["dtype"]), 24),
+        nbytes_text(repeat.nbytes),
+        share_text(repeat.nbytes, peak["nbytes"]),
     )
 
 
@@ -165,19 +166,19 @@ def _alternatives(document: Document, style: Style) -> str:
     if not alternatives:
         return ""
     has_batch = document["fits_nbytes"] is not None
-    notes = list(dict.fromkeys(one["note"] for one in alternatives if one["note"]))
+    notes = list(dict.fromkeys(way["note"] for way in alternatives if way["note"]))
     rows = []
-    for one in alternatives:
+    for way in alternatives:
         row = [
-            one["name"],
-            nbytes_text(one["saved_nbytes"]),
-            nbytes_text(one["peak_nbytes"]),
-            flops_text(one["added_flops"]),
-            one["gradient"],
+            way["name"],
+            nbytes_text(way["saved_nbytes"]),
+            nbytes_text(way["peak_nbytes"]),
+            flops_text(way["added_flops"]),
+            way["gradient"],
         ]
-        batch = one["largest_batch"]
+        batch = way["largest_batch"]
         row += [NOTHING if batch is None else str(batch)] if has_batch else []
-        row += [f"[{notes.index(one['note']) + 1}]" if one["note"] else ""] if notes else []
+        row += [f"[{notes.index(way['note']) + 1}]" if way["note"] else ""] if notes else []
         rows.append(row)
     headers = ["", "saved", "peak", "FLOPs", "gradient"]
     fits = document["fits_nbytes"]
@@ -190,9 +191,9 @@ def _alternatives(document: Document, style: Style) -> str:
 
 def _measured(document: Document, style: Style) -> str:
     rows = [
-        _measured_row(one, one["measured"])
-        for one in document["alternatives"]
-        if one["measured"] is not None
+        _measured_row(way, way["measured"])
+        for way in document["alternatives"]
+        if way["measured"] is not None
     ]
     if document["measured"] is None or not rows:
         return ""
@@ -201,13 +202,13 @@ def _measured(document: Document, style: Style) -> str:
     return titled(title, grid(rows, headers, "lrrrrrr"), style)
 
 
-def _measured_row(one: Alternative, measured: MeasuredAlternative) -> tuple[str, ...]:
-    estimated, peak = one["peak_nbytes"], measured["peak_nbytes"]
+def _measured_row(way: Alternative, measured: MeasuredAlternative) -> tuple[str, ...]:
+    estimated, peak = way["peak_nbytes"], measured["peak_nbytes"]
     is_known = estimated is not None and peak is not None
     ratio = measured["step_ratio"]
     return (
-        one["name"],
-        nbytes_text(one["saved_nbytes"]),
+        way["name"],
+        nbytes_text(way["saved_nbytes"]),
         nbytes_text(measured["saved_nbytes"]),
         nbytes_text(estimated),
         nbytes_text(peak),
@@ -217,7 +218,9 @@ def _measured_row(one: Alternative, measured: MeasuredAlternative) -> tuple[str,
 
 
 def _advice(document: Document, style: Style) -> str:
-    return titled("advice", "\n".join(wrapped(f"- {one}", 2) for one in document["advice"]), style)
+    return titled(
+        "advice", "\n".join(wrapped(f"- {sentence}", 2) for sentence in document["advice"]), style
+    )
 
 
 def _values(document: Document, top: int, style: Style) -> str:
@@ -225,7 +228,7 @@ def _values(document: Document, top: int, style: Style) -> str:
     repeats = merge_repeats(listed)
     shown = repeats[: top or None]
     table = grid(
-        [_value_row(one) for one in shown],
+        [_value_row(repeat) for repeat in shown],
         ("", "value", "role", "before", "after", "stored as"),
         "rllrrl",
         flexible=1,
@@ -241,19 +244,19 @@ def _values(document: Document, top: int, style: Style) -> str:
     )
 
 
-def _value_row(one: Repeat) -> tuple[str, ...]:
+def _value_row(repeat: Repeat) -> tuple[str, ...]:
     return (
-        count_text(len(one.values)),
-        one.module,
-        one.first["role"],
-        nbytes_text(one.before_nbytes),
-        nbytes_text(one.after_nbytes),
-        one.first["stored_as"],
+        count_text(len(repeat.values)),
+        repeat.module,
+        repeat.first["role"],
+        nbytes_text(repeat.before_nbytes),
+        nbytes_text(repeat.after_nbytes),
+        repeat.first["stored_as"],
     )
 
 
-def _value_details(one: Repeat) -> tuple[str, ...]:
-    value = one.first
+def _value_details(repeat: Repeat) -> tuple[str, ...]:
+    value = repeat.first
     return (
         value["reason"],
         f"{operator_text(value['op'])} {tensor_text(value['shape'], value['dtype'])}",

@@ -13,21 +13,33 @@ from prac_fx.report.wording import shortened
 
 WIDTH = 100
 
-_LEAST_PATH = 12
+_MIN_PATH = 12
+# Longer ones are in no model, but in a file that wants to keep us busy.
+_MAX_NAME = 1000
+_MAX_PARAGRAPH = 10_000
 
 
 def printable(data: Any) -> Any:
     r"""The same data with line breaks and control codes in its text spelled out: `\n`, `\x1b`.
 
     What a report file says must not move the cursor of a terminal, nor break a table's lines.
+    A text that is too long to be read is cut.
     """
     if isinstance(data, dict):
-        return {printable(name): printable(one) for name, one in data.items()}
+        return {printable(name): printable(field) for name, field in data.items()}
     if isinstance(data, list):
-        return [printable(one) for one in data]
-    if isinstance(data, str) and not data.isprintable():
-        return "".join(one if one.isprintable() else repr(one)[1:-1] for one in data)
+        return [printable(entry) for entry in data]
+    if isinstance(data, str):
+        text = cut(data, _MAX_NAME)
+        if not text.isprintable():
+            text = "".join(sign if sign.isprintable() else repr(sign)[1:-1] for sign in text)
+        return text
     return data
+
+
+def cut(text: str, width: int) -> str:
+    """The beginning of a text that is longer than this."""
+    return text if len(text) <= width else text[: width - 3] + "..."
 
 
 def titled(title: str, body: str, style: Style) -> str:
@@ -38,7 +50,11 @@ def titled(title: str, body: str, style: Style) -> str:
 def wrapped(text: str, indent: int = 0) -> str:
     """Lines of at most 100 columns; the second and later ones are indented."""
     return textwrap.fill(
-        text, WIDTH, subsequent_indent=" " * indent, break_long_words=True, break_on_hyphens=False
+        cut(text, _MAX_PARAGRAPH),
+        WIDTH,
+        subsequent_indent=" " * indent,
+        break_long_words=True,
+        break_on_hyphens=False,
     )
 
 
@@ -51,7 +67,7 @@ def grid(
         rows: its cells.
         headers: one for each column.
         align: a letter for each column, l or r.
-        flexible: the column of paths, which are shortened where the table would be wider than a page.
+        flexible: the column of paths; they are shortened where the table is wider than a page.
     """
     sides = ["right" if side == "r" else "left" for side in align]
 
@@ -62,7 +78,7 @@ def grid(
     lines = render(rows)
     excess = len(lines[1]) - WIDTH
     if excess > 0:
-        width = max(_LEAST_PATH, max(len(row[flexible]) for row in rows) - excess)
+        width = max(_MIN_PATH, max(len(row[flexible]) for row in rows) - excess)
         lines = render([_with_shorter(row, flexible, width) for row in rows])
     return "\n".join(lines)
 
@@ -72,14 +88,13 @@ def _with_shorter(row: Sequence[str], column: int, width: int) -> list[str]:
 
 
 def with_details(table: str, details: Iterable[Iterable[str]], style: Style) -> str:
-    """A grid with a second line under each row, under its second column, cut where it would be too wide."""
+    """A grid with a second line under each row, cut to the width of a page."""
     head, rule, *rows = table.splitlines()
     indent = rule.index("  ") + 2
     lines = [head, rule]
     for row, parts in zip(rows, details, strict=True):
         text = " " * indent + ", ".join(filter(None, parts))
-        text = text if len(text) <= WIDTH else text[: WIDTH - 3] + "..."
-        lines += [row, style.detail(text)]
+        lines += [row, style.detail(cut(text, WIDTH))]
     return "\n".join(lines)
 
 

@@ -83,15 +83,16 @@ def repeated_text(model: Model) -> str:
     if repeated is None:
         return ""
     return (
-        f"{repeated['analysed']} of the {repeated['total']} identical blocks of {repeated['module']} "
-        "analysed, the others counted like it"
+        f"{repeated['analysed']} of the {repeated['total']} identical blocks of "
+        f"{repeated['module']} analysed, the others counted like it"
     )
 
 
 def inputs_text(document: Document) -> str:
     """Every input with shape and dtype."""
     return ", ".join(
-        f"{one['name']} {tensor_text(one['shape'], one['dtype'])}" for one in document["inputs"]
+        f"{entry['name']} {tensor_text(entry['shape'], entry['dtype'])}"
+        for entry in document["inputs"]
     )
 
 

@@ -81,6 +81,7 @@ from prac_fx.torch_compat.patches import (
 )
 from prac_fx.torch_compat.tensors import (
     autograd_references,
+    existing_storages,
     has_saved_tensors_hooks,
     split_size,
     storage_key,
@@ -116,6 +117,7 @@ __all__ = [
     "copy_dynamo_graph",
     "drawing_once",
     "estimate_peak_memory",
+    "existing_storages",
     "fresh_inductor_cache",
     "fsdp_parameters",
     "functorch_config",

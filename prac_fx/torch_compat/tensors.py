@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import gc
+
 import sympy
 import torch
+from torch.multiprocessing.reductions import StorageWeakRef
 
 
 def storage_key(value: torch.Tensor) -> int:
@@ -14,6 +17,22 @@ def storage_key(value: torch.Tensor) -> int:
     """
     address: int = value.untyped_storage()._cdata
     return address
+
+
+def existing_storages() -> dict[int, StorageWeakRef]:
+    """The storages of all tensors that there are, by `storage_key`.
+
+    As long as its reference is kept, no new storage gets the key of one.
+    """
+    storages = {}
+    for tensor in gc.get_objects():
+        # not isinstance: it asks a proxy what it stands for
+        if issubclass(type(tensor), torch.Tensor) and torch._C._has_storage(tensor):
+            try:
+                storages[storage_key(tensor)] = StorageWeakRef(tensor.untyped_storage())  # type: ignore[no-untyped-call]
+            except (NotImplementedError, RuntimeError):
+                continue  # a wrapper around other tensors
+    return storages
 
 
 def autograd_references(value: torch.Tensor) -> int:
