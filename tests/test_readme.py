@@ -216,3 +216,11 @@ def test_the_readme_names_the_two_commands_of_a_fresh_machine() -> None:
 def test_limits_of_the_readme_are_ten() -> None:
     section = README.partition("## Limits that matter")[2].partition("\n## ")[0]
     assert re.findall(r"^(\d+)\. ", section, re.MULTILINE) == [str(n) for n in range(1, 11)]
+
+
+def test_the_citation_is_of_this_version_and_names_the_paper() -> None:
+    citation = (ROOT / "CITATION.cff").read_text(encoding="utf-8")
+    assert f"version: {prac_fx.__version__}\n" in citation
+    for text in ("Yanyi", "Yimu", "Cong", "2602.23111"):
+        assert text in citation
+        assert text in README
