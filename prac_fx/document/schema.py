@@ -157,7 +157,7 @@ class Value(TypedDict):
     """A value that backward needs, and what becomes of it.
 
     `role`: "W" when only weight gradients read it, "A" when the input gradient does, "W+A", or "-".
-    `reason`: why it is not encoded, a code of `prac_fx.passes.plan.REASONS`; "" when it is.
+    `reason`: why it is not encoded, a code of `prac_fx.passes.plan_data.REASONS`; "" when it is.
     `principal`, `random`, `blocks`, `coordinates`: of PRAC, else null.
     """
 

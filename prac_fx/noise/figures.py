@@ -1,4 +1,4 @@
-"""The figures of `prac_fx.verify` and their table; how they are measured is in `gradient_noise`.
+"""The figures of `prac_fx.verify` and their table; how they are measured is in `verify`.
 
 Letters: g is the exact gradient of one batch, g~ an estimate of it, d = g~ - g, K the number of draws.
 """
