@@ -12,7 +12,8 @@ import typing
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
-from prac_fx.config import PARTS, POLICIES, PREFIX, SKIPPABLE_PASSES, PracConfig
+from prac_fx.config import PARTS, POLICIES, SKIPPABLE_PASSES, PracConfig
+from prac_fx.option_checks import PREFIX
 from prac_fx.passes.plan_data import REASONS
 
 FOLDER = Path(__file__).parent
