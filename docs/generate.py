@@ -1,7 +1,8 @@
-"""Fills the generated parts of the pages beside this file from the code: `python docs/generate.py`.
+"""Fills the generated parts of the pages beside this file: `python docs/generate.py`.
 
-A generated part stands between the lines `<!-- generated: NAME -->` and `<!-- end -->`. The pages are committed, so that
-they read the same on GitHub as on the site; `tests/test_docs.py` fails when one is not up to date.
+A generated part stands between the lines `<!-- generated: NAME -->` and `<!-- end -->`. The pages
+are committed, so that they read the same on GitHub as on the site. `tests/test_readme.py` fails
+when one is not up to date.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
-"""Hooks of MkDocs that make a site of what reads well in the repository, README and links into the source included.
+"""Hooks of MkDocs: a site of the same files that are read in the repository.
 
-The README is the first page. A link that leads out of docs/ brings what it leads to into the site: a page or a picture as
-it is, any other file as a page with its text. A link to a folder becomes plain text. A link to nothing stays as it is, and
-`mkdocs build --strict` fails.
+The README is the first page. A link that leads out of docs/ brings what it leads to into the site:
+a page or a picture as it is, any other file as a page with its text. A link to a folder becomes
+plain text. A link to nothing stays as it is, and `mkdocs build --strict` fails.
 """
 
 from __future__ import annotations
@@ -62,7 +62,7 @@ def _rewritten(match: re.Match[str], source: str, page: Page) -> str:
 
 
 def _target(source: str, link: str) -> tuple[str, str]:
-    """The file that a link of a file leads to, both from the root of the repository, and the anchor in it."""
+    """The file that a link leads to, from the root of the repository, and the anchor in it."""
     path, hash_, anchor = link.partition("#")
     if not path or ":" in path:
         return "", ""

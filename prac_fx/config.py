@@ -88,64 +88,75 @@ PROJECTED_ROLES: tuple[ProjectedRole, ...] = ("weight_gradient", "input_gradient
 class PracConfig:
     """Every setting of the backend; `prac.<field>` in `torch.compile(options=...)`.
 
-    A field that is None takes what the policy sets, and holds it after construction. Where a setting may be "one per
-    role", a mapping such as `{"weight_gradient": 0.3, "input_gradient": 0.2}` gives each role its own.
+    A field that is None takes what the policy sets, and holds it after construction. Where a
+    setting may be "one per role", a mapping gives each role its own:
+    `{"weight_gradient": 0.3, "input_gradient": 0.2}`.
 
     Attributes:
-        policy: Sets how values are stored wherever no other option says so. "linear" stores what only weight gradients
-            read by PRAC, and keeps the rest exact. "balanced" stores the rest as int8, "max" stores it as int4. "paper"
-            uses PRAC wherever the paper does.
-        weight_gradient: How to store a value that only weight-gradient matmuls read (role W). "auto" tries three ways in
-            turn. It takes PRAC where that leaves at most 0.85 of the FLOPs and there are 32 features or more. It stores
-            nothing where the value follows from stored ones without a matmul. Else it does what `input_gradient` says.
+        policy: Sets how values are stored wherever no other option says so. "linear" stores what
+            only weight gradients read by PRAC, and keeps the rest exact. "balanced" stores the rest
+            as int8, "max" stores it as int4. "paper" uses PRAC wherever the paper does.
+        weight_gradient: How to store a value that only weight-gradient matmuls read (role W).
+            "auto" tries three ways in turn. It takes PRAC where that leaves at most 0.85 of the
+            FLOPs and there are 32 features or more. It stores nothing where the value follows from
+            stored ones without a matmul. Else it does what `input_gradient` says.
         input_gradient: How to store a value that the input-gradient path reads (role A).
         attention: How to store the value and the result of attention.
-        query_key: How to store the query and the key of attention. Backward takes the exponential of their product, so
-            their errors weigh more than others': 4 bits there bias the gradients. A query or key that is also a value
-            counts here.
+        query_key: How to store the query and the key of attention. Backward takes the exponential
+            of their product, so their errors weigh more than others': 4 bits there bias the
+            gradients. A query or key that is also a value counts here.
         coordinates: How to store the coordinates of PRAC.
-        checkpoint_inputs: How to store a value that backward computes a checkpointed region from, or that
-            `activation_memory_budget` computes other values from. "exact" keeps it as it is. With a codec backward
-            computes the region from the decoded value, matmuls and attention included. It then differentiates the
-            region at a point near the exact one. The gradient is unbiased to first order in the rounding, and no more
-            than that. A region that draws random numbers which depend on its input (dropout with
+        checkpoint_inputs: How to store a value that backward computes a checkpointed region from,
+            or that `activation_memory_budget` computes other values from. "exact" keeps it as it
+            is. With a codec backward computes the region from the decoded value, matmuls and
+            attention included. It then differentiates the region at a point near the exact one. The
+            gradient is unbiased to first order in the rounding, and no more than that. A region
+            that draws random numbers which depend on its input (dropout with
             `torch._inductor.config.fallback_random`) starts from the exact value.
-        rules: How to store values of single modules: pairs of a glob on module paths and a codec, such as
-            `("*.mlp.*", "int4")`. The first pair that matches wins over the parts above. Paths are relative to the
-            compiled module.
+        rules: How to store values of single modules: pairs of a glob on module paths and a codec,
+            such as `("*.mlp.*", "int4")`. The first pair that matches wins over the parts above.
+            Paths are relative to the compiled module.
         group_size: The largest number of features that share one scale in the quantised codecs.
         rounding: How the quantised codecs round. "stochastic" is unbiased, "nearest" is biased.
         zero_point: Whether the quantised codecs store an offset beside each scale.
-        principal: The number of principal directions, r1; one number or one per role. A float is a fraction of the
-            feature count n (rounded down, as in the paper, section 5.1). An int is a number of directions. 0 gives RAC:
-            unbiased, and noisier.
-        random: The number of random directions, r2; one number or one per role. Floats and ints count as in `principal`.
-            0 gives PAC, which is biased and warns once.
-        blocks: The number of equal blocks of features that have a basis each (P is block-diagonal). More blocks cost less
-            and add noise. 1 is the paper's dense basis. "auto" takes the fewest blocks with which the factored gradients
-            cost at most about the FLOPs of the exact ones, and the state stays small beside what it saves. A number that
-            does not divide the features, or exceeds a rank, counts as 1.
-        refresh_every: The number of training forward passes between two refreshes of a principal basis. The interval
-            starts at 1 and doubles until it is this number.
-        tail_every: The number of forward passes between two draws of a random basis; one number or one per role. None
-            draws one at each refresh.
+        principal: The number of principal directions, r1; one number or one per role. A float is a
+            fraction of the feature count n (rounded down, as in the paper, section 5.1). An int is
+            a number of directions. 0 gives RAC: unbiased, and noisier.
+        random: The number of random directions, r2; one number or one per role. Floats and ints
+            count as in `principal`. 0 gives PAC, which is biased and warns once.
+        blocks: The number of equal blocks of features that have a basis each (P is block-diagonal).
+            More blocks cost less and add noise. 1 is the paper's dense basis. "auto" takes the
+            fewest blocks with which the factored gradients cost at most about the FLOPs of the
+            exact ones, and the state stays small beside what it saves. A number that does not
+            divide the features, or exceeds a rank, counts as 1.
+        refresh_every: The number of training forward passes between two refreshes of a principal
+            basis. The interval starts at 1 and doubles until it is this number.
+        tail_every: The number of forward passes between two draws of a random basis; one number or
+            one per role. None draws one at each refresh.
         min_nbytes: Values smaller than this many bytes stay exact.
-        include: Only values that match one of these globs on module paths are compressed, such as `["*.mlp.*"]`. A
-            pattern matches the module that makes a value and each module that reads it.
-        exclude: Values that match one of these globs on module paths stay exact. It wins over `include`.
-        seed: Where our own random stream starts. The same seed gives the same bits. The user's random stream is never
-            touched.
-        across_ranks: Which processes of a distributed run draw the same random numbers. With "auto" the data-parallel
-            replicas of DistributedDataParallel and `fully_shard` draw independently, and ranks that share data (tensor
-            parallelism) draw alike. With "identical" all ranks draw alike. With "independent" all draw independently; it
-            is for data parallelism that neither of the two wrappers runs.
-        skip_passes: Passes to leave out, to find the one that a fault comes from. Without "judge" a value is
-            encoded even if backward may not read it with an error, so gradients may be wrong. Without "factor" weight
-            gradients are taken from decoded values. Without "sample" no rows are sampled, so bases stay random.
-        strict: Whether to raise an error where the backend would fall back to plain Inductor with a warning.
-        report: Path of a JSON file that the running job writes its report into. The report says what the compiled graphs
-            save for backward, and why. `python -m prac_fx.report report.json` shows it. In a distributed job each rank writes its own,
-            `report.rank0.json`. It changes nothing that is compiled, and `explain` does not read it.
+        include: Only values that match one of these globs on module paths are compressed, such as
+            `["*.mlp.*"]`. A pattern matches the module that makes a value and each module that
+            reads it.
+        exclude: Values that match one of these globs on module paths stay exact. It wins over
+            `include`.
+        seed: Where our own random stream starts. The same seed gives the same bits. The user's
+            random stream is never touched.
+        across_ranks: Which processes of a distributed run draw the same random numbers. With "auto"
+            the data-parallel replicas of DistributedDataParallel and `fully_shard` draw
+            independently, and ranks that share data (tensor parallelism) draw alike. With
+            "identical" all ranks draw alike. With "independent" all draw independently; it is for
+            data parallelism that neither of the two wrappers runs.
+        skip_passes: Passes to leave out, to find the one that a fault comes from. Without "judge" a
+            value is encoded even if backward may not read it with an error, so gradients may be
+            wrong. Without "factor" weight gradients are taken from decoded values. Without "sample"
+            no rows are sampled, so bases stay random.
+        strict: Whether to raise an error where the backend would fall back to plain Inductor with a
+            warning.
+        report: Path of a JSON file that the running job writes its report into. The report says
+            what the compiled graphs save for backward, and why.
+            `python -m prac_fx.report report.json` shows it. In a distributed job each rank writes
+            its own, `report.rank0.json`. It changes nothing that is compiled, and `explain` does
+            not read it.
 
     Raises:
         PracOptionError: on construction, naming the option, the value and what is allowed.

@@ -1,4 +1,4 @@
-"""README, docs/ and CONTRIBUTING say what is true: blocks of code run, tables are complete, links lead somewhere."""
+"""README, docs/ and CONTRIBUTING are true: code runs, tables are complete, links lead somewhere."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ def _run(page: str, text: str) -> dict[str, Any]:
     return namespace
 
 
-# -- code ------------------------------------------------------------------------------------------------
+# -- code ------------------------------------------------------------------------------------------
 
 
 def test_python_blocks_of_the_readme_run() -> None:
@@ -96,7 +96,7 @@ def test_the_report_shown_is_the_end_of_the_report_printed(
     assert excerpt in printed
 
 
-# -- tables ----------------------------------------------------------------------------------------------
+# -- tables ----------------------------------------------------------------------------------------
 
 
 def test_generated_parts_are_up_to_date() -> None:
@@ -158,7 +158,7 @@ def test_tests_in_the_table_of_what_composes_exist() -> None:
         assert (ROOT / "tests" / file).exists(), file
 
 
-# -- links and sizes ---------------------------------------------------------------------------------------
+# -- links and sizes -------------------------------------------------------------------------------
 
 
 def _anchors(text: str) -> set[str]:
