@@ -146,6 +146,10 @@ class RewritePartitioner(CustomPartitionerFn):
         """Hash of our sources, the configuration and the plan (torch._inductor.custom_graph_pass)."""
         return self._key
 
+    def __getstate__(self) -> str:
+        """The same: torch's cache key also hashes a pickle of its configuration, in which this object is."""
+        return self._key
+
 
 class PlainPartitioner(CustomPartitionerFn):
     """For graphs that are left to plain Inductor: torch's partitioner, but nothing random is drawn anew."""
