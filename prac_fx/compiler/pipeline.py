@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import hashlib
 from collections.abc import Collection, Mapping, Sequence
@@ -96,7 +97,8 @@ class RewritePartitioner(CustomPartitionerFn):
     """
 
     def __init__(self, plan: Plan, first_state: int, config: PracConfig) -> None:
-        self._plan, self._config = plan, config
+        # torch's cache key hashes a pickle of this object, too: where a job writes its report must not count
+        self._plan, self._config = plan, dataclasses.replace(config, report=None)
         self._first_state = first_state
         self._key = cache_key(plan, config)
 
@@ -144,10 +146,6 @@ class RewritePartitioner(CustomPartitionerFn):
 
     def uuid(self) -> str:
         """Hash of our sources, the configuration and the plan (torch._inductor.custom_graph_pass)."""
-        return self._key
-
-    def __getstate__(self) -> str:
-        """The same: torch's cache key also hashes a pickle of its configuration, in which this object is."""
         return self._key
 
 
