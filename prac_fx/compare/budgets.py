@@ -15,8 +15,9 @@ from typing import Any, NoReturn
 
 import torch.fx as fx
 
-from prac_fx.compiler.dynamo_backend import DynamoGraph, call_partitioner
+from prac_fx.compiler.dynamo_graph import DynamoGraph
 from prac_fx.compiler.pipeline import merge_duplicates
+from prac_fx.compiler.two_phases import call_partitioner
 from prac_fx.graph.flops import graph_flops
 from prac_fx.memory.trace import Step, trace_with
 from prac_fx.passes.draws import draws_anew

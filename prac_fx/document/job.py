@@ -5,8 +5,8 @@ What only an analysis of the whole step finds out (peak, timeline, optimizer, ot
 made anew in every process, so the report does not depend on compile caches; where min-cut decides anew on the rewritten
 graph, what is really saved may be less than what was planned.
 
-The file is written anew, whole, after each graph that is compiled, and appears at once. In a distributed job every rank has
-its own: `report.json` becomes `report.rank0.json`.
+The file is written anew, whole, after each graph that is compiled and when another module runs one of them, and appears at
+once. In a distributed job every rank has its own: `report.json` becomes `report.rank0.json`.
 """
 
 from __future__ import annotations
@@ -17,20 +17,15 @@ import json
 import os
 import tempfile
 import warnings
-from collections import defaultdict
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch.distributed as dist
-import torch.fx as fx
 
 from prac_fx.config import PracConfig
-from prac_fx.document.job_graph import JobGraph, job_graph
+from prac_fx.document.graph_record import GraphRecord
 from prac_fx.document.of_job import job_document
 from prac_fx.errors import PracOptionError, PracWarning
-from prac_fx.passes.plan import Plan
-
-# file -> the graphs in it, in the order of their compilation
-_GRAPHS: defaultdict[Path, dict[object, JobGraph]] = defaultdict(dict)
 
 
 def check_report_path(report: str) -> None:
@@ -51,25 +46,23 @@ def check_report_path(report: str) -> None:
         raise PracOptionError(f"prac.report={report!r}: cannot write: {os.strerror(reason)}")
 
 
-def report_graph(
-    gm: fx.GraphModule, config: PracConfig, plan: Plan | None, fallback: str = ""
-) -> None:
-    """Add a graph to the report of this process, and write it.
-
-    Args:
-        gm: Dynamo's graph.
-        config: the options; nothing happens without `report` among them.
-        plan: what it was compiled by; None for plain Inductor without one.
-        fallback: why it is plain Inductor's then.
+def write_report(records: Sequence[GraphRecord], config: PracConfig) -> None:
+    """Write the report of this process.
 
     If the file cannot be written any more, that is a warning: a full disk is no reason to stop a training run.
+
+    Args:
+        records: of all graphs of this process, in the order of their compilation. Those that have the same file are in
+            the report.
+        config: the options; nothing happens without `report` among them.
     """
     if config.report is None:
         return
     path = _own_path(config.report)
-    graph = job_graph(gm, plan, fallback)
-    _GRAPHS[path][graph.key] = graph
-    document = job_document(list(_GRAPHS[path].values()), config)
+    graphs = [one for one in records if one.config.report and _own_path(one.config.report) == path]
+    if not graphs:
+        return
+    document = job_document(graphs, config)
     try:
         _write_at_once(path, json.dumps(document, indent=2, allow_nan=False) + "\n")
     except OSError as error:

@@ -8,10 +8,11 @@ that costs nothing.
 from __future__ import annotations
 
 import dataclasses
+import logging
 import types
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import nullcontext
+from contextlib import nullcontext, suppress
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,16 +20,10 @@ import torch
 import torch.fx as fx
 from torch import Tensor
 
-from prac_fx.compiler.dynamo_backend import (
-    DynamoGraph,
-    analyse_graph,
-    failed_value,
-    rewritten_patches,
-    with_state_inputs,
-)
+from prac_fx.compiler.dynamo_graph import DynamoGraph
 from prac_fx.compiler.peak_aware_reuse import without_higher_peak
 from prac_fx.compiler.pipeline import Arguments, RewritePartitioner, analyse, merge_duplicates
-from prac_fx.compiler.retries import Retries
+from prac_fx.compiler.two_phases import analyse_graph, in_two_phases, lower_rewritten
 from prac_fx.config import PracConfig
 from prac_fx.errors import one_line
 from prac_fx.graph.flops import graph_flops
@@ -418,26 +413,36 @@ def plan_rewritten(
     Returns:
         `before` itself when nothing is rewritten, or a copy that says why it cannot be.
     """
-    plan, retries = before.plan, Retries()
-    while plan is not None and plan.changes_graph:
-        try:
-            return _plan_rewritten(graph, plan, config, patches)
-        except Exception as error:
-            raise_signal(error)
-            if not retries.after(plan, failed_value(error)):
-                return dataclasses.replace(before, refused=one_line(error))
-            plan = analyse_graph(graph, config, patches, retries.blocked)
+
+    def plan_second_phase(plan: Plan) -> PlannedGraph:
+        return _plan_rewritten(graph, plan, config, patches)
+
+    # where the backend is strict, a failure ends the job: the report tells of one that goes on
+    lenient = dataclasses.replace(config, strict=False)
+    try:
+        plan, planned = in_two_phases(
+            graph,
+            lenient,
+            patches,
+            plan_second_phase,
+            first_plan=before.plan,
+            log_level=logging.DEBUG,
+        )
+    except Exception as error:
+        raise_signal(error)
+        return dataclasses.replace(before, refused=one_line(error))
+    if planned is not None:
+        return planned
     return before if plan is before.plan else dataclasses.replace(before, plan=plan)
 
 
 def _plan_rewritten(
     graph: DynamoGraph, plan: Plan, config: PracConfig, patches: Mapping[str, Any]
 ) -> PlannedGraph:
-    gm, inputs = with_state_inputs(graph, plan)
     observer = _Observer()
     parameters = graph.arguments.parameters
     first_state = len(graph.example_inputs)
     partitioner = _RewritePartitioner(observer, plan, first_state, config, parameters)
-    inner_compile = without_higher_peak(observer.compile)
-    _partition(gm, inputs, inner_compile, partitioner, rewritten_patches(plan, patches))
+    with suppress(_Planned):
+        lower_rewritten(graph, plan, patches, partitioner, without_higher_peak(observer.compile))
     return observer.planned(plan, partitioner.result)

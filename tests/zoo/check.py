@@ -373,7 +373,7 @@ def _retries() -> Iterator[list[str]]:
         def emit(self, record: logging.LogRecord) -> None:
             found.append(record.getMessage())
 
-    logger, handler = logging.getLogger("prac_fx.compiler.dynamo_backend"), Handler(logging.WARNING)
+    logger, handler = logging.getLogger("prac_fx.compiler.two_phases"), Handler(logging.WARNING)
     logger.addHandler(handler)
     try:
         yield found
