@@ -19,7 +19,7 @@ from prac_fx.compiler.dynamo_graph import DynamoGraph
 from prac_fx.compiler.pipeline import merge_duplicates
 from prac_fx.compiler.two_phases import call_partitioner
 from prac_fx.graph.flops import graph_flops
-from prac_fx.memory.trace import Step, trace_with
+from prac_fx.memory.step import Step, trace_with
 from prac_fx.passes.draws import draws_anew
 from prac_fx.passes.survey import saved_values
 from prac_fx.torch_compat import (
@@ -80,7 +80,7 @@ class _Budgeter:
     def __call__(self, gm: fx.GraphModule, example_inputs: Sequence[Any]) -> Callable[..., Any]:
         graph = DynamoGraph(gm, tuple(example_inputs))
         forward: Callable[..., Any] = gm.forward
-        found = self._partitions(graph) if graph.is_planned else {}
+        found = self._partitions(graph) if graph.requires_grad else {}
         if not found:
             return forward
 

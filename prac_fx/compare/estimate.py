@@ -21,7 +21,7 @@ from prac_fx.compare.ways import (
 from prac_fx.config import PracConfig
 from prac_fx.errors import one_line
 from prac_fx.memory.analysis import AnalysedStep
-from prac_fx.memory.trace import Step
+from prac_fx.memory.step import Step
 
 _NO_PEAK = "the peak depends on how many blocks ahead each is computed again: --all-blocks"
 

@@ -12,7 +12,7 @@ from prac_fx.compare.forked_map import forked_map
 from prac_fx.compare.ways import Alternative, analyse_way, without_values
 from prac_fx.memory.analysis import AnalysedStep
 from prac_fx.memory.fake_model import batch_size, resized
-from prac_fx.memory.trace import Step
+from prac_fx.memory.step import Step
 
 # Analyses of other batch sizes for one row, at most. Peaks are nearly linear in the batch, so two or three do; more where the peak moves elsewhere.
 _MOST_ANALYSES = 8

@@ -17,7 +17,7 @@ from prac_fx.compare.ways import PLAIN, Alternative, Backend, Measured, checkpoi
 from prac_fx.errors import one_line
 from prac_fx.memory.analysis import AnalysedStep
 from prac_fx.memory.eager import differentiated
-from prac_fx.memory.trace import Step
+from prac_fx.memory.step import Step
 from prac_fx.torch_compat import without_recompile_limit
 
 _WARM_UP = 3

@@ -19,7 +19,7 @@ from prac_fx.memory.analysis import AnalysedStep, analyse_step, tensors_of
 from prac_fx.memory.eager import eager_step
 from prac_fx.memory.fake_model import as_fake
 from prac_fx.memory.optimizer import optimizer_memory
-from prac_fx.memory.trace import Step
+from prac_fx.memory.step import Step
 from prac_fx.torch_compat import FakeTensorMode, compile_fx, functorch_config
 
 BUDGETS = (0.99, 0.7, 0.5, 0.3, 0.1)

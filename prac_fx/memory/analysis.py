@@ -14,20 +14,23 @@ from torch import Tensor, nn
 from prac_fx.config import PracConfig
 from prac_fx.errors import ReportError, one_line
 from prac_fx.graph.nbytes import storage_nbytes
-from prac_fx.memory.inductor_buffers import Value
+from prac_fx.memory.between_graphs import saved_between_graphs, with_between_graphs
+from prac_fx.memory.identical_blocks import identical_blocks, with_few_blocks
 from prac_fx.memory.optimizer import OptimizerMemory, optimizer_memory
+from prac_fx.memory.planned_graph import PlannedGraph
 from prac_fx.memory.repeated_blocks import (
     CannotMultiplyError,
     Repeated,
     all_values,
     check_blocks_alike,
-    identical_blocks,
     step_of_all_blocks,
-    with_few_blocks,
 )
 from prac_fx.memory.saved_rows import layout_copies, values_after, values_refused
-from prac_fx.memory.timeline import Category, Live, StepMemory, StepPlan, saved_between_graphs
-from prac_fx.memory.trace import Call, PlannedGraph, Step, trace
+from prac_fx.memory.simulation import step_memory
+from prac_fx.memory.step import Step
+from prac_fx.memory.step_plan import StepPlan
+from prac_fx.memory.timeline import Category, Live, StepMemory
+from prac_fx.memory.trace import Call, trace
 from prac_fx.passes.plan import PlannedValue
 from prac_fx.torch_compat import functorch_config, storage_key, tree_leaves
 
@@ -289,7 +292,7 @@ def _analysed(
         )
 
     def memory(plan: StepPlan) -> StepMemory:
-        return plan.memory() if repeated is None else step_of_all_blocks(plan, repeated)
+        return step_memory(plan) if repeated is None else step_of_all_blocks(plan, repeated)
 
     plain = planned([call.before for call in calls], [])
     # the same object means that nothing is rewritten
@@ -297,13 +300,13 @@ def _analysed(
     ours = planned([call.after for call in calls], [state]) if changed else plain
     before = memory(plain)
     between, between_ours = saved_between_graphs(plain), saved_between_graphs(ours)
-    if between and repeated is not None:
+    if (between or between_ours) and repeated is not None:
         raise CannotMultiplyError("it is several graphs, and one saves what another has made")
     return AnalysedStep(
         tensors,
         optimizer,
         tuple(calls),
-        tuple(_between_graphs(values, between, between_ours)),
+        tuple(with_between_graphs(values, between, between_ours)),
         before,
         memory(ours) if changed else before,
         step.model,
@@ -311,23 +314,6 @@ def _analysed(
         sum(value.nbytes for value in between_ours.values()),
         repeated,
     )
-
-
-def _between_graphs(
-    values: Iterable[tuple[int, PlannedValue]],
-    before: Mapping[tuple[int, str], Value],
-    after: Mapping[tuple[int, str], Value],
-) -> Iterator[PlannedValue]:
-    """Rows, with the number of their graph, in which an input costs something if the step has made it."""
-    for number, row in values:
-        made, kept = before.get((number, row.name)), after.get((number, row.name))
-        if made is None or row.reason != "input":
-            yield row
-        else:
-            nbytes_after = 0 if kept is None else kept.nbytes
-            yield replace(
-                row, reason="between_graphs", nbytes_before=made.nbytes, nbytes_after=nbytes_after
-            )
 
 
 def _handed_over(graph: PlannedGraph) -> Mapping[str, int]:
@@ -344,9 +330,11 @@ def _handed_over(graph: PlannedGraph) -> Mapping[str, int]:
 
 def _values(call: Call) -> list[PlannedValue]:
     graph = call.after
-    if graph.plan is None:
+    if graph.plan is None and not graph.unplanned:
         return []
     copies = layout_copies(call.before.forward, graph.forward, graph.facts.num_results)
+    if graph.plan is None:
+        return [*graph.unplanned, *copies]
     if graph.rewritten is not None:
         return values_after(graph.plan, graph.rewritten) + copies
     if graph.refused is not None:

@@ -12,15 +12,11 @@ partitioner chooses among the blocks, to meet a memory budget, none stands for t
 
 from __future__ import annotations
 
-import copy
-import functools
-import types
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
 
-from torch import Tensor, nn
-
+from prac_fx.memory.simulation import held_at, step_events
+from prac_fx.memory.step_plan import StepPlan
 from prac_fx.memory.timeline import (
     CATEGORIES,
     Category,
@@ -28,7 +24,6 @@ from prac_fx.memory.timeline import (
     Live,
     Phase,
     StepMemory,
-    StepPlan,
     highest,
 )
 from prac_fx.passes.plan import PlannedValue
@@ -76,106 +71,6 @@ class Repeated:
         first = f"{self.module}.{block}"
         number = middle if block == MIDDLE else self.total - 1
         return f"{self.module}.{number}{path[len(first) :]}"
-
-
-def identical_blocks(model: Callable[..., Any], at_least: int) -> Repeated | None:
-    """The longest list of at least so many modules that differ in the values of their parameters alone."""
-    if not isinstance(model, nn.Module):
-        return None
-    found = [
-        Repeated(name, len(module))
-        for name, module in model.named_modules()
-        if isinstance(module, nn.ModuleList | nn.Sequential)
-        and len(module) >= max(at_least, ANALYSED + 1)
-        and all(_identical(module[0], block, i) for i, block in enumerate(module))
-    ]
-    return max(found, key=lambda one: one.total, default=None)
-
-
-def with_few_blocks(model: nn.Module, repeated: Repeated) -> nn.Module:
-    """A copy of the model with the first blocks only; its tensors are the model's own."""
-    tensors = [*model.parameters(), *model.buffers()]
-    copied = copy.deepcopy(model, {id(tensor): tensor for tensor in tensors})
-    blocks = copied.get_submodule(repeated.module)
-    for name in list(blocks._modules)[ANALYSED:]:
-        del blocks._modules[name]
-    return copied
-
-
-def _identical(first: nn.Module, other: nn.Module, distance: int) -> bool:
-    """Same modules, same sizes, same settings; a number that counts the blocks may differ by their distance."""
-    modules, others = dict(first.named_modules()), dict(other.named_modules())
-    if list(modules) != list(others):
-        return False
-    return all(
-        type(one) is type(others[name])
-        and _sizes(one) == _sizes(others[name])
-        and _same_settings(one, others[name], distance)
-        for name, one in modules.items()
-    )
-
-
-def _sizes(module: nn.Module) -> list[object]:
-    tensors: dict[str, Tensor] = {
-        **dict(module.named_parameters(recurse=False)),
-        **dict(module.named_buffers(recurse=False)),
-    }
-    return [
-        (name, tensor.shape, tensor.dtype, tensor.requires_grad) for name, tensor in tensors.items()
-    ]
-
-
-def _same_settings(one: nn.Module, other: nn.Module, distance: int) -> bool:
-    settings, others = (
-        {name: value for name, value in vars(module).items() if name not in _CHILDREN}
-        for module in (one, other)
-    )
-    return list(settings) == list(others) and all(
-        _same(value, others[name], (one, other), distance) for name, value in settings.items()
-    )
-
-
-_CHILDREN = ("_parameters", "_buffers", "_modules")
-
-
-def _same(
-    value: object, other: object, modules: tuple[nn.Module, nn.Module], distance: int
-) -> bool:
-    """Is a setting of one module that of another? What cannot be compared is not."""
-    if value is other or (value is modules[0] and other is modules[1]):
-        return True
-    if type(value) is not type(other):
-        return False
-    if isinstance(value, int) and isinstance(other, int) and not isinstance(value, bool):
-        return other - value in (0, distance)
-    inside, other_inside = _inside(value), _inside(other)
-    if inside is None or other_inside is None:
-        return not isinstance(value, Tensor) and bool(value == other)
-    return len(inside) == len(other_inside) and all(
-        _same(a, b, modules, distance) for a, b in zip(inside, other_inside, strict=True)
-    )
-
-
-def _inside(value: object) -> list[object] | None:
-    """What a container or a function consists of; None for what is compared as a whole."""
-    if isinstance(value, dict):
-        return [*value, *value.values()]
-    if isinstance(value, list | tuple):
-        return list(value)
-    if isinstance(value, functools.partial):
-        return [value.func, value.args, value.keywords]
-    if isinstance(value, types.MethodType):
-        return [value.__func__, value.__self__]
-    if isinstance(value, types.FunctionType):
-        return [
-            value.__code__,
-            value.__defaults__,
-            *(c.cell_contents for c in value.__closure__ or ()),
-        ]
-    return None
-
-
-# -- from a few blocks to all -----------------------------------------------------------------------
 
 
 def all_values(values: Sequence[PlannedValue], repeated: Repeated) -> list[PlannedValue]:
@@ -226,7 +121,7 @@ def step_of_all_blocks(step: StepPlan, repeated: Repeated) -> StepMemory:
     Raises:
         CannotMultiplyError: the events of the blocks are not in the order of the blocks.
     """
-    events = step.events()
+    events = step_events(step)
     try:
         return _all_blocks(step, events, _cuts(events, repeated, by_most=True), repeated)
     except CannotMultiplyError:  # such as checkpointed blocks, which hardly keep anything
@@ -343,11 +238,11 @@ def _live(
     """What the whole model holds at an event: what the analysed one does, and what the other blocks do."""
     found = [
         replace(one, module=repeated.moved(one.module, copied.middle))
-        for one in step.held_at(copied.index)
+        for one in held_at(step, copied.index)
     ]
     end_of_forward = next(i for i, one in enumerate(events) if one.phase == "backward") - 1
-    saved = _of_middle(step.held_at(end_of_forward), repeated, "saved")
-    gradients = _of_middle(step.held_at(len(events) - 1), repeated, "gradients")
+    saved = _of_middle(held_at(step, end_of_forward), repeated, "saved")
+    gradients = _of_middle(held_at(step, len(events) - 1), repeated, "gradients")
     # of the middle blocks, the first ones hold what they saved, and the last ones have their gradients
     numbers = [number for number in range(MIDDLE, repeated.total - 1) if number != copied.middle]
     holding = copied.forward - copied.backward

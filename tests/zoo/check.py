@@ -310,7 +310,7 @@ class _Run:
         self.model.zero_grad()
         torch.manual_seed(1)
         output = self._compiled(**self.inputs)
-        loss, results = _loss_and_results(output)
+        loss, results = loss_and_results(output)
         if not self.estimates:
             known = all_tensors(self.model, self.inputs.values())
             arguments = [value for value in self._arguments if isinstance(value, Tensor)]
@@ -381,7 +381,7 @@ def _retries() -> Iterator[list[str]]:
         logger.removeHandler(handler)
 
 
-def _loss_and_results(output: Any) -> tuple[Tensor, list[Tensor]]:
+def loss_and_results(output: Any) -> tuple[Tensor, list[Tensor]]:
     """The model's loss, or one of ours from its results: a random direction and their mean square."""
     values = output.values() if hasattr(output, "values") else output
     results = [value for value in values if isinstance(value, Tensor) and value.is_floating_point()]
