@@ -143,6 +143,9 @@ class _Schedule:
         ends = []
         for node, following in zip(nodes, [*nodes[1:], None], strict=True):
             self._run(node)
+            if following is None:
+                # stands for the call of the last kernel: Inductor drops allocations after it, as nothing would use them
+                self.wrapper.lines.append("")
             if not _shares_call(node, following):
                 self.scheduler.free_buffers()
             ends.append(len(self.wrapper.lines))

@@ -22,7 +22,7 @@ from prac_fx.memory.analysis import analyse_step
 from prac_fx.memory.step import Step
 from tests.uncompiled import no_code_generation, plain_graphs
 from tests.zoo.architectures import ARCHITECTURES, Build
-from tests.zoo.check import loss_and_results
+from tests.zoo.check import loss_and_results, shared_traces
 
 
 @dataclass(frozen=True)
@@ -74,13 +74,14 @@ def predict(name: str, policy: str) -> Prediction:
         build = functools.partial(_with_breaks, build)
     options = {"prac.min_nbytes": 0, "prac.policy": policy}
     plain = _held(build, plain_graphs)
-    with no_code_generation():
+    with no_code_generation(), shared_traces():
         ours = _held(build, prac, options=options)
     torch._dynamo.reset()
     model, inputs = build()
     config, patches = read_options(options)
     torch.manual_seed(1)
-    step = analyse_step(Step(model, (), inputs), config, patches)
+    with shared_traces():
+        step = analyse_step(Step(model, (), inputs), config, patches)
     rows = [value for value in step.values if value.reason != "layout_copy"]
     before, after = (
         sum(getattr(row, of) for row in rows) for of in ("nbytes_before", "nbytes_after")
