@@ -15,6 +15,7 @@ import torch.fx as fx
 from prac_fx.codecs import PracCodec
 from prac_fx.config import PracConfig
 from prac_fx.errors import CannotRewriteError
+from prac_fx.graph.aliases import restore_views
 from prac_fx.graph.graph_edit import Inliner, with_names_in_order
 from prac_fx.passes.classify import classify
 from prac_fx.passes.draws import partition_drawing_once
@@ -118,6 +119,7 @@ def merge_duplicates(gm: fx.GraphModule) -> None:
     """
     gm.graph.eliminate_dead_code()
     gm.graph = with_names_in_order(fx_graph_cse(gm.graph))
+    restore_views(gm.graph)
 
 
 def apply_plan(

@@ -101,6 +101,8 @@ def plan_graph(gm: fx.GraphModule, example_inputs: Sequence[Any], **options: Any
         if isinstance(node.meta.get("val"), Tensor)
     }
     outputs: Any = next(iter(gm.graph.find_nodes(op="output"))).args[0]
+    if not any(node.op == "call_function" for node in gm.graph.nodes):
+        return GraphPlan(inputs, (), tuple(_input_output(output, inputs) for output in outputs))
     names = [output.name if isinstance(output, fx.Node) else None for output in outputs]
 
     def read(graph: GraphLowering) -> GraphPlan:
@@ -119,6 +121,13 @@ def _value(name: str, node: fx.Node) -> Value:
     shape = tuple(size_hint(size) for size in tensor.shape)
     dtype = str(tensor.dtype).removeprefix("torch.")
     return Value(name, storage_nbytes(tensor), shape, dtype, origin_of(node))
+
+
+def _input_output(output: object, inputs: dict[str, Value]) -> tuple[str, str] | None:
+    """An output of a graph that computes nothing, which Inductor does not lower: one of its inputs, or no tensor."""
+    if not isinstance(output, fx.Node) or str(output.target) not in inputs:
+        return None
+    return output.name, str(output.target)
 
 
 def _output_buffer(output: Any) -> str | None:
