@@ -131,7 +131,8 @@ def _contents(report: MemoryReport) -> Any:
 def test_a_report_does_not_depend_on_what_was_traced_before() -> None:
     batch = (torch.randn(8, 64, 64),)
     alone = _contents(_report(Handed(False), batch))
-    # the same code with another batch, so that Dynamo knows of a size that changes, and other models
+    # the same code with another batch, so that Dynamo knows of a size that changes, and other
+    # models
     _report(Handed(False), (torch.randn(16, 64, 64),))
     _report(Between(), (rows(512),))
     _report(Scores(), _labelled())

@@ -54,7 +54,8 @@ def _only_record() -> GraphRecord:
     return record
 
 
-# -- every graph that has a backward has a record ---------------------------------------------------------
+# -- every graph that has a backward has a record
+# ---------------------------------------------------------
 
 
 def test_a_fallback_has_a_record(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -101,7 +102,8 @@ def test_the_typed_form_of_the_backend_has_records_too() -> None:
     assert compiled_graphs() == []
 
 
-# -- how long it lives -----------------------------------------------------------------------------------
+# -- how long it lives
+# -----------------------------------------------------------------------------------
 
 
 def test_a_record_leaves_with_its_graph() -> None:
@@ -122,11 +124,13 @@ def test_reset_forgets_the_graphs() -> None:
     assert check_plans() == 0
 
 
-# -- modules that share a graph ----------------------------------------------------------------------------
+# -- modules that share a graph
+# ----------------------------------------------------------------------------
 
 
 def _instances() -> list[int]:
-    # the first block is compiled for an input without a gradient, and the others for one that has it
+    # the first block is compiled for an input without a gradient, and the others for one that has
+    # it
     return [graph.instances for graph in recorded_graphs(compiled_graphs())]
 
 
@@ -180,7 +184,8 @@ def test_the_report_of_blocks_is_that_of_the_whole_model(tmp_path: Path) -> None
     _step_of_blocks(blocks, path)
     document = load_document(path)
     assert document["graphs"] == 1
-    # plain blocks save what each of them is given: of the whole model's first block that is an input
+    # plain blocks save what each of them is given: of the whole model's first block that is an
+    # input
     between = 2 * rows(512).nbytes
     parameters, *totals = _totals(document)
     known, before, after, *others = _totals(expected.as_document())

@@ -54,7 +54,7 @@ def forked_map(
             found.append(function(item))
         return found
     global _task
-    _task = functools.partial(_at, function, items)
+    _task = functools.partial(_nth_call, function, items)
     try:
         fork = multiprocessing.get_context("fork")
         with ProcessPoolExecutor(processes, mp_context=fork, initializer=_start) as pool:
@@ -70,12 +70,13 @@ def forked_map(
         _task = None
 
 
-def _at(function: Callable[[T], R], items: Sequence[T], number: int) -> R:
+def _nth_call(function: Callable[[T], R], items: Sequence[T], number: int) -> R:
     return function(items[number])
 
 
 def _start() -> None:
-    # the threads of the parent's OpenMP are not there after a fork, and waiting for them would never end
+    # the threads of the parent's OpenMP are not there after a fork, and waiting for them would
+    # never end
     torch.set_num_threads(1)
 
 

@@ -33,12 +33,13 @@ def measure_alternatives(
 ) -> tuple[list[Alternative], str]:
     """Rows with what real steps took, and the device they ran on. Gradients of the model are cleared.
 
-    Each way is compiled, warmed up and its memory measured; then all step in turn, and each step is compared with plain
-    Inductor's of the same round. A way that fails says so in its note.
+    Each way is compiled, warmed up and its memory measured; then all step in turn, and each step is
+    compared with plain Inductor's of the same round. A way that fails says so in its note.
 
     Args:
         step: the user's, with real tensors.
-        analysed: its analysis: what is held anyway is added to measured peaks, so that they compare with estimates.
+        analysed: its analysis: what is held anyway is added to measured peaks, so that they compare
+            with estimates.
         rows: the estimates.
         patches: Inductor's.
         progress: called with what is done next, steps done, and steps in all.

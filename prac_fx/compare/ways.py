@@ -27,7 +27,8 @@ PLAIN = "inductor"
 _FP8 = {
     "post_grad_fusion_options": {
         "activation_quantization_aten_pass": {
-            # torch's forward and backward assume different defaults for it, which gives wrong gradients
+            # torch's forward and backward assume different defaults for it, which gives wrong
+            # gradients
             "use_scaling": True,
             "size_in_mb": 1,
             "exclude_primals": True,
@@ -91,7 +92,8 @@ class Alternative:
         way: how.
         saved_nbytes: held between forward and backward.
         peak_nbytes: of the whole step.
-        added_flops: over those of plain Inductor's step, as a share of them; negative when it needs fewer.
+        added_flops: over those of plain Inductor's step, as a share of them; negative when it needs
+            fewer.
         largest_batch: that fits the bytes that were asked for.
         measured: by real steps.
         note: what else there is to know, such as why it failed.
@@ -178,7 +180,8 @@ def row_of(way: Way, found: AnalysedStep, plain: AnalysedStep | None) -> Alterna
     """The row of an analysis; its FLOPs are compared with those of `plain`, if that is the same step."""
     added = added_flops(found.flops_after, plain)
     if way.config is None and added is not None and added < -_ROUNDING:
-        # exact gradients with fewer FLOPs: Dynamo left parts of the model to Python, which no graph tells of
+        # exact gradients with fewer FLOPs: Dynamo left parts of the model to Python, which no graph
+        # tells of
         return Alternative(way, note="Dynamo compiles this only in part: --measure finds out")
     return Alternative(
         way,

@@ -63,8 +63,8 @@ class DynamoGraph:
     def trainable(self) -> frozenset[int]:
         """Indices of parameters that require a gradient.
 
-        Other leaves do not count: Dynamo does not guard on being a leaf, so the next call of the same
-        graph may pass an activation there, whose gradient runs on into earlier layers.
+        Other leaves do not count: Dynamo does not guard on being a leaf, so the next call of the
+        same graph may pass an activation there, whose gradient runs on into earlier layers.
         """
         placeholders = self.placeholders
         return frozenset(i for i in self.parameters if _requires_grad(placeholders[i]))

@@ -35,8 +35,9 @@ def with_backward_net(
 ) -> Callable[..., Any]:
     """Inductor's compilation of a graph; a backward that it cannot compile runs operator by operator.
 
-    The first backward compiles its graph, when the forward has run and only codes are left of what it saved: it is too
-    late to hand the graph to plain Inductor. Gradients stay what they are, and one warning says why they are slow.
+    The first backward compiles its graph, when the forward has run and only codes are left of what
+    it saved: it is too late to hand the graph to plain Inductor. Gradients stay what they are, and
+    one warning says why they are slow.
 
     Args:
         inner_compile: `compile_fx_inner` or what stands for it.
@@ -87,8 +88,8 @@ def _generator(seed: Tensor) -> torch.Generator:
     return torch.Generator(seed.device).manual_seed(int(seed))
 
 
-# Inductor's kernels make random numbers from a seed, in backward the same ones again. Called on their own these
-# operators ignore it.
+# Inductor's kernels make random numbers from a seed, in backward the same ones again. Called on
+# their own these operators ignore it.
 _SEEDED: Mapping[object, Callable[..., Tensor]] = {
     torch.ops.prims.inductor_random.default: _seeded_random,
     torch.ops.prims.inductor_randint.default: _seeded_randint,

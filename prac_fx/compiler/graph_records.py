@@ -18,8 +18,8 @@ _ALIVE: MutableMapping[Callable[..., Any], GraphRecord] = WeakIdKeyDictionary()
 def with_record(compiled: Callable[..., Any], record: GraphRecord) -> Callable[..., Any]:
     """Remember a graph for as long as Dynamo keeps it, and count the modules that run it.
 
-    Dynamo unwraps what a compiler returns and drops the wrapper. It keeps a plain function, so that is what the record
-    is bound to.
+    Dynamo unwraps what a compiler returns and drops the wrapper. It keeps a plain function, so that
+    is what the record is bound to.
 
     Args:
         compiled: the compiled graph.

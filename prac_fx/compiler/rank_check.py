@@ -21,10 +21,11 @@ class Compilation:
     """A graph and what became of it, as text. Sizes that depend on the batch are left out.
 
     Attributes:
-        parameters: names of its trainable parameters, relative to the compiled module; of all when none is.
+        parameters: names of its trainable parameters, relative to the compiled module; of all when
+            none is.
         options: of the backend, one line each.
-        decisions: one line for each value that backward needs: where it is made, how it is stored and why, and
-            whose gradients read it.
+        decisions: one line for each value that backward needs: where it is made, how it is stored
+            and why, and whose gradients read it.
         fallback: why plain Inductor compiled it; empty when it did not.
     """
 
@@ -67,8 +68,8 @@ class _Outcome:
     Attributes:
         title: how a message names the graph.
         options: of the first compilation.
-        decisions: of the first compilation that plain Inductor did not take over. Later ones are for other batch
-            sizes, and such a batch need not occur on every rank.
+        decisions: of the first compilation that plain Inductor did not take over. Later ones are
+            for other batch sizes, and such a batch need not occur on every rank.
         fallbacks: why plain Inductor took over, in any compilation.
     """
 
@@ -81,20 +82,23 @@ class _Outcome:
 def check_plans(group: Any = None) -> int:
     """Check that all ranks compiled the same plans, so that one rank does not need more memory than the others.
 
-    Call it once the first step is done, on every rank: it gathers a few kilobytes of text from each. Nothing else in
-    this package communicates. What is compared are the graphs by the names of their trainable parameters, the
-    options, how every value is stored and why, and fallbacks to plain Inductor; token counts are not, nor what a
-    graph was compiled to again for a batch of another size.
+    Call it once the first step is done, on every rank: it gathers a few kilobytes of text from
+    each. Nothing else in this package communicates. What is compared are the graphs by the names of
+    their trainable parameters, the options, how every value is stored and why, and fallbacks to
+    plain Inductor; token counts are not, nor what a graph was compiled to again for a batch of
+    another size.
 
     Args:
-        group: the process group whose ranks should agree; None for all. With pipeline parallelism the ranks of one
-            stage.
+        group: the process group whose ranks should agree; None for all. With pipeline parallelism
+            the ranks of one stage.
 
     Returns:
-        The number of compiled graphs that were compared; 0 means that nothing was compiled with this backend.
+        The number of compiled graphs that were compared; 0 means that nothing was compiled with
+        this backend.
 
     Raises:
-        PlanMismatchError: on every rank, with the numbers of the ranks that differ and the first difference.
+        PlanMismatchError: on every rank, with the numbers of the ranks that differ and the first
+            difference.
     """
     mine = _outcomes([compilation_of(record) for record in compiled_graphs()])
     if not (dist.is_available() and dist.is_initialized()):

@@ -1,8 +1,8 @@
 """The two phases of compilation, for the backend, the report and the tests alike.
 
 Phase 1 traces Dynamo's graph with AOTAutograd up to our partitioner, which plans and stops there.
-Phase 2 compiles a copy of Dynamo's graph that has placeholders for the state of each planned site; our
-partitioner meets the same joint graph again and rewrites it. Everything else is Inductor's.
+Phase 2 compiles a copy of Dynamo's graph that has placeholders for the state of each planned site;
+our partitioner meets the same joint graph again and rewrites it. Everything else is Inductor's.
 """
 
 from __future__ import annotations
@@ -63,7 +63,8 @@ def plan_and_compile(
         inner_compile: compiles the partitioned graphs, instead of Inductor.
 
     Returns:
-        The plan, None when the graph has no backward, and what was compiled, None when the plan changes nothing.
+        The plan, None when the graph has no backward, and what was compiled, None when the plan
+        changes nothing.
     """
 
     def compile_planned(plan: Plan) -> Compiled:
@@ -92,8 +93,8 @@ def in_two_phases(
         log_level: of the message about a value that is kept.
 
     Returns:
-        The last plan, None when the graph has no backward, and what the second phase made of it, None when it changes
-        nothing.
+        The last plan, None when the graph has no backward, and what the second phase made of it,
+        None when it changes nothing.
     """
     retries = Retries()
     plan = first_plan or analyse_graph(graph, config, patches)
@@ -115,7 +116,8 @@ def failed_value(error: BaseException | None) -> str:
     return next(values, "")
 
 
-# -- phase 1 ----------------------------------------------------------------------------------------
+# -- phase 1
+# ----------------------------------------------------------------------------------------
 
 
 class _NoBackward(Exception):
@@ -172,7 +174,8 @@ def call_partitioner(
     raise AssertionError("the joint graph was compiled without a call of the partitioner")
 
 
-# -- phase 2 ----------------------------------------------------------------------------------------
+# -- phase 2
+# ----------------------------------------------------------------------------------------
 
 
 def compile_rewritten(
@@ -230,7 +233,8 @@ def rewritten_patches(plan: Plan, patches: Mapping[str, Any]) -> dict[str, Any]:
     return {**({} if on_cpu else gpu_fusion_patches()), **patches}
 
 
-# -- a graph that is left alone ----------------------------------------------------------------------
+# -- a graph that is left alone
+# ----------------------------------------------------------------------
 
 
 def compile_plain(

@@ -17,8 +17,8 @@ from prac_fx.document.schema import SCHEMA, Document
 def job_document(records: Sequence[GraphRecord], config: PracConfig) -> Document:
     """The document of a job.
 
-    Modules that share a graph, such as blocks that are compiled one by one, each count: each has parameters of its own,
-    and saves its own values.
+    Modules that share a graph, such as blocks that are compiled one by one, each count: each has
+    parameters of its own, and saves its own values.
 
     Args:
         records: of all graphs that it has compiled so far, the first one first.

@@ -12,8 +12,9 @@ from prac_fx.torch_compat import FakeTensor
 def restore_views(graph: fx.Graph) -> None:
     """Give a view the storage of what it is a view of, where tracing has lost that.
 
-    It is lost where an operator is traced as its own argument although its result was a new tensor, as with a dropout of
-    nothing before a linear layer: the node reads the argument, and its fake tensor is a view of the result.
+    It is lost where an operator is traced as its own argument although its result was a new tensor,
+    as with a dropout of nothing before a linear layer: the node reads the argument, and its fake
+    tensor is a view of the result.
 
     Args:
         graph: a joint graph; metadata is replaced in place.

@@ -122,7 +122,8 @@ class AnalysedStep:
         before: memory over the step with plain Inductor.
         after: with our backend.
         model: what was analysed.
-        between_before_nbytes: of values that one graph has made and only a later one saves, with plain Inductor.
+        between_before_nbytes: of values that one graph has made and only a later one saves, with
+            plain Inductor.
         between_after_nbytes: likewise with our backend.
         repeated: its blocks, if only a few of them were traced.
     """
@@ -223,9 +224,11 @@ def analyse_step(
         config: options of our backend; None for plain Inductor alone.
         patches: Inductor's.
         optimizer: a key of `prac_fx.memory.optimizer.OPTIMIZERS`.
-        budget: torch's `activation_memory_budget`; None for the one that is set. Where one below 1 is set all blocks
-            are traced, since torch chooses among them; where one is given a few are, as if it did not.
-        plain: an analysis of the same step with other options of our backend, whose part of plain Inductor is used.
+        budget: torch's `activation_memory_budget`; None for the one that is set. Where one below 1
+            is set all blocks are traced, since torch chooses among them; where one is given a few
+            are, as if it did not.
+        plain: an analysis of the same step with other options of our backend, whose part of plain
+            Inductor is used.
         all_blocks: trace all of them, however many there are.
         name: of this way to train, for the log.
 

@@ -44,8 +44,8 @@ def with_between_graphs(
 ) -> list[PlannedValue]:
     """Rows in which an input of a graph costs something if the step has made it.
 
-    The input itself has a row, or a view of it, as of the tokens that a linear layer reads. What only the rewritten graph
-    saves has none yet.
+    The input itself has a row, or a view of it, as of the tokens that a linear layer reads. What
+    only the rewritten graph saves has none yet.
 
     Args:
         rows: with the number of their graph, in order.

@@ -80,7 +80,8 @@ def eager_step(
     """Run forward and backward eagerly and count; leaves no gradients behind.
 
     Args:
-        run: the forward pass; the first tensor in its result that requires a gradient is differentiated.
+        run: the forward pass; the first tensor in its result that requires a gradient is
+            differentiated.
         parameters: the trained ones.
         known: parameters, buffers and inputs.
     """

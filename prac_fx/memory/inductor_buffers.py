@@ -1,7 +1,8 @@
 """Which buffers Inductor allocates for a forward or backward graph, kernel by kernel, and when it frees them.
 
-Inductor itself is asked: it lowers the graph, fuses and orders the kernels, and decides which results take over the
-memory of an input. No code is written or compiled, so this takes a second or two where compilation takes minutes.
+Inductor itself is asked: it lowers the graph, fuses and orders the kernels, and decides which
+results take over the memory of an input. No code is written or compiled, so this takes a second or
+two where compilation takes minutes.
 """
 
 from __future__ import annotations
@@ -74,8 +75,8 @@ class GraphPlan:
     Attributes:
         inputs: the tensors among the graph's inputs, by name.
         kernels: in the order in which they run.
-        outputs: for each output of the graph the name of its FX node and the buffer or graph input that it is, or is
-            a view of; None for what is no tensor.
+        outputs: for each output of the graph the name of its FX node and the buffer or graph input
+            that it is, or is a view of; None for what is no tensor.
     """
 
     inputs: dict[str, Value]
@@ -153,7 +154,8 @@ class _Schedule:
         for node, following in zip(nodes, [*nodes[1:], None], strict=True):
             self._run(node)
             if following is None:
-                # stands for the call of the last kernel: Inductor drops allocations after it, as nothing would use them
+                # stands for the call of the last kernel: Inductor drops allocations after it, as
+                # nothing would use them
                 self.wrapper.lines.append("")
             if not _shares_call(node, following):
                 self.scheduler.free_buffers()
@@ -178,8 +180,8 @@ class _Schedule:
     def _local_buffers(self, node: Any) -> set[str]:
         """Buffers that only the kernel reads which writes them: they live in registers.
 
-        Results that take over one another's memory stay together, as in `Kernel.remove_kernel_local_buffers`: all of
-        them are local, or none is.
+        Results that take over one another's memory stay together, as in
+        `Kernel.remove_kernel_local_buffers`: all of them are local, or none is.
         """
         if node.is_extern():
             return set()

@@ -20,9 +20,10 @@ class JointFacts:
 
     Attributes:
         num_results: how many forward outputs there are.
-        loss_result: position of the loss among them; -1 when none is a single floating-point number.
-        loss: the nodes that belong to the loss: forward what no parameter meets any more, and backward the gradients
-            of that. The logits are the first of them.
+        loss_result: position of the loss among them; -1 when none is a single floating-point
+            number.
+        loss: the nodes that belong to the loss: forward what no parameter meets any more, and
+            backward the gradients of that. The logits are the first of them.
         logits: those that are computed from what comes before the loss.
         arguments: argument index of each placeholder.
         results: for each forward output its position among the results of Dynamo's graph, or None.

@@ -1,7 +1,8 @@
 """One of Dynamo's graphs, planned: what plain Inductor would allocate for it, and what it would as our backend rewrites it.
 
-The backend's own two phases run (`prac_fx.compiler.two_phases`). In the place of Inductor's compilation stands an observer,
-which has Inductor lower and schedule each half (`prac_fx.memory.inductor_buffers`) and stops there.
+The backend's own two phases run (`prac_fx.compiler.two_phases`). In the place of Inductor's
+compilation stands an observer, which has Inductor lower and schedule each half
+(`prac_fx.memory.inductor_buffers`) and stops there.
 """
 
 from __future__ import annotations
@@ -50,11 +51,13 @@ class PlannedGraph:
         backward: likewise.
         forward_flops: of matmuls, convolutions and attention in the forward graph, by module path.
         flops: of both.
-        plan: what our passes decide; None when they were not asked, or no parameter enters the graph.
+        plan: what our passes decide; None when they were not asked, or no parameter enters the
+            graph.
         unplanned: what is saved then, where they were asked.
         rewritten: what they made; None for plain Inductor.
         refused: why the graph cannot be rewritten; None when it can.
-        draws_anew: torch's own partitioner has backward draw random numbers again, which makes gradients wrong.
+        draws_anew: torch's own partitioner has backward draw random numbers again, which makes
+            gradients wrong.
     """
 
     facts: JointFacts

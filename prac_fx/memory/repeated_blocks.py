@@ -1,13 +1,15 @@
 """Deep models from a few of their blocks: identical blocks are analysed once, and what one of them adds is multiplied.
 
-Of n identical blocks the first two, one from the middle and the last are traced. Two at the beginning, because where
-several cuts cost the same the partitioner may cut the first blocks differently from all others. The step of the whole
-model is that of the four with the middle block's part of the timeline repeated n - 3 times, each time higher by what one
-block leaves behind: saved values in forward, gradients less saved values in backward.
+Of n identical blocks the first two, one from the middle and the last are traced. Two at the
+beginning, because where several cuts cost the same the partitioner may cut the first blocks
+differently from all others. The step of the whole model is that of the four with the middle block's
+part of the timeline repeated n - 3 times, each time higher by what one block leaves behind: saved
+values in forward, gradients less saved values in backward.
 
-Exact for parameters, saved bytes, FLOPs and the state of the subspaces. The peak may be off by temporary memory of a block:
-Inductor keeps freed buffers to use them again, and how many are waiting goes up and down from block to block. Where the
-partitioner chooses among the blocks, to meet a memory budget, none stands for the others: see `prac_fx.compare.budgets`.
+Exact for parameters, saved bytes, FLOPs and the state of the subspaces. The peak may be off by
+temporary memory of a block: Inductor keeps freed buffers to use them again, and how many are
+waiting goes up and down from block to block. Where the partitioner chooses among the blocks, to
+meet a memory budget, none stands for the others: see `prac_fx.compare.budgets`.
 """
 
 from __future__ import annotations
@@ -115,7 +117,8 @@ def step_of_all_blocks(step: StepPlan, repeated: Repeated) -> StepMemory:
     """The step of the whole model from that of the analysed one.
 
     Args:
-        step: of the analysed model, with the parameters, buffers and optimizer state of the whole one.
+        step: of the analysed model, with the parameters, buffers and optimizer state of the whole
+            one.
         repeated: its blocks.
 
     Raises:
@@ -243,7 +246,8 @@ def _live(
     end_of_forward = next(i for i, one in enumerate(events) if one.phase == "backward") - 1
     saved = _of_middle(held_at(step, end_of_forward), repeated, "saved")
     gradients = _of_middle(held_at(step, len(events) - 1), repeated, "gradients")
-    # of the middle blocks, the first ones hold what they saved, and the last ones have their gradients
+    # of the middle blocks, the first ones hold what they saved, and the last ones have their
+    # gradients
     numbers = [number for number in range(MIDDLE, repeated.total - 1) if number != copied.middle]
     holding = copied.forward - copied.backward
     for position, number in enumerate(numbers):

@@ -14,8 +14,8 @@ from prac_fx.passes.survey import SavedValue
 def values_after(plan: Plan, rewritten: PartitionedGraph) -> list[PlannedValue]:
     """The plan's rows with the bytes that the rewritten and partitioned graph saves for each.
 
-    Min-cut decides anew on the rewritten graph: it may drop a value that only an encoded one needed, or
-    save another one; such rows say so.
+    Min-cut decides anew on the rewritten graph: it may drop a value that only an encoded one
+    needed, or save another one; such rows say so.
     """
     saved = {one.node.name: one for one in rewritten.saved}
     rows = []
@@ -41,8 +41,9 @@ def values_after(plan: Plan, rewritten: PartitionedGraph) -> list[PlannedValue]:
 def layout_copies(before: GraphPlan, after: GraphPlan, num_results: int) -> list[PlannedValue]:
     """Rows of the copies of inputs that Inductor saves for backward instead of the inputs themselves.
 
-    Where a graph has convolutions, it may turn them and what they read to another memory layout (channels last), parameters
-    and inputs included; source: `GraphLowering.decide_layout_opt` in torch/_inductor/graph.py.
+    Where a graph has convolutions, it may turn them and what they read to another memory layout
+    (channels last), parameters and inputs included; source: `GraphLowering.decide_layout_opt` in
+    torch/_inductor/graph.py.
 
     Args:
         before: forward graph of plain Inductor.

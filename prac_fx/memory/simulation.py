@@ -1,8 +1,9 @@
 """Runs through a training step kernel by kernel, and notes what is held: forward, loss, backward, optimizer.
 
-The kernels and buffers of each graph are Inductor's (`prac_fx.memory.inductor_buffers`). This module puts the graphs of a
-step in a row and adds what lives outside of them: parameters, buffers, inputs, gradients, the state of the optimizer and
-of the subspaces, the tangents that autograd makes, and what backward keeps.
+The kernels and buffers of each graph are Inductor's (`prac_fx.memory.inductor_buffers`). This
+module puts the graphs of a step in a row and adds what lives outside of them: parameters, buffers,
+inputs, gradients, the state of the optimizer and of the subspaces, the tangents that autograd
+makes, and what backward keeps.
 """
 
 from __future__ import annotations

@@ -13,18 +13,20 @@ from prac_fx.memory.timeline import Live
 class StepGraph:
     """One of Dynamo's graphs, partitioned and planned.
 
-    A *storage* is whatever identifies memory that crosses graphs at run time: an argument, or a result that a later graph
-    reads.
+    A *storage* is whatever identifies memory that crosses graphs at run time: an argument, or a
+    result that a later graph reads.
 
     Attributes:
         forward: of the graph.
         backward: of the graph.
         num_results: how many of the forward outputs the caller receives.
         loss_result: position among them of the loss; -1 when there is none.
-        loss: names of the FX nodes that belong to the loss, logits first of all, forward and backward.
+        loss: names of the FX nodes that belong to the loss, logits first of all, forward and
+            backward.
         arguments: storage of each forward input.
         results: storage of each forward result.
-        gradients: for each backward output the storage of the parameter whose gradient it is, else None.
+        gradients: for each backward output the storage of the parameter whose gradient it is, else
+            None.
     """
 
     forward: GraphPlan
@@ -41,7 +43,8 @@ class StepGraph:
 class StepPlan:
     """A step to run through: `loss = model(inputs)`, `loss.backward()`, `optimizer.step()`.
 
-    The caller keeps the loss only, or all results when none of them is a loss. Gradients are None at its start.
+    The caller keeps the loss only, or all results when none of them is a loss. Gradients are None
+    at its start.
 
     Attributes:
         constants: what is held all the time.

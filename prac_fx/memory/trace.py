@@ -1,8 +1,8 @@
 """Trace one training step, with plain Inductor or as our backend rewrites it, and plan what it allocates.
 
-Dynamo and AOTAutograd trace the model, torch's partitioner and our passes split it, and Inductor lowers and schedules
-both halves (`prac_fx.memory.planned_graph`). Nothing is compiled. The model itself then runs once, eagerly; with fake
-tensors that costs nothing.
+Dynamo and AOTAutograd trace the model, torch's partitioner and our passes split it, and Inductor
+lowers and schedules both halves (`prac_fx.memory.planned_graph`). Nothing is compiled. The model
+itself then runs once, eagerly; with fake tensors that costs nothing.
 """
 
 from __future__ import annotations
@@ -30,7 +30,8 @@ class Call:
 
     Attributes:
         before: with plain Inductor.
-        after: as our backend makes it; the same object where it leaves the graph alone, or was not asked.
+        after: as our backend makes it; the same object where it leaves the graph alone, or was not
+            asked.
         trainable: argument indices of the trained parameters.
         arguments: storage of each argument.
         results: storage of each result.
@@ -82,8 +83,8 @@ def trace(
         config: options of our backend; None for plain Inductor alone.
         patches: Inductor's.
         budget: torch's `activation_memory_budget`; None for the one that is set.
-        plain: an earlier trace of the same step with other options of our backend: what plain Inductor makes of its
-            graphs is not found out again.
+        plain: an earlier trace of the same step with other options of our backend: what plain
+            Inductor makes of its graphs is not found out again.
 
     Returns:
         The runs of graphs that have a backward, in order.

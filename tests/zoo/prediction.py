@@ -1,6 +1,7 @@
 """The bytes that a report says are saved for backward, against those that a step holds.
 
-Both without code generation. What Inductor copies into another memory layout is therefore not among what is compared.
+Both without code generation. What Inductor copies into another memory layout is therefore not among
+what is compared.
 """
 
 from __future__ import annotations
@@ -66,7 +67,8 @@ def predict(name: str, policy: str) -> Prediction:
     """Compare the report of an architecture with a step of it.
 
     Args:
-        name: key of `ARCHITECTURES`, with `BREAKS` behind it for graph breaks between its blocks and before its loss.
+        name: key of `ARCHITECTURES`, with `BREAKS` behind it for graph breaks between its blocks
+            and before its loss.
         policy: of our backend.
     """
     build = ARCHITECTURES[name.removesuffix(BREAKS)]
@@ -99,7 +101,8 @@ def _held(build: Build, backend: Callable[..., Any], **given: Any) -> int:
     return held_nbytes(loss, all_tensors(model, inputs.values()))
 
 
-# -- graph breaks -----------------------------------------------------------------------------------
+# -- graph breaks
+# -----------------------------------------------------------------------------------
 
 
 def _with_breaks(build: Build) -> tuple[nn.Module, dict[str, torch.Tensor]]:
