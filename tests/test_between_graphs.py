@@ -1,4 +1,4 @@
-"""Reports of models that Dynamo splits into several graphs: what is said to be saved is what a step holds."""
+"""Reports of models that Dynamo splits into several graphs, against what a step holds."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ class Scores(nn.Module):
 
 
 class Handed(nn.Module):
-    """A value that the first graph makes and the second one saves: as rows of tokens, or transposed."""
+    """A value that the first graph makes and the second one saves, as it is or transposed."""
 
     def __init__(self, is_transposed: bool) -> None:
         super().__init__()
@@ -140,7 +140,7 @@ def test_a_report_does_not_depend_on_what_was_traced_before() -> None:
 
 
 class Weighted(nn.Module):
-    """A weighted sum of colours: the last kernels of its forward write into the memory of others."""
+    """A weighted sum of colours: its last kernels write into the memory of others."""
 
     def __init__(self) -> None:
         super().__init__()

@@ -1,4 +1,4 @@
-"""One record for each compiled graph: it lives as long as Dynamo keeps the graph, and counts the modules that run it."""
+"""One record for each compiled graph: it lives with the graph, and counts the modules that run it."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What one training step really allocates, from the allocator: compiled, eager and checkpointed models alike."""
+"""What one training step really allocates, from the allocator, however it is run."""
 
 from __future__ import annotations
 

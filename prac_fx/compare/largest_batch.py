@@ -1,4 +1,4 @@
-"""The largest batch that fits a number of bytes, found on the model of memory: nothing runs out of memory to find it."""
+"""The largest batch that fits a number of bytes, found on the model of memory."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def largest_batches(
     progress: Progress,
     processes: int = 1,
 ) -> list[Alternative]:
-    """Rows with the largest batch whose estimated peak is at most `limit_nbytes`; 0 where not even one fits.
+    """Rows with the largest batch whose estimated peak is at most `limit_nbytes`; 0 if none fits.
 
     Args:
         step: the user's.

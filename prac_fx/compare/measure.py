@@ -31,7 +31,7 @@ def measure_alternatives(
     patches: Mapping[str, Any],
     progress: Progress,
 ) -> tuple[list[Alternative], str]:
-    """Rows with what real steps took, and the device they ran on. Gradients of the model are cleared.
+    """Rows with what real steps took, and the device. Gradients of the model are cleared.
 
     Each way is compiled, warmed up and its memory measured; then all step in turn, and each step is
     compared with plain Inductor's of the same round. A way that fails says so in its note.

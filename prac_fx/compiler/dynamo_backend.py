@@ -1,4 +1,4 @@
-"""The "prac" backend of `torch.compile`: its checks of options, and what becomes of each of Dynamo's graphs.
+"""The "prac" backend of `torch.compile`: its options, and what becomes of each graph.
 
 How a graph is compiled is in `prac_fx.compiler.two_phases`.
 """
@@ -111,7 +111,7 @@ def _checked_compile(
     mode: str | None,
     inductor_options: Mapping[str, Any],
 ) -> Callable[..., Any]:
-    """What both forms of the backend do once the options are split: the remaining checks, then compile."""
+    """What both forms of the backend do once the options are split."""
     if inductor_config.custom_partitioner_fn is not None:
         raise PracOptionError(
             'torch._inductor.config.custom_partitioner_fn is set: backend="prac" is a '

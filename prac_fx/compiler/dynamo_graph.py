@@ -39,7 +39,7 @@ class DynamoGraph:
 
     @property
     def requires_grad(self) -> bool:
-        """Does an argument require a gradient? If not, the graph has no backward. If so, it has one in nearly all cases."""
+        """Does an argument require a gradient? If not, the graph has no backward; else nearly always."""
         return torch.is_grad_enabled() and any(map(_requires_grad, self.placeholders))
 
     @property

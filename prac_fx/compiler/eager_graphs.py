@@ -1,4 +1,4 @@
-"""Running a graph that Inductor would compile operator by operator: to compare, and where Inductor fails in backward."""
+"""Running a graph operator by operator: to compare, and where Inductor fails in backward."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def run_eagerly(gm: fx.GraphModule, *args: Any, **kwargs: Any) -> Callable[..., 
 def with_backward_net(
     inner_compile: Callable[..., Any], *, strict: bool = False
 ) -> Callable[..., Any]:
-    """Inductor's compilation of a graph; a backward that it cannot compile runs operator by operator.
+    """Inductor's compilation; a backward that it cannot compile runs operator by operator.
 
     The first backward compiles its graph, when the forward has run and only codes are left of what
     it saved: it is too late to hand the graph to plain Inductor. Gradients stay what they are, and
@@ -69,7 +69,7 @@ def with_backward_net(
 
 
 def _draws_by_seed(gm: fx.GraphModule) -> bool:
-    """Does the graph make random numbers that compiled code made in forward, and no other code would make again?"""
+    """Does the graph make random numbers again that compiled code made in forward?"""
     return any(node.target in _SEEDED for node in gm.graph.nodes)
 
 

@@ -80,7 +80,7 @@ class _Outcome:
 
 
 def check_plans(group: Any = None) -> int:
-    """Check that all ranks compiled the same plans, so that one rank does not need more memory than the others.
+    """Check that all ranks compiled the same plans, so that none needs more memory than the others.
 
     Call it once the first step is done, on every rank: it gathers a few kilobytes of text from
     each. Nothing else in this package communicates. What is compared are the graphs by the names of

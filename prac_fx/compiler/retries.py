@@ -1,4 +1,4 @@
-"""What to leave as it is when a rewritten graph fails a check, so that one wrong guess does not cost the graph."""
+"""What to leave as it is when a rewritten graph fails a check."""
 
 from __future__ import annotations
 

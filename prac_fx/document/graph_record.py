@@ -1,4 +1,4 @@
-"""What is known of each compiled graph that has a backward: the report of a job and the check of ranks read it."""
+"""What is known of each compiled graph that has a backward, for the report and the rank check."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ class Instances:
         self._alive: dict[int, weakref.ref[Tensor]] = {}
 
     def meet(self, args: Sequence[object]) -> bool:
-        """Look at the arguments of a call. Is it the first one of a module that was not seen yet?"""
+        """Look at the arguments of a call. Is it the first one of its module?"""
         if self._owner is None:
             return False
         parameter = args[self._owner]
@@ -111,7 +111,7 @@ class GraphRecord:
 
     @property
     def trained_names(self) -> tuple[str, ...]:
-        """Names of the parameters that require a gradient, in order; of all of them when none does."""
+        """Names of the parameters that require a gradient, in order; of all when none does."""
         trained = [tensor.name for tensor in self.parameters if tensor.requires_grad]
         return tuple(trained or (tensor.name for tensor in self.parameters))
 

@@ -1,4 +1,4 @@
-"""The document of a running job: what its compiled graphs save; what compilation does not know is null."""
+"""The document of a running job. What compilation does not know is null."""
 
 from __future__ import annotations
 
@@ -80,7 +80,7 @@ def job_document(records: Sequence[GraphRecord], config: PracConfig) -> Document
 def _of_all_instances(
     graphs: Iterable[RecordedGraph], of: Callable[[GraphRecord], Sequence[GraphTensor]]
 ) -> list[GraphTensor]:
-    """Tensors of the graphs, once for each module that has them; of a name in several graphs, as of a tied weight, once."""
+    """Tensors of the graphs, once for each module; of a name in several graphs, as a tied weight, once."""
     tensors: dict[object, GraphTensor] = {}
     instances: dict[object, int] = {}
     for graph in graphs:

@@ -1,4 +1,4 @@
-"""Views in a traced graph: which values share memory is read from the storages of their fake tensors."""
+"""Views in a traced graph: storages of fake tensors say which values share memory."""
 
 from __future__ import annotations
 

@@ -1,19 +1,17 @@
-"""One training step, analysed: what it keeps for backward, and what it holds at each moment, without and with our backend."""
+"""One training step, analysed: what it keeps for backward, and what it holds at each moment."""
 
 from __future__ import annotations
 
 import logging
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from functools import cached_property
 from typing import Any
 
-from torch import Tensor, nn
+from torch import nn
 
 from prac_fx.config import PracConfig
 from prac_fx.errors import ReportError, one_line
-from prac_fx.graph.nbytes import storage_nbytes
 from prac_fx.memory.between_graphs import saved_between_graphs, with_between_graphs
 from prac_fx.memory.identical_blocks import identical_blocks, with_few_blocks
 from prac_fx.memory.optimizer import OptimizerMemory, optimizer_memory
@@ -29,10 +27,11 @@ from prac_fx.memory.saved_rows import layout_copies, values_after, values_refuse
 from prac_fx.memory.simulation import step_memory
 from prac_fx.memory.step import Step
 from prac_fx.memory.step_plan import StepPlan
-from prac_fx.memory.timeline import Category, Live, StepMemory
+from prac_fx.memory.tensors import Tensors, tensors_of
+from prac_fx.memory.timeline import Live, StepMemory
 from prac_fx.memory.trace import Call, trace
 from prac_fx.passes.plan import PlannedValue
-from prac_fx.torch_compat import functorch_config, storage_key, tree_leaves
+from prac_fx.torch_compat import functorch_config, storage_key
 
 log = logging.getLogger(__name__)
 
@@ -43,71 +42,6 @@ NO_BACKWARD = (
     "the model has no backward: no parameter requires a gradient, the result does not depend "
     "on one, or Dynamo does not trace the model (nn.LSTM, for one)"
 )
-
-
-@dataclass(frozen=True)
-class Tensors:
-    """The tensors that a step meets, each storage once.
-
-    Attributes:
-        parameters, buffers, inputs: (name, tensor) pairs.
-    """
-
-    parameters: tuple[tuple[str, Tensor], ...]
-    buffers: tuple[tuple[str, Tensor], ...]
-    inputs: tuple[tuple[str, Tensor], ...]
-
-    @cached_property
-    def trained(self) -> list[Tensor]:
-        """Parameters that require a gradient."""
-        return [parameter for _, parameter in self.parameters if parameter.requires_grad]
-
-    @property
-    def all(self) -> Iterator[Tensor]:
-        """All of them."""
-        for group in (self.parameters, self.buffers, self.inputs):
-            yield from (tensor for _, tensor in group)
-
-    def live(self) -> list[Live]:
-        """What they take, all the time."""
-        groups: dict[Category, tuple[tuple[str, Tensor], ...]] = {
-            "parameters": self.parameters,
-            "buffers": self.buffers,
-            "inputs": self.inputs,
-        }
-        return [
-            _live_tensor(name, category, tensor)
-            for category, group in groups.items()
-            for name, tensor in group
-        ]
-
-
-def tensors_of(step: Step) -> Tensors:
-    """Parameters, buffers and inputs of a step; what shares a storage counts once, for the first that has it."""
-    seen: set[int] = set()
-
-    def distinct(pairs: Iterable[tuple[str, Tensor]]) -> tuple[tuple[str, Tensor], ...]:
-        found = []
-        for name, tensor in pairs:
-            if storage_key(tensor) not in seen:
-                seen.add(storage_key(tensor))
-                found.append((name, tensor))
-        return tuple(found)
-
-    modules = [one for one in (step.model, step.loss_fn) if isinstance(one, nn.Module)]
-    return Tensors(
-        distinct(pair for module in modules for pair in module.named_parameters()),
-        distinct(pair for module in modules for pair in module.named_buffers()),
-        distinct(named_inputs(step.args, step.kwargs)),
-    )
-
-
-def named_inputs(args: Sequence[Any], kwargs: Mapping[str, Any]) -> Iterator[tuple[str, Tensor]]:
-    """The tensors among the inputs; a positional one is named by its number."""
-    for name, value in [*((str(i), value) for i, value in enumerate(args)), *kwargs.items()]:
-        leaves = [leaf for leaf in tree_leaves(value) if isinstance(leaf, Tensor)]
-        for number, leaf in enumerate(leaves):
-            yield (name if len(leaves) == 1 else f"{name}.{number}"), leaf
 
 
 @dataclass(frozen=True)
@@ -146,7 +80,7 @@ class AnalysedStep:
 
     @property
     def draws_anew(self) -> bool:
-        """Does torch's own partitioner have a backward draw random numbers again? Its gradients are wrong then."""
+        """Does torch's partitioner have a backward draw random numbers again? Gradients are wrong then."""
         return any(call.before.draws_anew for call in self.calls)
 
     @property
@@ -176,7 +110,7 @@ class AnalysedStep:
 
     @property
     def handed_over_before_nbytes(self) -> int:
-        """Bytes that plain Inductor's forward graphs hand to their backward, parameters and inputs of the step not counted."""
+        """Bytes that plain Inductor's forward graphs hand to their backward, without the step's inputs."""
         handed_over = (self._of_all_blocks(_handed_over(call.before)) for call in self.calls)
         return sum(handed_over) + self.between_before_nbytes
 
@@ -217,7 +151,7 @@ def analyse_step(
     all_blocks: bool = False,
     name: str = "the step",
 ) -> AnalysedStep:
-    """Trace a step and run through its memory. Of many identical blocks a few are traced, and multiplied.
+    """Trace a step and run through its memory. Of many identical blocks a few are traced.
 
     Args:
         step: what to analyse.
@@ -343,10 +277,3 @@ def _values(call: Call) -> list[PlannedValue]:
     if graph.refused is not None:
         return values_refused(graph.plan, graph.refused) + copies
     return [*graph.plan.values, *copies]
-
-
-def _live_tensor(name: str, category: Category, tensor: Tensor) -> Live:
-    module = name.rpartition(".")[0] if category != "inputs" else ""
-    dtype = str(tensor.dtype).removeprefix("torch.")
-    shape = tuple(int(size) for size in tensor.shape)
-    return Live(name, category, module, storage_nbytes(tensor), shape, dtype)

@@ -1,4 +1,4 @@
-"""What one graph of a step makes and another one saves for backward, such as at a graph break between two blocks."""
+"""What one graph of a step makes and another one saves, such as at a graph break."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ Place = tuple[int, str]
 
 
 def saved_between_graphs(step: StepPlan) -> dict[tuple[int, str], Value]:
-    """Inputs that a graph saves and the step itself has made: results of earlier graphs, or of what ran between them.
+    """Inputs that a graph saves and the step itself has made, in earlier graphs or between them.
 
     Each storage once; what the graph that made it saves as well is not among them.
 

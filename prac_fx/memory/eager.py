@@ -1,4 +1,4 @@
-"""Memory of code that runs eagerly, operator by operator; on fake tensors nothing is computed or allocated."""
+"""Memory of code that runs eagerly; on fake tensors nothing is computed or allocated."""
 
 from __future__ import annotations
 
@@ -107,7 +107,7 @@ def eager_step(
 
 
 def differentiated(result: Any) -> Tensor:
-    """The tensor of a model's result that a step differentiates: the loss, or else the first that can be.
+    """The tensor that a step differentiates: the loss, or else the first that can be.
 
     Raises:
         ValueError: none can be.

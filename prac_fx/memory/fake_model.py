@@ -1,4 +1,4 @@
-"""Models without memory: fake copies, models built under the meta device, other batch sizes, fewer identical blocks.
+"""Models without memory: fake copies, models built under the meta device, other batch sizes.
 
 Fake tensors (torch's FakeTensorMode) have a device, a shape and a dtype, and nothing behind them.
 Tracing and planning need no more, so a model of any size can be analysed on any machine.
@@ -101,7 +101,7 @@ def fake_mode_of(values: Any) -> FakeTensorMode | None:
 
 
 def build_model(build: Callable[[], Any], fake: bool | None = None) -> Any:
-    """Call a function that builds a model and its inputs, without memory for them if asked or needed.
+    """Call a function that builds a model and its inputs, without memory if asked or needed.
 
     Args:
         build: the user's function.

@@ -1,4 +1,4 @@
-"""Which buffers Inductor allocates for a forward or backward graph, kernel by kernel, and when it frees them.
+"""Which buffers Inductor allocates for a graph, kernel by kernel, and when it frees them.
 
 Inductor itself is asked: it lowers the graph, fuses and orders the kernels, and decides which
 results take over the memory of an input. No code is written or compiled, so this takes a second or
@@ -84,7 +84,7 @@ class GraphPlan:
     outputs: tuple[tuple[str, str] | None, ...]
 
     def saved_buffers(self, num_results: int) -> frozenset[str]:
-        """Buffers and graph inputs that a forward graph hands to its backward, after so many results for the caller."""
+        """What a forward graph hands to its backward, after so many results for the caller."""
         return frozenset(pair[1] for pair in self.outputs[num_results:] if pair is not None)
 
 
@@ -125,7 +125,7 @@ def _value(name: str, node: fx.Node) -> Value:
 
 
 def _input_output(output: object, inputs: dict[str, Value]) -> tuple[str, str] | None:
-    """An output of a graph that computes nothing, which Inductor does not lower: one of its inputs, or no tensor."""
+    """An output of a graph that computes nothing: one of its inputs, or no tensor."""
     if not isinstance(output, fx.Node) or str(output.target) not in inputs:
         return None
     return output.name, str(output.target)
@@ -140,7 +140,7 @@ def _output_buffer(output: Any) -> str | None:
 
 
 class _Schedule:
-    """Walks through Inductor's schedule as `Scheduler._codegen` does, and notes allocations instead of writing code."""
+    """Walks through Inductor's schedule as `Scheduler._codegen` does, and notes allocations."""
 
     def __init__(self, graph: GraphLowering) -> None:
         self.graph = graph
@@ -156,7 +156,7 @@ class _Schedule:
             if following is None:
                 # stands for the call of the last kernel: Inductor drops allocations after it, as
                 # nothing would use them
-                self.wrapper.lines.append("")
+                self.wrapper.writeline("")  # type: ignore[no-untyped-call]
             if not _shares_call(node, following):
                 self.scheduler.free_buffers()
             ends.append(len(self.wrapper.lines))
@@ -240,7 +240,7 @@ class _Schedule:
 
 
 def _shares_call(node: Any, following: Any) -> bool:
-    """True where Inductor's C++ backend runs two scheduled nodes in one call and frees only after both.
+    """Does Inductor's C++ backend run two scheduled nodes in one call, and free only after both?
 
     Source: `CppScheduling.flush`, which runs before each external kernel and at the end.
     """

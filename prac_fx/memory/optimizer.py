@@ -1,4 +1,4 @@
-"""What an optimizer of torch.optim keeps for each parameter, and what it allocates for the time of its step.
+"""What an optimizer of torch.optim keeps for each parameter, and allocates during its step.
 
 Not a table of formulas: the optimizer itself takes two steps on fake tensors of the parameters'
 sizes.

@@ -1,4 +1,4 @@
-"""One of Dynamo's graphs, planned: what plain Inductor would allocate for it, and what it would as our backend rewrites it.
+"""One of Dynamo's graphs, planned: what Inductor would allocate, for it and as we rewrite it.
 
 The backend's own two phases run (`prac_fx.compiler.two_phases`). In the place of Inductor's
 compilation stands an observer, which has Inductor lower and schedule each half
@@ -158,7 +158,7 @@ class _Planned(Exception):
 
 
 class _Observer:
-    """Stands in for Inductor behind AOTAutograd: plans the forward and the backward graph, and stops there."""
+    """Stands in for Inductor behind AOTAutograd: plans both graphs, and stops there."""
 
     def __init__(self) -> None:
         self.facts: JointFacts | None = None
@@ -204,7 +204,7 @@ class _Observer:
 
 
 class _PlainPartitioner(CustomPartitionerFn):
-    """torch's own partitioner, or, where our passes look at the joint graph first, what our backend leaves graphs to."""
+    """torch's own partitioner; where our passes look first, that of graphs which we leave alone."""
 
     def __init__(self, observer: _Observer, graph: DynamoGraph, config: PracConfig | None) -> None:
         self._observer = observer

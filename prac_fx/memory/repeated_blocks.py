@@ -1,4 +1,4 @@
-"""Deep models from a few of their blocks: identical blocks are analysed once, and what one of them adds is multiplied.
+"""Deep models from a few of their blocks: what one block adds is multiplied.
 
 Of n identical blocks the first two, one from the middle and the last are traced. Two at the
 beginning, because where several cuts cost the same the partitioner may cut the first blocks
@@ -56,7 +56,7 @@ class Repeated:
         return self.total - ANALYSED
 
     def block_of(self, path: str) -> int | None:
-        """Number of the block that the module at a path belongs to, among those that were analysed."""
+        """Number of the block that a module belongs to, by its path, among those that were analysed."""
         rest = path.removeprefix(f"{self.module}.")
         number = rest.partition(".")[0]
         return int(number) if rest != path and number.isdigit() else None
@@ -66,7 +66,7 @@ class Repeated:
         return 1 + self.more if self.block_of(path) == MIDDLE else 1
 
     def moved(self, path: str, middle: int) -> str:
-        """A path of the analysed model in the whole one, where the middle block stands for block `middle`."""
+        """A path of the analysed model in the whole one; the middle block stands for block `middle`."""
         block = self.block_of(path)
         if block is None or block < MIDDLE:
             return path
@@ -93,7 +93,7 @@ def _moved(value: PlannedValue, repeated: Repeated, middle: int) -> PlannedValue
 
 
 def check_blocks_alike(flops: Sequence[Mapping[str, int]], repeated: Repeated) -> None:
-    """The middle block must compute what the last one does, in forward: what is computed again in backward may differ.
+    """The middle block must compute what the last one does in forward; backward may differ.
 
     Args:
         flops: of plain Inductor's forward graphs, by module path.
@@ -177,7 +177,7 @@ def _cuts(events: Sequence[Event], repeated: Repeated, by_most: bool) -> _Cuts:
 def _starts(
     events: Sequence[Event], repeated: Repeated, phase: Phase, order: Sequence[int], by_most: bool
 ) -> list[int]:
-    """The same event of each block in a pass: the one that adds most to what stays, or the first one.
+    """The same event of each block in a pass: that which adds most to what stays, or the first.
 
     What depends on no activation, or is computed again, may run long before its block does.
     """
@@ -229,7 +229,7 @@ def _event(events: Sequence[Event], copied: _Copy, cuts: _Cuts, repeated: Repeat
 
 
 def _growth(events: Sequence[Event], part: tuple[int, int], category: Category) -> int:
-    """What one block leaves behind. Memory that it uses for a while goes up and down, and does not add up."""
+    """What one block leaves behind. Memory that it uses for a while does not add up."""
     if category not in ("saved", "gradients"):
         return 0
     return events[part[1]].nbytes[category] - events[part[0]].nbytes[category]
@@ -238,7 +238,7 @@ def _growth(events: Sequence[Event], part: tuple[int, int], category: Category) 
 def _live(
     step: StepPlan, events: Sequence[Event], copied: _Copy, event: Event, repeated: Repeated
 ) -> list[Live]:
-    """What the whole model holds at an event: what the analysed one does, and what the other blocks do."""
+    """What the whole model holds at an event: the analysed one, and its other blocks."""
     found = [
         replace(one, module=repeated.moved(one.module, copied.middle))
         for one in held_at(step, copied.index)

@@ -1,4 +1,4 @@
-"""The rows of a report: every value that backward needs, with the bytes that the rewritten graph really saves for it."""
+"""The rows of a report: every value that backward needs, with the bytes that are saved for it."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def values_after(plan: Plan, rewritten: PartitionedGraph) -> list[PlannedValue]:
 
 
 def layout_copies(before: GraphPlan, after: GraphPlan, num_results: int) -> list[PlannedValue]:
-    """Rows of the copies of inputs that Inductor saves for backward instead of the inputs themselves.
+    """Rows of copies of inputs that Inductor saves for backward instead of the inputs.
 
     Where a graph has convolutions, it may turn them and what they read to another memory layout
     (channels last), parameters and inputs included; source: `GraphLowering.decide_layout_opt` in
@@ -90,7 +90,7 @@ def _saved_copies(plan: GraphPlan, num_results: int) -> Iterator[tuple[str, Valu
 
 
 def values_unplanned(saved: Iterable[SavedValue]) -> list[PlannedValue]:
-    """The rows of a graph that no parameter enters, such as that of a loss after a graph break: nothing is encoded."""
+    """The rows of a graph that no parameter enters, such as that of a loss after a graph break."""
     return [
         replace(
             row_without_readers(value.node, "keep", _reason(value), value.nbytes),

@@ -1,4 +1,4 @@
-"""Runs through a training step kernel by kernel, and notes what is held: forward, loss, backward, optimizer.
+"""Runs through a training step kernel by kernel, and notes what is held.
 
 The kernels and buffers of each graph are Inductor's (`prac_fx.memory.inductor_buffers`). This
 module puts the graphs of a step in a row and adds what lives outside of them: parameters, buffers,
@@ -123,7 +123,7 @@ class _Simulation:
             self.of_storage[storage] = key
 
     def _drop_results(self) -> None:
-        """The forward pass has returned: the caller keeps the loss, or all results if none is a loss."""
+        """The forward pass has returned: the caller keeps the loss, or all results if there is none."""
         if not self.graphs:
             return
         last = len(self.graphs) - 1

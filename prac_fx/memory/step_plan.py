@@ -1,4 +1,4 @@
-"""A training step as data: its graphs in a row, what is held all the time, and which storages cross graphs."""
+"""A training step as data: its graphs, what is held all the time, which storages cross graphs."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Memory of one training step as a row of moments, in forward, loss, backward and optimizer, by category."""
+"""Memory of one training step as a row of moments, by phase and category."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Trace one training step, with plain Inductor or as our backend rewrites it, and plan what it allocates.
+"""Trace one training step, plain or as our backend rewrites it, and plan what it allocates.
 
 Dynamo and AOTAutograd trace the model, torch's partitioner and our passes split it, and Inductor
 lowers and schedules both halves (`prac_fx.memory.planned_graph`). Nothing is compiled. The model
@@ -131,7 +131,7 @@ class _Planner:
         return run
 
     def _plain(self, graph: DynamoGraph) -> PlannedGraph | None:
-        """The graph by plain Inductor, with our plan for it; known already if its joint graph is one that was planned."""
+        """The graph by plain Inductor, with our plan; known already if its joint graph was planned."""
         if self.config is not None and self.known and graph.is_planned:
             plan = analyse_graph(graph, self.config, self.patches)
             for known in self.known:
