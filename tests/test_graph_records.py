@@ -16,7 +16,7 @@ from torch._dynamo.eval_frame import reset_code
 import prac_fx
 from prac_fx import PracConfig, PracWarning, check_plans
 from prac_fx.compiler.graph_records import compiled_graphs
-from prac_fx.document.graph_record import GraphRecord, recorded_graphs
+from prac_fx.document.graph_record import GraphRecord, Instances, recorded_graphs
 from prac_fx.report import Document, load_document
 from tests.models import rows
 from tests.uncompiled import no_code_generation
@@ -216,3 +216,16 @@ def test_a_model_after_a_reset_is_not_mixed_with_the_one_before(tmp_path: Path) 
     torch._dynamo.reset()
     _step(Whole(2), rows(512), report=str(path))
     assert load_document(path) == alone
+
+
+def test_a_parameter_that_is_made_anew_is_no_further_module() -> None:
+    instances = Instances(1)
+    for _ in range(3):
+        parameter = nn.Parameter(torch.zeros(4))
+        instances.meet((None, parameter))
+        assert len(instances.identities) == 1
+        del parameter
+    kept = [nn.Parameter(torch.zeros(4)) for _ in range(2)]
+    assert [instances.meet((None, one)) for one in kept] == [False, True]
+    assert not instances.meet((None, kept[0]))
+    assert len(instances.identities) == 2

@@ -30,7 +30,7 @@ from prac_fx.torch_compat import inductor_config, raise_signal, trace_structured
 
 log = logging.getLogger(__name__)
 
-NO_PARAMETER = "no nn.Parameter enters this graph, which would own what is kept from step to step"
+_NO_PARAMETER = "no nn.Parameter enters this graph, which would own what is kept from step to step"
 
 
 def prac(
@@ -186,8 +186,8 @@ def _compile_without_parameters(
     compiled = compile_plain(graph, patches)
     if not graph.returns_grad:
         return compiled
-    log.info("plain Inductor: %s", NO_PARAMETER)
-    return with_record(compiled, graph_record(graph.gm, config, None, NO_PARAMETER))
+    log.info("plain Inductor: %s", _NO_PARAMETER)
+    return with_record(compiled, graph_record(graph.gm, config, None, _NO_PARAMETER))
 
 
 def _fall_back(

@@ -51,9 +51,13 @@ class Instances:
     def __init__(self, owner: int | None) -> None:
         self._owner = owner
         self._alive: dict[int, weakref.ref[Tensor]] = {}
+        self._max_alive = 0
 
     def meet(self, args: Sequence[object]) -> bool:
-        """Look at the arguments of a call. Is it the first one of its module?"""
+        """Look at the arguments of a call. Are there more modules now than ever before?
+
+        A wrapper may make a module's parameters anew in each step: these are not more.
+        """
         if self._owner is None:
             return False
         parameter = args[self._owner]
@@ -67,7 +71,9 @@ class Instances:
             self._alive.pop(key, None)
 
         self._alive[key] = weakref.ref(parameter, forget)
-        return True
+        are_more = len(self._alive) > self._max_alive
+        self._max_alive = max(self._max_alive, len(self._alive))
+        return are_more
 
     @property
     def identities(self) -> frozenset[int]:
