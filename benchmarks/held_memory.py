@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 from torch import Tensor, nn
@@ -17,23 +17,45 @@ def held_nbytes(result: Tensor, exclude: Iterable[Tensor]) -> int:
         result: a tensor with an autograd graph.
         exclude: parameters, buffers, inputs and subspace state: held anyway.
     """
+    return _nbytes_of(_compiled_functions([result]), exclude)
+
+
+def own_nbytes(results: Iterable[Any], exclude: Iterable[Tensor]) -> int:
+    """The same of the one compiled function that has just returned: those that made its arguments do not count.
+
+    Args:
+        results: what it has returned.
+        exclude: parameters, buffers, subspace state and its arguments.
+    """
+    tensors = [result for result in results if isinstance(result, Tensor)]
+    return _nbytes_of(_compiled_functions(tensors, only_last=True), exclude)
+
+
+def _nbytes_of(functions: Iterable[Any], exclude: Iterable[Tensor]) -> int:
     known = {tensor.untyped_storage().data_ptr() for tensor in exclude}
     storages: dict[int, int] = {}
-    pending: list[Any] = [result.grad_fn]
+    for function in functions:
+        for tensor in [*function.saved_tensors, *_unchecked(function)]:
+            storage = tensor.untyped_storage()
+            if storage.data_ptr() not in known:
+                storages[storage.data_ptr()] = storage.nbytes()
+    return sum(storages.values())
+
+
+def _compiled_functions(results: Iterable[Tensor], only_last: bool = False) -> Iterator[Any]:
+    """Backward nodes of the compiled functions behind some results; `only_last`: not those behind these again."""
+    pending: list[Any] = [result.grad_fn for result in results]
     seen = set()
     while pending:
         node = pending.pop()
         if node is None or node in seen:
             continue
         seen.add(node)
-        pending += [function for function, _ in node.next_functions]
-        if "CompiledFunction" not in node.name():
-            continue
-        for tensor in [*node.saved_tensors, *_unchecked(node)]:
-            storage = tensor.untyped_storage()
-            if storage.data_ptr() not in known:
-                storages[storage.data_ptr()] = storage.nbytes()
-    return sum(storages.values())
+        is_compiled = "CompiledFunction" in node.name()
+        if is_compiled:
+            yield node
+        if not (is_compiled and only_last):
+            pending += [function for function, _ in node.next_functions]
 
 
 def _unchecked(node: Any) -> list[Tensor]:

@@ -7,11 +7,13 @@ from typing import Any
 
 import torch.fx as fx
 
-from prac_fx.compiler.dynamo_backend import DynamoGraph, plan_and_compile
+from prac_fx.compiler.dynamo_graph import DynamoGraph
+from prac_fx.compiler.eager_graphs import run_eagerly
+from prac_fx.compiler.two_phases import plan_and_compile
 from prac_fx.config import PracConfig
 from prac_fx.passes.plan_data import Plan
 from prac_fx.runtime.step import training_step
-from prac_fx.torch_compat import compile_fx, copy_dynamo_graph, make_boxed_func
+from prac_fx.torch_compat import compile_fx, copy_dynamo_graph
 
 
 class Partitioned:
@@ -29,15 +31,11 @@ class Partitioned:
     def __call__(self, gm: fx.GraphModule, example_inputs: Sequence[Any]) -> Callable[..., Any]:
         graph = DynamoGraph(gm, tuple(example_inputs))
         if self.config is not None and graph.trainable:
-            plan, rewritten = plan_and_compile(graph, self.config, {}, self.run_as_it_is)
+            plan, rewritten = plan_and_compile(graph, self.config, {}, run_eagerly)
             if plan is not None and rewritten is not None:
                 self.plans.append(plan)
                 return training_step(rewritten, plan, self.config)
         compiled: Callable[..., Any] = compile_fx(
-            copy_dynamo_graph(gm), list(example_inputs), inner_compile=self.run_as_it_is
+            copy_dynamo_graph(gm), list(example_inputs), inner_compile=run_eagerly
         )
         return compiled
-
-    def run_as_it_is(self, gm: fx.GraphModule, example_inputs: Sequence[Any], **_: Any) -> Any:
-        """In place of Inductor's compilation of a partitioned graph."""
-        return make_boxed_func(gm.forward)

@@ -108,7 +108,8 @@ def amend(
         by_source[fault.source].append(fault)
     for source, faults in by_source.items():
         if only_keep or not _store_derived_values(amendments, draft, faults):
-            for value in amendments.stored_for.get(source, {source}) | {source}:
+            # in the order of the graph: that of a set of nodes differs from process to process
+            for value in sorted(amendments.stored_for.get(source, {source}) | {source}):
                 _store_clone_or_keep(amendments, draft, value, faults[0], only_keep)
     unread = {
         node

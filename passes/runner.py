@@ -18,6 +18,7 @@ import torch.fx as fx
 
 from prac_fx.config import SKIPPABLE_PASSES, PracConfig
 from prac_fx.errors import CannotRewriteError
+from prac_fx.graph.aliases import restore_views
 from prac_fx.graph.graph_edit import Inliner, with_names_in_order
 from prac_fx.passes.classify import Classification, classify
 from prac_fx.passes.encoded import EncodedSite, State
@@ -114,6 +115,7 @@ def merge_duplicates(gm: fx.GraphModule) -> None:
     """
     gm.graph.eliminate_dead_code()
     gm.graph = with_names_in_order(fx_graph_cse(gm.graph))
+    restore_views(gm.graph)
 
 
 def _survey(work: Work) -> None:

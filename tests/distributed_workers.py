@@ -33,7 +33,8 @@ from prac_fx.compiler import dynamo_backend
 from prac_fx.runtime.data_parallel import home_of, replica_of, sharded_parameters
 from prac_fx.runtime.rounding_seed import rounding_seed_of
 from prac_fx.runtime.subspace_state import Subspace, subspaces_of
-from prac_fx.torch_compat import fsdp_parameters, make_boxed_func
+from prac_fx.torch_compat import fsdp_parameters
+from tests.uncompiled import no_code_generation
 
 FEATURES, TOKENS, STEPS = 32, 256, 6
 TIMEOUT = datetime.timedelta(seconds=60)
@@ -137,15 +138,6 @@ def describe(model: nn.Module) -> Result:
         "bases": [digest(state.basis) for state in states],
         "seeds": [int(seed.seed) for seed in seeds],
     }
-
-
-def without_kernels() -> Any:
-    """Context in which the partitioned graphs run as they are: Inductor's kernels are tested elsewhere, and take long."""
-
-    def run_graph(gm: Any, example_inputs: Any, **_: Any) -> Any:
-        return make_boxed_func(gm.forward)
-
-    return patch.object(dynamo_backend, "compile_fx_inner", run_graph)
 
 
 # -- data parallel ---------------------------------------------------------------------------------
@@ -509,7 +501,7 @@ def main(rank: int, world: int, folder: Path, names: list[str]) -> None:
         torch._dynamo.reset()
         whole = torch._dynamo.config.patch(optimize_ddp=name == "ddp_split")
         try:
-            with whole, without_kernels():
+            with whole, no_code_generation():
                 result = SCENARIOS[name](folder)
         except Exception:
             result = {"error": traceback.format_exc()}

@@ -9,13 +9,15 @@ import torch
 import torch.fx as fx
 from torch import Tensor
 
-from prac_fx.compiler.dynamo_backend import DynamoGraph, analyse_graph, compile_rewritten
+from prac_fx.compiler.dynamo_graph import DynamoGraph
+from prac_fx.compiler.eager_graphs import run_eagerly
+from prac_fx.compiler.two_phases import analyse_graph, compile_rewritten
 from prac_fx.graph.graph_edit import LABEL
 from prac_fx.options import split_options
 from prac_fx.passes.partition import PartitionedGraph
 from prac_fx.passes.plan_data import Plan, PlannedValue
 from prac_fx.passes.runner import Pass, Work, observed
-from prac_fx.torch_compat import functorch_config, make_boxed_func
+from prac_fx.torch_compat import functorch_config
 from tests.compiling import SMALL
 
 
@@ -64,7 +66,7 @@ def trace(
         traced.plan = plan
         if plan.sites:
             with observed(traced.record), functorch_config.patch(enable_autograd_cache=False):
-                compile_rewritten(graph, plan, config, {}, _not_compiled)
+                compile_rewritten(graph, plan, config, {}, run_eagerly)
             assert traced.result is not None
             traced.graphs["fw"] = readable(traced.result.fw.graph)
             traced.graphs["bw"] = readable(traced.result.bw.graph)
@@ -73,10 +75,6 @@ def trace(
     torch._dynamo.reset()
     torch.compile(model, backend=backend, fullgraph=True, dynamic=dynamic)(*args)
     return traced
-
-
-def _not_compiled(gm: fx.GraphModule, example_inputs: Any, **options: Any) -> Any:
-    return make_boxed_func(gm.forward)
 
 
 def readable(graph: fx.Graph) -> str:

@@ -12,7 +12,8 @@ from pathlib import Path
 
 import torch
 
-from tests.distributed_workers import leave, without_kernels
+from tests.distributed_workers import leave
+from tests.uncompiled import no_code_generation
 
 EXAMPLES = Path(__file__).parent.parent / "examples"
 
@@ -22,7 +23,7 @@ def run(names: list[str], arguments: list[str]) -> None:
     torch.set_num_threads(1)
     if str(EXAMPLES) not in sys.path:
         sys.path.insert(0, str(EXAMPLES))
-    with without_kernels():
+    with no_code_generation():
         for name in names:
             torch._dynamo.reset()
             importlib.import_module(name).main(arguments)

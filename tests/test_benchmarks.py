@@ -17,23 +17,19 @@ import torch
 
 from benchmarks import frontier, gpu_targets, methods, step_parts
 from benchmarks.__main__ import NAMES, main
-from prac_fx.compiler import dynamo_backend
-from prac_fx.torch_compat import compile_fx, make_boxed_func
+from prac_fx.compiler.eager_graphs import run_eagerly
+from prac_fx.torch_compat import compile_fx
+from tests.uncompiled import no_code_generation
 
 ROOT = Path(__file__).parent.parent
-
-
-def _without_kernels(gm: Any, example_inputs: Any, **_: Any) -> Any:
-    """`compile_fx_inner` that leaves a partitioned graph as it is."""
-    return make_boxed_func(gm.forward)
 
 
 @pytest.fixture
 def quick() -> Iterator[None]:
     """Plans and partitions are real, Inductor's kernels are tested elsewhere: they would take minutes here."""
     with (
-        patch.object(dynamo_backend, "compile_fx_inner", _without_kernels),
-        patch.object(methods, "compile_fx", partial(compile_fx, inner_compile=_without_kernels)),
+        no_code_generation(),
+        patch.object(methods, "compile_fx", partial(compile_fx, inner_compile=run_eagerly)),
         patch.object(torch, "compile", _compile_quickly(torch.compile)),
     ):
         yield

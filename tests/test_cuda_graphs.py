@@ -21,7 +21,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import prac_fx
 from prac_fx.codecs import BitCodec, PracCodec, QuantCodec
-from prac_fx.compiler import dynamo_backend
+from prac_fx.compiler import two_phases
 from prac_fx.passes.sample import sample_matrix
 from prac_fx.runtime.rounding_seed import rounding_seed_of
 from prac_fx.torch_compat import compile_fx_inner
@@ -69,7 +69,7 @@ def compiled() -> tuple[_InnerGraph, _InnerGraph, nn.Module]:
 
     model = Sequential()
     with (
-        patch.object(dynamo_backend, "compile_fx_inner", inner_compile),
+        patch.object(two_phases, "compile_fx_inner", inner_compile),
         torch._functorch.config.patch(enable_autograd_cache=False),
     ):
         step(compile_prac(model, **OPTIONS), model, rows())

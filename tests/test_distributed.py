@@ -12,10 +12,8 @@ from typing import Any
 
 import pytest
 import torch
-from torch.utils.weak import WeakIdKeyDictionary
 
-from prac_fx.compiler.graph_records import CompiledGraph
-from prac_fx.compiler.rank_check import _outcomes, check_plans, find_mismatch
+from prac_fx.compiler.rank_check import Compilation, _outcomes, check_plans, find_mismatch
 from tests import distributed_workers as workers
 from tests.compiling import compile_prac
 from tests.distributed_workers import SCENARIOS, STEPS
@@ -48,7 +46,7 @@ def results(tmp_path_factory: pytest.TempPathFactory) -> Any:
     """Every scenario in both processes; a deadlock ends them all instead of hanging."""
     folder = tmp_path_factory.mktemp("ranks")
     torch._dynamo.reset()
-    with workers.without_kernels():
+    with no_code_generation():
         workers.save_alone(folder)
     logs = [folder / f"stderr-{rank}" for rank in range(WORLD)]
     processes = [_start(rank, folder, log) for rank, log in enumerate(logs)]
@@ -63,7 +61,7 @@ def results(tmp_path_factory: pytest.TempPathFactory) -> Any:
             process.kill()
     codes = [process.wait() for process in processes]
     errors = "\n".join([late, *(log.read_text()[-4000:] for log in logs)])
-    with workers.without_kernels():
+    with no_code_generation():
         alone = workers.load_alone(folder) if (folder / "two").exists() else {}
 
     def of(name: str) -> Both:
@@ -158,13 +156,13 @@ def test_check_plans_names_the_rank_that_fell_back(results: Any) -> None:
         assert message.endswith("rank 0 has nothing; rank 1 has RuntimeError: no")
 
 
-def _graph(**changes: Any) -> CompiledGraph:
+def _graph(**changes: Any) -> Compilation:
     given: dict[str, Any] = {
         "parameters": ("up.weight", "down.weight"),
         "options": ("seed=0", "strict=False"),
         "decisions": ("up (addmm): int8/128", "down (mul): keep (too_small)"),
     }
-    return CompiledGraph(**{**given, **changes})
+    return Compilation(**{**given, **changes})
 
 
 @pytest.mark.parametrize(
@@ -192,7 +190,7 @@ def _graph(**changes: Any) -> CompiledGraph:
     ],
     ids=["missing", "more", "options", "fallback", "decisions"],
 )
-def test_first_difference_in_words(graphs: list[CompiledGraph], difference: str) -> None:
+def test_first_difference_in_words(graphs: list[Compilation], difference: str) -> None:
     ranks = {0: _outcomes([_graph()]), 1: _outcomes([_graph()]), 2: _outcomes(graphs)}
     found = find_mismatch(ranks)
     assert found == f"rank 2 differs from ranks 0, 1 in what was compiled: {difference}"
@@ -203,11 +201,7 @@ def test_later_compilations_for_other_batches_are_not_compared() -> None:
     assert find_mismatch(ranks) == ""
 
 
-def test_check_plans_in_a_single_process_counts_what_was_compiled(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    # earlier tests may have left graphs alive
-    monkeypatch.setattr("prac_fx.compiler.graph_records._ALIVE", WeakIdKeyDictionary())
+def test_check_plans_in_a_single_process_counts_what_was_compiled() -> None:
     assert check_plans() == 0
     compiled = compile_prac(Sequential())
     with no_code_generation():

@@ -17,8 +17,9 @@ from torch._inductor.exc import InductorError
 
 import prac_fx
 from prac_fx.codecs import QuantCodec
-from prac_fx.compiler import dynamo_backend
-from prac_fx.compiler.graph_records import _ALIVE, CompiledGraph
+from prac_fx.compiler import two_phases
+from prac_fx.compiler.graph_records import compiled_graphs
+from prac_fx.compiler.rank_check import Compilation, compilation_of
 from prac_fx.passes.plan_data import Plan
 from prac_fx.report import load_document
 from prac_fx.runtime.rounding_seed import rounding_seed_of
@@ -30,18 +31,9 @@ from tests.uncompiled import no_code_generation
 QUANTIZED = {"policy": "balanced", "weight_gradient": "recompute"}
 
 
-@pytest.fixture
-def records(monkeypatch: pytest.MonkeyPatch) -> list[CompiledGraph]:
-    """What becomes of each graph that is recorded; a graph's own record leaves with it."""
-    made: list[CompiledGraph] = []
-    original = dynamo_backend.record_graph
-
-    def record(compiled: Callable[..., Any], *args: Any) -> None:
-        original(compiled, *args)
-        made.append(_ALIVE[compiled])
-
-    monkeypatch.setattr(dynamo_backend, "record_graph", record)
-    return made
+def _records() -> list[Compilation]:
+    """What became of each graph that is alive: Dynamo is fresh in each test."""
+    return [compilation_of(record) for record in compiled_graphs()]
 
 
 @contextmanager
@@ -111,7 +103,7 @@ def test_signals_pass_through(
     strict: bool,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    original = getattr(dynamo_backend, phase)
+    original = getattr(two_phases, phase)
     calls: list[object] = []
 
     def signals_once(*args: Any, **kwargs: Any) -> Any:
@@ -120,7 +112,7 @@ def test_signals_pass_through(
             raise form(TensorifyScalarRestartAnalysis())
         return original(*args, **kwargs)
 
-    monkeypatch.setattr(dynamo_backend, phase, signals_once)
+    monkeypatch.setattr(two_phases, phase, signals_once)
     model = Sequential(depth=1)
     with no_code_generation() as plans, our_warnings() as messages:
         step(compile_prac(model, strict=strict), model, rows())
@@ -133,7 +125,7 @@ def test_a_skipped_frame_runs_eagerly(monkeypatch: pytest.MonkeyPatch) -> None:
     def skip(*args: Any, **kwargs: Any) -> None:
         raise SkipFrame("not this one")
 
-    monkeypatch.setattr(dynamo_backend, "analyse_graph", skip)
+    monkeypatch.setattr(two_phases, "analyse_graph", skip)
     model, x = Sequential(depth=1), rows()
     with no_code_generation(), our_warnings() as messages:
         assert torch.equal(compile_prac(model)(x), model(x))
@@ -156,16 +148,14 @@ class Lookup(nn.Module):
         return self.down(F.gelu(self.up(self.rows(index))))
 
 
-def test_sparse_gradients_are_those_of_eager_code_up_to_rounding(
-    records: list[CompiledGraph],
-) -> None:
+def test_sparse_gradients_are_those_of_eager_code_up_to_rounding() -> None:
     """With Inductor, whose patterns compare the results after what they replace."""
     model, index = Lookup(), torch.arange(512) % 50
     step(model, model, index)
     exact = gradients(model)
     step(compile_prac(model, **QUANTIZED), model, index)
     ours = gradients(model)
-    (record,) = records
+    (record,) = _records()
     assert any("int8" in decision for decision in record.decisions)
     assert ours["rows.weight"].is_sparse
     for name, gradient in exact.items():
@@ -180,7 +170,7 @@ def test_the_report_of_a_model_with_sparse_gradients() -> None:
 @contextmanager
 def _first_backward_fails() -> Iterator[None]:
     """Context in which the first backward graph that is compiled, which is a rewritten one, cannot be."""
-    original, failed = dynamo_backend.compile_fx_inner, list[str]()
+    original, failed = two_phases.compile_fx_inner, list[str]()
 
     def compile_graph(gm: Any, *args: Any, **kwargs: Any) -> Any:
         if kwargs.get("is_backward") and not failed:
@@ -189,7 +179,7 @@ def _first_backward_fails() -> Iterator[None]:
         return original(gm, *args, **kwargs)
 
     with pytest.MonkeyPatch.context() as patched:
-        patched.setattr(dynamo_backend, "compile_fx_inner", compile_graph)
+        patched.setattr(two_phases, "compile_fx_inner", compile_graph)
         yield
     assert failed
 
@@ -254,9 +244,7 @@ def _compile_each(blocks: nn.ModuleList, **options: Any) -> None:
         block.compile(backend="prac", options={"prac.min_nbytes": 0, "prac.strict": True, **given})
 
 
-def test_frozen_blocks_are_encoded_and_have_a_seed_each(
-    tmp_path: Path, records: list[CompiledGraph]
-) -> None:
+def test_frozen_blocks_are_encoded_and_have_a_seed_each(tmp_path: Path) -> None:
     exact = _gradient(_frozen_blocks(), rows())
     blocks, path = _frozen_blocks(), tmp_path / "report.json"
     _compile_each(blocks, report=str(path))
@@ -270,7 +258,7 @@ def test_frozen_blocks_are_encoded_and_have_a_seed_each(
     seeds = [rounding_seed_of(block.norm.weight) for block in blocks]
     assert all(seed is not None and seed.steps == 1 for seed in seeds)
     assert len({seed.stream for seed in seeds if seed is not None}) == 3
-    (record,) = records
+    (record,) = _records()
     assert record.parameters == tuple(name for name, _ in blocks[0].named_parameters())
     assert not record.fallback
     assert any("int8" in decision for decision in record.decisions)
@@ -354,9 +342,7 @@ def _second(plans: list[Plan]) -> list[Any]:
     return [value for plan in plans for value in plan.values if _in_second(value)]
 
 
-def test_a_graph_without_parameters_is_recorded_with_the_reason(
-    tmp_path: Path, records: list[CompiledGraph]
-) -> None:
+def test_a_graph_without_parameters_is_recorded_with_the_reason(tmp_path: Path) -> None:
     path = tmp_path / "report.json"
 
     def scores(x: Tensor) -> Tensor:
@@ -368,21 +354,21 @@ def test_a_graph_without_parameters_is_recorded_with_the_reason(
         with torch.no_grad():
             compiled(x)
         compiled(x.detach())
-        assert not records
+        assert not _records()
         compiled(x).sum().backward()
     assert not plans
     assert not messages
-    (record,) = records
+    (record,) = _records()
     assert record.title == "a graph without parameters"
     assert "no nn.Parameter enters this graph" in record.fallback
     assert "no nn.Parameter enters this graph" in load_document(path)["advice"][0]
 
 
-def test_inference_is_not_recorded(records: list[CompiledGraph]) -> None:
+def test_inference_is_not_recorded() -> None:
     blocks = _frozen_blocks()
     _compile_each(blocks)
     with no_code_generation() as plans:
         for block in blocks:
             block(rows())
     assert not plans
-    assert not records
+    assert not _records()

@@ -12,7 +12,7 @@ from torch import Tensor
 from prac_fx.codecs import BitCodec, QuantCodec
 from prac_fx.codecs.quantized import Format
 from prac_fx.codecs.words import word_bits_on
-from prac_fx.compiler.dynamo_backend import rewritten_patches
+from prac_fx.compiler.two_phases import rewritten_patches
 from prac_fx.graph.row_layout import Layout
 from prac_fx.passes.plan_data import DecodedSite, Plan
 from prac_fx.torch_compat import gpu_fusion_patches, inductor_config

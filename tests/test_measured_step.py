@@ -10,7 +10,7 @@ from prac_fx.compare.measure import measure_alternatives
 from prac_fx.compare.ways import PLAIN, Alternative, Way, analyse_way
 from prac_fx.config import PracConfig
 from prac_fx.memory.analysis import analyse_step
-from prac_fx.memory.trace import Step
+from prac_fx.memory.step import Step
 
 EXACT = PracConfig(policy="linear", weight_gradient="exact", min_nbytes=0)
 

@@ -17,7 +17,8 @@ import prac_fx
 from prac_fx.compare.budgets import partition_within
 from prac_fx.compare.ways import Way, analyse_way
 from prac_fx.compiler import dynamo_backend
-from prac_fx.memory.analysis import Step, analyse_step
+from prac_fx.memory.analysis import analyse_step
+from prac_fx.memory.step import Step
 from prac_fx.passes.draws import draws_anew, is_random, partition_drawing_once
 from prac_fx.torch_compat import (
     FakeTensorMode,

@@ -22,7 +22,8 @@ from prac_fx.compare.ways import (
 )
 from prac_fx.config import PracConfig
 from prac_fx.memory import analysis
-from prac_fx.memory.repeated_blocks import Repeated, identical_blocks, with_few_blocks
+from prac_fx.memory.identical_blocks import identical_blocks, with_few_blocks
+from prac_fx.memory.repeated_blocks import Repeated
 from prac_fx.passes.plan_data import PlannedValue
 from prac_fx.report.explain import MemoryReport, report_step
 from prac_fx.report.html import as_html

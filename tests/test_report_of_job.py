@@ -7,7 +7,6 @@ import os
 import subprocess
 import sys
 import warnings
-from collections import defaultdict
 from pathlib import Path
 from typing import Any
 
@@ -25,9 +24,8 @@ OPTIONS = {"prac.min_nbytes": 0, "prac.policy": "balanced", "prac.group_size": 6
 
 
 @pytest.fixture(autouse=True)
-def _fresh(monkeypatch: pytest.MonkeyPatch) -> None:
+def _fresh() -> None:
     torch._dynamo.reset()
-    monkeypatch.setattr(job, "_GRAPHS", defaultdict(dict))
 
 
 def _train(model: nn.Module, x: Tensor, path: Path | str, **options: Any) -> Tensor:
@@ -144,7 +142,7 @@ def test_a_fallback_says_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
     def fail(*args: Any, **kwargs: Any) -> None:
         raise RuntimeError("no <b>rewriting</b> today")
 
-    monkeypatch.setattr("prac_fx.compiler.dynamo_backend.compile_rewritten", fail)
+    monkeypatch.setattr("prac_fx.compiler.two_phases.compile_rewritten", fail)
     path = tmp_path / "report.json"
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", PracWarning)

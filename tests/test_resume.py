@@ -14,12 +14,13 @@ from torch.nn.utils.parametrizations import weight_norm
 
 import prac_fx
 from prac_fx.runtime.subspace_state import subspaces_of
-from tests.distributed_workers import Block, batch, digest, options, without_kernels
+from tests.distributed_workers import Block, batch, digest, options
+from tests.uncompiled import no_code_generation
 
 
 @pytest.fixture(autouse=True)
 def _without_kernels() -> Iterator[None]:
-    with without_kernels():
+    with no_code_generation():
         yield
 
 

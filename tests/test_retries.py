@@ -15,7 +15,8 @@ from torch import Tensor, nn
 import prac_fx
 from prac_fx.codecs import BitCodec
 from prac_fx.compiler.retries import Retries
-from prac_fx.memory.trace import Step, trace
+from prac_fx.memory.step import Step
+from prac_fx.memory.trace import trace
 from prac_fx.passes import partition as partition_pass
 from prac_fx.passes.plan_data import Plan
 from tests.compiling import gradients, step

@@ -20,8 +20,8 @@ from prac_fx.runtime.moves import move_in_place
 from prac_fx.runtime.step import state_inputs, training_step
 from prac_fx.runtime.subspace_state import subspaces_of
 from tests.compiling import compile_prac, step
-from tests.distributed_workers import without_kernels
 from tests.models import Sequential, rows
+from tests.uncompiled import no_code_generation
 
 FEATURES = 16
 CODEC = PracCodec(FEATURES, principal=4, random=4, blocks=1, sample_rows=8)
@@ -151,7 +151,7 @@ def test_steps_count_on_when_a_graph_is_compiled_anew() -> None:
     """State belongs to the parameter: another batch size goes on where the first one was."""
     model = Sequential()
     compiled = compile_prac(model)
-    with without_kernels():
+    with no_code_generation():
         for count in (512, 512, 384, 640):
             step(compiled, model, rows(count))
     steps = {s.steps for p in model.parameters() for s in subspaces_of(p).values()}

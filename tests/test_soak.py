@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from benchmarks import soak
-from tests.distributed_workers import without_kernels
+from tests.uncompiled import no_code_generation
 
 
 def _windows(**last: float) -> list[soak.Window]:
@@ -46,7 +46,7 @@ def test_one_high_window_is_no_growth() -> None:
 def test_a_short_run_does_not_grow(tmp_path: Path) -> None:
     """Ten windows of 15 steps, three batch sizes; times are not judged in a test."""
     torch._dynamo.reset()
-    with without_kernels():
+    with no_code_generation():
         status = soak.main(["--steps", "150", "--memory-only", "--output", str(tmp_path)])
     record = json.loads((tmp_path / "soak.json").read_text())
     assert record["grown"] == []

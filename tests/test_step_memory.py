@@ -13,7 +13,7 @@ from prac_fx import PracConfig
 from prac_fx.compare.allocator import step_allocations
 from prac_fx.compare.ways import Alternative, Way, row_of, ways_to_train
 from prac_fx.memory.analysis import analyse_step
-from prac_fx.memory.trace import Step
+from prac_fx.memory.step import Step
 from prac_fx.report import check_document
 from prac_fx.report.explain import MemoryReport, report_step
 from prac_fx.torch_compat import functorch_config

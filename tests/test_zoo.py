@@ -1,4 +1,4 @@
-"""Architectures of transformers hold the backend to its promises; `python -m tests.zoo` has the whole list."""
+"""Architectures of transformers hold the backend to its promises; `python -m tests.zoo [--report]` has the whole list."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import torch
 
 from tests.zoo.architectures import ARCHITECTURES
 from tests.zoo.check import Noise, check, noise_of
+from tests.zoo.prediction import predict
 
 # of each kind of model and each way one or a few
 CASES = [
@@ -32,6 +33,21 @@ CASES = [
 def test_architecture(name: str, way: str) -> None:
     result = check(name, [way])
     assert result.failures == []
+
+
+# what a report says is saved, with graph breaks between the blocks and before the loss, and without
+PREDICTED = [
+    ("gpt2", "balanced"),
+    ("bert+breaks", "balanced"),
+    ("rwkv", "max"),  # its plan once depended on addresses
+    ("wav2vec2", "balanced"),  # many graphs, and a view whose storage tracing has lost
+]
+
+
+@pytest.mark.parametrize(("name", "policy"), PREDICTED)
+def test_predicted_bytes_are_those_that_are_held(name: str, policy: str) -> None:
+    prediction = predict(name, policy)
+    assert prediction.holds, prediction
 
 
 def _draws(bias: float, noise: float, count: int = 6) -> Noise:

@@ -10,7 +10,7 @@ from unittest.mock import patch
 import torch
 import torch.fx as fx
 
-from prac_fx.compiler import dynamo_backend
+from prac_fx.compiler import dynamo_backend, two_phases
 from prac_fx.compiler.eager_graphs import run_eagerly
 from prac_fx.passes.plan_data import Plan
 from prac_fx.torch_compat import compile_fx, without_autograd_cache
@@ -31,7 +31,7 @@ def no_code_generation() -> Iterator[list[Plan]]:
         return plan, compiled
 
     with (
-        patch.object(dynamo_backend, "compile_fx_inner", run_eagerly),
+        patch.object(two_phases, "compile_fx_inner", run_eagerly),
         patch.object(dynamo_backend, "plan_and_compile", recorded),
         without_autograd_cache(),
     ):

@@ -1,4 +1,4 @@
-"""What one training step really allocates, from the allocator: compiled, eager and checkpointed models alike."""
+"""What one training step really allocates, from the allocator, however it is run."""
 
 from __future__ import annotations
 
@@ -22,7 +22,8 @@ class StepAllocations:
 
     Attributes:
         saved_nbytes: held after the forward pass: what autograd keeps, and the loss.
-        peak_nbytes: the most that was held at once during forward and backward, new gradients included.
+        peak_nbytes: the most that was held at once during forward and backward, new gradients
+            included.
     """
 
     saved_nbytes: int
@@ -32,8 +33,8 @@ class StepAllocations:
 def step_allocations(forward: Callable[[], Tensor], device: torch.device) -> StepAllocations:
     """Run forward and backward once and watch the allocator.
 
-    Gradients count if there are none before: call `zero_grad()` first. Run some steps before, or what is allocated
-    once (compiled code, state of the subspaces) counts, too.
+    Gradients count if there are none before: call `zero_grad()` first. Run some steps before, or
+    what is allocated once (compiled code, state of the subspaces) counts, too.
 
     Args:
         forward: returns the loss, a scalar.

@@ -1,9 +1,10 @@
-"""What a step saves, and the FLOPs it takes, within memory budgets: torch's partitioner on one trace of the whole model.
+"""What a step saves, and the FLOPs it takes, within torch's memory budgets.
 
-To meet `activation_memory_budget` the partitioner chooses among the blocks of a deep model, so that none of them stands for
-the others, and what it chooses in a shallow model says little about a deep one. Partitioning is exact and, of all that an
-analysis does, the smaller part. The peak is not found here: it depends on when Inductor runs what is computed again,
-sometimes many blocks before it is needed.
+torch's partitioner runs on one trace of the whole model. To meet `activation_memory_budget` the partitioner chooses among the blocks of a deep model, so that
+none of them stands for the others, and what it chooses in a shallow model says little about a deep
+one. Partitioning is exact and, of all that an analysis does, the smaller part. The peak is not
+found here: it depends on when Inductor runs what is computed again, sometimes many blocks before it
+is needed.
 """
 
 from __future__ import annotations
@@ -15,9 +16,10 @@ from typing import Any, NoReturn
 
 import torch.fx as fx
 
-from prac_fx.compiler.dynamo_backend import DynamoGraph, call_partitioner
+from prac_fx.compiler.dynamo_graph import DynamoGraph
+from prac_fx.compiler.two_phases import call_partitioner
 from prac_fx.graph.flops import graph_flops
-from prac_fx.memory.trace import Step, trace_with
+from prac_fx.memory.step import Step, trace_with
 from prac_fx.passes.draws import draws_anew
 from prac_fx.passes.runner import merge_duplicates
 from prac_fx.passes.survey import saved_values
@@ -79,7 +81,7 @@ class _Budgeter:
     def __call__(self, gm: fx.GraphModule, example_inputs: Sequence[Any]) -> Callable[..., Any]:
         graph = DynamoGraph(gm, tuple(example_inputs))
         forward: Callable[..., Any] = gm.forward
-        found = self._partitions(graph) if graph.is_planned else {}
+        found = self._partitions(graph) if graph.requires_grad else {}
         if not found:
             return forward
 

@@ -21,7 +21,7 @@ from prac_fx.compare.ways import (
 from prac_fx.config import PracConfig
 from prac_fx.errors import one_line
 from prac_fx.memory.analysis import AnalysedStep
-from prac_fx.memory.trace import Step
+from prac_fx.memory.step import Step
 
 _NO_PEAK = "the peak depends on how many blocks ahead each is computed again: --all-blocks"
 
@@ -66,7 +66,7 @@ def compare_alternatives(
 
 
 def _tasks(ways: Sequence[Way], processes: int, shares_trace: bool) -> list[Sequence[Way]]:
-    """What is analysed at a time, the longest first: no process waits long for another. Budgets may share a trace."""
+    """What is analysed at a time, the longest first. Budgets may share a trace."""
     budgets = [way for way in ways if way.budget < 1]
     others = [way for way in ways if way.budget == 1]
     groups = max(1, processes // 2) if shares_trace else len(budgets)
@@ -91,7 +91,7 @@ def _known(way: Way, analysed: AnalysedStep, config: PracConfig) -> Alternative 
 def rows_within_budgets(
     ways: Sequence[Way], step: Step, patches: Mapping[str, Any], analysed: AnalysedStep
 ) -> list[Alternative]:
-    """The rows of several budgets. Of a deep model all blocks are partitioned, and a few of them analysed."""
+    """The rows of several budgets. Of a deep model all blocks are partitioned, a few analysed."""
     if analysed.repeated is None:
         return [analyse_way(way, step, patches, analysed) for way in ways]
     try:

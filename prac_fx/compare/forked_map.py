@@ -20,7 +20,7 @@ _task: Callable[[int], Any] | None = None  # forked processes find it here, what
 
 
 def usable_processes() -> int:
-    """How many processes help: one for each core that this process may use, up to four. One where forking is not safe.
+    """How many processes help: one for each usable core, up to four; one where forking is not safe.
 
     That is outside of Linux, and once CUDA runs, which does not outlive a fork.
     """
@@ -35,7 +35,7 @@ def forked_map(
     processes: int,
     progress: Callable[[T, int], None],
 ) -> list[R]:
-    """`[function(item) for item in items]`, in forked processes if there is more than one of either.
+    """`[function(item) for item in items]`, in forked processes if more than one of either is given.
 
     Args:
         function: any callable; nothing that it changes is seen here. Its results are pickled.
@@ -54,7 +54,7 @@ def forked_map(
             found.append(function(item))
         return found
     global _task
-    _task = functools.partial(_at, function, items)
+    _task = functools.partial(_nth_call, function, items)
     try:
         fork = multiprocessing.get_context("fork")
         with ProcessPoolExecutor(processes, mp_context=fork, initializer=_start) as pool:
@@ -70,12 +70,13 @@ def forked_map(
         _task = None
 
 
-def _at(function: Callable[[T], R], items: Sequence[T], number: int) -> R:
+def _nth_call(function: Callable[[T], R], items: Sequence[T], number: int) -> R:
     return function(items[number])
 
 
 def _start() -> None:
-    # the threads of the parent's OpenMP are not there after a fork, and waiting for them would never end
+    # the threads of the parent's OpenMP are not there after a fork, and waiting for them would
+    # never end
     torch.set_num_threads(1)
 
 

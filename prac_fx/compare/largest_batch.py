@@ -1,4 +1,4 @@
-"""The largest batch that fits a number of bytes, found on the model of memory: nothing runs out of memory to find it."""
+"""The largest batch that fits a number of bytes, found on the model of memory."""
 
 from __future__ import annotations
 
@@ -12,10 +12,11 @@ from prac_fx.compare.forked_map import forked_map
 from prac_fx.compare.ways import Alternative, analyse_way, without_values
 from prac_fx.memory.analysis import AnalysedStep
 from prac_fx.memory.fake_model import batch_size, resized
-from prac_fx.memory.trace import Step
+from prac_fx.memory.step import Step
 
-# Analyses of other batch sizes for one row, at most. Peaks are nearly linear in the batch, so two or three do; more where the peak moves elsewhere.
-_MOST_ANALYSES = 8
+# Analyses of other batch sizes for one row, at most. Peaks are nearly linear in the batch, so two
+# or three do; more where the peak moves elsewhere.
+_MAX_ANALYSES = 8
 
 
 def largest_batches(
@@ -27,7 +28,7 @@ def largest_batches(
     progress: Progress,
     processes: int = 1,
 ) -> list[Alternative]:
-    """Rows with the largest batch whose estimated peak is at most `limit_nbytes`; 0 where not even one fits.
+    """Rows with the largest batch whose estimated peak is at most `limit_nbytes`; 0 if none fits.
 
     Args:
         step: the user's.
@@ -67,8 +68,8 @@ def largest_that_fits(
 ) -> int | None:
     """The largest batch whose peak is at most `limit_nbytes`.
 
-    Secant steps between the batches that are known to fit and not to fit, so the answer itself was analysed and, unless
-    the analyses ran out, so was the next larger batch, which does not fit.
+    Secant steps between the batches that are known to fit and not to fit, so the answer itself was
+    analysed and, unless the analyses ran out, so was the next larger batch, which does not fit.
 
     Args:
         peak: bytes for a batch size; None where it cannot be analysed.
@@ -81,7 +82,7 @@ def largest_that_fits(
     """
     known = {start: peak_at_start}
     guess = 2 * start if peak_at_start <= limit_nbytes else max(1, start // 2)
-    for _ in range(_MOST_ANALYSES):
+    for _ in range(_MAX_ANALYSES):
         if guess not in known:
             nbytes = peak(guess)
             if nbytes is None:

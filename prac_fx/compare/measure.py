@@ -17,7 +17,7 @@ from prac_fx.compare.ways import PLAIN, Alternative, Backend, Measured, checkpoi
 from prac_fx.errors import one_line
 from prac_fx.memory.analysis import AnalysedStep
 from prac_fx.memory.eager import differentiated
-from prac_fx.memory.trace import Step
+from prac_fx.memory.step import Step
 from prac_fx.torch_compat import without_recompile_limit
 
 _WARM_UP = 3
@@ -31,14 +31,15 @@ def measure_alternatives(
     patches: Mapping[str, Any],
     progress: Progress,
 ) -> tuple[list[Alternative], str]:
-    """Rows with what real steps took, and the device they ran on. Gradients of the model are cleared.
+    """Rows with what real steps took, and the device. Gradients of the model are cleared.
 
-    Each way is compiled, warmed up and its memory measured; then all step in turn, and each step is compared with plain
-    Inductor's of the same round. A way that fails says so in its note.
+    Each way is compiled, warmed up and its memory measured; then all step in turn, and each step is
+    compared with plain Inductor's of the same round. A way that fails says so in its note.
 
     Args:
         step: the user's, with real tensors.
-        analysed: its analysis: what is held anyway is added to measured peaks, so that they compare with estimates.
+        analysed: its analysis: what is held anyway is added to measured peaks, so that they compare
+            with estimates.
         rows: the estimates.
         patches: Inductor's.
         progress: called with what is done next, steps done, and steps in all.

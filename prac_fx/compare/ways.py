@@ -15,11 +15,12 @@ from torch.utils.checkpoint import checkpoint
 from prac_fx.compiler.dynamo_backend import PracBackend
 from prac_fx.config import POLICIES, PracConfig
 from prac_fx.errors import PracError, ReportError, one_line
-from prac_fx.memory.analysis import AnalysedStep, analyse_step, tensors_of
+from prac_fx.memory.analysis import AnalysedStep, analyse_step
 from prac_fx.memory.eager import eager_step
 from prac_fx.memory.fake_model import as_fake
 from prac_fx.memory.optimizer import optimizer_memory
-from prac_fx.memory.trace import Step
+from prac_fx.memory.step import Step
+from prac_fx.memory.tensors import tensors_of
 from prac_fx.torch_compat import FakeTensorMode, compile_fx, functorch_config
 
 BUDGETS = (0.99, 0.7, 0.5, 0.3, 0.1)
@@ -27,7 +28,8 @@ PLAIN = "inductor"
 _FP8 = {
     "post_grad_fusion_options": {
         "activation_quantization_aten_pass": {
-            # torch's forward and backward assume different defaults for it, which gives wrong gradients
+            # torch's forward and backward assume different defaults for it, which gives wrong
+            # gradients
             "use_scaling": True,
             "size_in_mb": 1,
             "exclude_primals": True,
@@ -91,7 +93,8 @@ class Alternative:
         way: how.
         saved_nbytes: held between forward and backward.
         peak_nbytes: of the whole step.
-        added_flops: over those of plain Inductor's step, as a share of them; negative when it needs fewer.
+        added_flops: over those of plain Inductor's step, as a share of them; negative when it needs
+            fewer.
         largest_batch: that fits the bytes that were asked for.
         measured: by real steps.
         note: what else there is to know, such as why it failed.
@@ -114,7 +117,7 @@ class Alternative:
 
     @property
     def gradient(self) -> str:
-        """Of the way; "wrong" where backward goes on with other random numbers than those of forward."""
+        """Of the way; "wrong" where backward draws other random numbers than forward."""
         return "wrong" if self.draws_anew else self.way.gradient
 
     @property
@@ -175,10 +178,11 @@ def analyse_way(
 
 
 def row_of(way: Way, found: AnalysedStep, plain: AnalysedStep | None) -> Alternative:
-    """The row of an analysis; its FLOPs are compared with those of `plain`, if that is the same step."""
+    """The row of an analysis; FLOPs are compared with those of `plain`, if that is the same step."""
     added = added_flops(found.flops_after, plain)
     if way.config is None and added is not None and added < -_ROUNDING:
-        # exact gradients with fewer FLOPs: Dynamo left parts of the model to Python, which no graph tells of
+        # exact gradients with fewer FLOPs: Dynamo left parts of the model to Python, which no graph
+        # tells of
         return Alternative(way, note="Dynamo compiles this only in part: --measure finds out")
     return Alternative(
         way,
@@ -190,7 +194,7 @@ def row_of(way: Way, found: AnalysedStep, plain: AnalysedStep | None) -> Alterna
 
 
 def added_flops(flops: int, plain: AnalysedStep | None) -> float | None:
-    """Share of the FLOPs of plain Inductor's step that come on top of them; None where that is not known."""
+    """FLOPs on top of those of plain Inductor's step, as a share of them; None if not known."""
     if plain is None or not plain.flops_before:
         return None
     return (flops - plain.flops_before) / plain.flops_before
@@ -242,7 +246,7 @@ def without_values(step: Step) -> Step:
 
 
 def checkpointed(step: Step) -> Step:
-    """The step with every block of the model in `torch.utils.checkpoint`; the user's model stays as it is.
+    """The step with every block in `torch.utils.checkpoint`; the user's model stays as it is.
 
     Raises:
         ReportError: the model has no list of blocks.
@@ -258,7 +262,7 @@ def checkpointed(step: Step) -> Step:
 
 
 def blocks_of(model: nn.Module) -> Sequence[nn.Module]:
-    """The blocks of a model: the longest list of modules of one class, at least two of them; else none."""
+    """The blocks of a model: the longest list of modules of one class, if it has two or more."""
     lists = [
         list(module.children())
         for module in model.modules()
@@ -270,7 +274,7 @@ def blocks_of(model: nn.Module) -> Sequence[nn.Module]:
 
 
 class Backend:
-    """A Dynamo backend that compiles as a way has it. Dynamo keeps code by backend, so each is one of its own."""
+    """A Dynamo backend that compiles as a way has it. Dynamo keeps code by backend."""
 
     def __init__(self, way: Way, patches: Mapping[str, Any]) -> None:
         self.way = way

@@ -1,1 +1,1 @@
-"""The backend: from the graph of Dynamo to compiled code, in two phases, and what is remembered of each graph."""
+"""The backend: from the graph of Dynamo to compiled code, and what is remembered of each graph."""

@@ -1,4 +1,4 @@
-"""Running a graph that Inductor would compile operator by operator: to compare, and where Inductor fails in backward."""
+"""Running a graph operator by operator: to compare, and where Inductor fails in backward."""
 
 from __future__ import annotations
 
@@ -32,10 +32,11 @@ def run_eagerly(gm: fx.GraphModule, *args: Any, **kwargs: Any) -> Callable[..., 
 def with_backward_net(
     inner_compile: Callable[..., Any], *, strict: bool = False
 ) -> Callable[..., Any]:
-    """Inductor's compilation of a graph; a backward that it cannot compile runs operator by operator.
+    """Inductor's compilation; a backward that it cannot compile runs operator by operator.
 
-    The first backward compiles its graph, when the forward has run and only codes are left of what it saved: it is too
-    late to hand the graph to plain Inductor. Gradients stay what they are, and one warning says why they are slow.
+    The first backward compiles its graph, when the forward has run and only codes are left of what
+    it saved: it is too late to hand the graph to plain Inductor. Gradients stay what they are, and
+    one warning says why they are slow.
 
     Args:
         inner_compile: `compile_fx_inner` or what stands for it.
@@ -65,7 +66,7 @@ def with_backward_net(
 
 
 def _draws_by_seed(gm: fx.GraphModule) -> bool:
-    """Does the graph make random numbers that compiled code made in forward, and no other code would make again?"""
+    """Does the graph make random numbers again that compiled code made in forward?"""
     return any(node.target in _SEEDED for node in gm.graph.nodes)
 
 
@@ -84,8 +85,8 @@ def _generator(seed: Tensor) -> torch.Generator:
     return torch.Generator(seed.device).manual_seed(int(seed))
 
 
-# Inductor's kernels make random numbers from a seed, in backward the same ones again. Called on their own these
-# operators ignore it.
+# Inductor's kernels make random numbers from a seed, in backward the same ones again. Called on
+# their own these operators ignore it.
 _SEEDED: Mapping[object, Callable[..., Tensor]] = {
     torch.ops.prims.inductor_random.default: _seeded_random,
     torch.ops.prims.inductor_randint.default: _seeded_randint,

@@ -1,9 +1,10 @@
-"""Which loops Inductor's C++ backend splits in a rewritten graph: only those that it splits without a remainder.
+"""Inductor's C++ backend splits only those loops of a rewritten graph that leave no remainder.
 
-Where an index has x // g in it, Inductor turns the loop over x, of n steps, into n // g times g steps
-(`CppScheduling.try_loop_split`). If g does not divide n the rest of the loop is never run: the end of each row stays
-uninitialised memory (torch 2.11 to 2.13; n = 344, g = 120 is one case). A scale for each group of features is such an
-index, and so is a repeated or enlarged tensor of the model's. Not splitting is right, and a little slower.
+Where an index has x // g in it, Inductor turns the loop over x, of n steps, into n // g times g
+steps (`CppScheduling.try_loop_split`). If g does not divide n the rest of the loop is never run:
+the end of each row stays uninitialised memory (torch 2.11 to 2.13; n = 344, g = 120 is one case). A
+scale for each group of features is such an index, and so is a repeated or enlarged tensor of the
+model's. Not splitting is right, and a little slower.
 """
 
 from __future__ import annotations
@@ -35,7 +36,7 @@ def without_lossy_splits(inner_compile: Callable[..., _Result]) -> Callable[...,
 
 
 def loses_no_step(nodes: Sequence[Any]) -> bool:
-    """Does a split, if torch finds one for these fused scheduler nodes, keep every step? False if in doubt.
+    """Does a split of these fused scheduler nodes keep every step? False if in doubt.
 
     The lengths of loops go by their variables: dimensions of size 1 have a length and no variable.
     """

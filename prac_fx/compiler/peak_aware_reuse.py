@@ -1,9 +1,10 @@
-"""Which free buffers Inductor keeps for later: only those that do not raise the peak of a rewritten graph.
+"""Inductor keeps only those free buffers for later that do not raise the peak.
 
-Inductor keeps a free buffer until one of the same size is wanted, however much later that is, unless its estimate of the
-graph's peak says that there is no room. The estimate counts as memory what stays inside fused kernels, views, and every
-read of a scale for a group as a value of its own. Encoding and decoding consist of these, so that there always seems to be room:
-the peak of a step of a small LLaMA was a third higher for it.
+Inductor keeps a free buffer until one of the same size is wanted, however much later that is,
+unless its estimate of the graph's peak says that there is no room. The estimate counts as memory
+what stays inside fused kernels, views, and every read of a scale for a group as a value of its own.
+Encoding and decoding consist of these, so that there always seems to be room: the peak of a step of
+a small LLaMA was a third higher for it.
 """
 
 from __future__ import annotations
@@ -33,7 +34,7 @@ _Result = TypeVar("_Result")
 
 
 def without_higher_peak(inner_compile: Callable[..., _Result]) -> Callable[..., _Result]:
-    """Inductor's compilation of a graph, with reuse of buffers only where it does not raise the peak.
+    """Inductor's compilation, with reuse of buffers only where it does not raise the peak.
 
     Args:
         inner_compile: `compile_fx_inner` or what stands for it.

@@ -1,11 +1,11 @@
-"""What to leave as it is when a rewritten graph fails a check, so that one wrong guess does not cost the graph."""
+"""What to leave as it is when a rewritten graph fails a check."""
 
 from __future__ import annotations
 
 from prac_fx.passes.plan_data import Plan
 
 # Each costs two more traces of the model.
-_MOST_VALUES = 8
+_MAX_VALUES = 8
 
 
 class Retries:
@@ -22,7 +22,8 @@ class Retries:
     def after(self, plan: Plan, failed: str) -> bool:
         """Learn from a failure. Is there another plan to try?
 
-        One value after another is kept. Where that does not help, or does not end, the last plan computes no value
+        One value after another is kept. Where that does not help, or does not end, the last plan
+        computes no value
         again: what is encoded then depends least on what torch's partitioner does.
 
         Args:
@@ -31,7 +32,7 @@ class Retries:
         """
         if not failed or self._is_last:
             return False
-        if failed not in self.blocked and len(self.blocked) < _MOST_VALUES:
+        if failed not in self.blocked and len(self.blocked) < _MAX_VALUES:
             self.blocked.append(failed)
             return True
         self._is_last = True

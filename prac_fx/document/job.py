@@ -6,28 +6,23 @@ other ways to train) is null. Every process makes the plan anew, so the report d
 compile caches. Min-cut decides anew on the rewritten graph: what is really saved may be less than
 what was planned.
 
-The whole file is written anew after each graph that is compiled. In a distributed job every rank
-has its own: `report.json` becomes `report.rank0.json`.
+The whole file is written anew after each graph that is compiled, and when another module runs one
+of them. In a distributed job every rank has its own: `report.json` becomes `report.rank0.json`.
 """
 
 from __future__ import annotations
 
 import json
-from collections import defaultdict
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch.distributed as dist
-import torch.fx as fx
 
 from prac_fx.config import PracConfig
-from prac_fx.document.job_graph import JobGraph, job_graph
+from prac_fx.document.graph_record import GraphRecord
 from prac_fx.document.of_job import job_document
 from prac_fx.document.write import why_not_writable, write_whole
 from prac_fx.errors import PracOptionError, warn
-from prac_fx.passes.plan_data import Plan
-
-# file -> the graphs in it, in the order of their compilation
-_GRAPHS: defaultdict[Path, dict[object, JobGraph]] = defaultdict(dict)
 
 
 def check_report_path(report: str) -> None:
@@ -41,25 +36,23 @@ def check_report_path(report: str) -> None:
         raise PracOptionError(f"prac.report={report!r}: cannot write: {reason}")
 
 
-def report_graph(
-    gm: fx.GraphModule, config: PracConfig, plan: Plan | None, fallback: str = ""
-) -> None:
-    """Add a graph to the report of this process, and write it.
-
-    Args:
-        gm: Dynamo's graph.
-        config: the options; nothing happens without `report` among them.
-        plan: what it was compiled by; None for plain Inductor without one.
-        fallback: why it is plain Inductor's then.
+def write_report(records: Sequence[GraphRecord], config: PracConfig) -> None:
+    """Write the report of this process.
 
     A file that cannot be written any more is a warning: a full disk is no reason to stop training.
+
+    Args:
+        records: of all graphs of this process, in the order of their compilation. Those that have
+            the same file are in the report.
+        config: the options; nothing happens without `report` among them.
     """
     if config.report is None:
         return
     path = _own_path(config.report)
-    graph = job_graph(gm, plan, fallback)
-    _GRAPHS[path][graph.key] = graph
-    document = job_document(list(_GRAPHS[path].values()), config)
+    graphs = [one for one in records if one.config.report and _own_path(one.config.report) == path]
+    if not graphs:
+        return
+    document = job_document(graphs, config)
     try:
         text = json.dumps(document, indent=2, allow_nan=False) + "\n"
         write_whole(path, text.encode())

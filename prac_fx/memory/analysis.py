@@ -1,35 +1,37 @@
-"""One training step, analysed: what it keeps for backward, and what it holds at each moment, without and with our backend."""
+"""One training step, analysed: what it keeps for backward, and what it holds at each moment."""
 
 from __future__ import annotations
 
 import logging
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from functools import cached_property
 from typing import Any
 
 from torch import Tensor, nn
 
 from prac_fx.config import PracConfig
 from prac_fx.errors import ReportError, one_line
-from prac_fx.graph.nbytes import storage_nbytes
-from prac_fx.memory.inductor_buffers import Value
+from prac_fx.memory.between_graphs import saved_between_graphs, with_between_graphs
+from prac_fx.memory.identical_blocks import identical_blocks, with_few_blocks
 from prac_fx.memory.optimizer import OptimizerMemory, optimizer_memory
+from prac_fx.memory.planned_graph import PlannedGraph
 from prac_fx.memory.repeated_blocks import (
     CannotMultiplyError,
     Repeated,
     all_values,
     check_blocks_alike,
-    identical_blocks,
     step_of_all_blocks,
-    with_few_blocks,
 )
 from prac_fx.memory.saved_rows import layout_copies, values_after, values_refused
-from prac_fx.memory.timeline import Category, Live, StepMemory, StepPlan, saved_between_graphs
-from prac_fx.memory.trace import Call, PlannedGraph, Step, captured_name, trace
+from prac_fx.memory.simulation import step_memory
+from prac_fx.memory.step import Step
+from prac_fx.memory.step_plan import StepPlan
+from prac_fx.memory.tensors import Tensors, tensors_of, with_captured
+from prac_fx.memory.timeline import Live, StepMemory
+from prac_fx.memory.trace import Call, trace
 from prac_fx.passes.plan_data import PlannedValue
-from prac_fx.torch_compat import functorch_config, storage_key, tree_leaves
+from prac_fx.torch_compat import functorch_config, storage_key
 
 log = logging.getLogger(__name__)
 
@@ -40,84 +42,6 @@ NO_BACKWARD = (
     "the model has no backward: no parameter requires a gradient, the result does not depend "
     "on one, or Dynamo does not trace the model (nn.LSTM, for one)"
 )
-
-
-@dataclass(frozen=True)
-class Tensors:
-    """The tensors that a step meets, each storage once.
-
-    Attributes:
-        parameters, buffers, inputs: (name, tensor) pairs.
-    """
-
-    parameters: tuple[tuple[str, Tensor], ...]
-    buffers: tuple[tuple[str, Tensor], ...]
-    inputs: tuple[tuple[str, Tensor], ...]
-
-    @cached_property
-    def trained(self) -> list[Tensor]:
-        """Parameters that require a gradient."""
-        return [parameter for _, parameter in self.parameters if parameter.requires_grad]
-
-    @property
-    def all(self) -> Iterator[Tensor]:
-        """All of them."""
-        for group in (self.parameters, self.buffers, self.inputs):
-            yield from (tensor for _, tensor in group)
-
-    def live(self) -> list[Live]:
-        """What they take, all the time."""
-        groups: dict[Category, tuple[tuple[str, Tensor], ...]] = {
-            "parameters": self.parameters,
-            "buffers": self.buffers,
-            "inputs": self.inputs,
-        }
-        return [
-            _live_tensor(name, category, tensor)
-            for category, group in groups.items()
-            for name, tensor in group
-        ]
-
-
-def tensors_of(step: Step) -> Tensors:
-    """Parameters, buffers and inputs of a step; what shares a storage counts once, for the first that has it.
-
-    What the step captures is a parameter or an input to it.
-    """
-    seen: set[int] = set()
-
-    def distinct(pairs: Iterable[tuple[str, Tensor]]) -> tuple[tuple[str, Tensor], ...]:
-        new = []
-        for name, tensor in pairs:
-            if storage_key(tensor) not in seen:
-                seen.add(storage_key(tensor))
-                new.append((name, tensor))
-        return tuple(new)
-
-    modules = [module for module in (step.model, step.loss_fn) if isinstance(module, nn.Module)]
-    parameters = distinct(pair for module in modules for pair in module.named_parameters())
-    buffers = distinct(pair for module in modules for pair in module.named_buffers())
-    inputs = distinct(named_inputs(step.args, step.kwargs))
-    captured = distinct((captured_name(source, step), one) for source, one in step.captured)
-    trainable = tuple(pair for pair in captured if isinstance(pair[1], nn.Parameter))
-    others = tuple(pair for pair in captured if not isinstance(pair[1], nn.Parameter))
-    return Tensors(parameters + trainable, buffers, inputs + others)
-
-
-def with_captured(step: Step, calls: Iterable[Call]) -> Step:
-    """The step with what its runs of graphs have read that was there before, and is none of its own tensors."""
-    step = replace(step, captured=())
-    own = {storage_key(tensor) for tensor in tensors_of(step).all}
-    existing = [pair for call in calls for pair in call.existing]
-    return replace(step, captured=tuple(e for e in existing if storage_key(e[1]) not in own))
-
-
-def named_inputs(args: Sequence[Any], kwargs: Mapping[str, Any]) -> Iterator[tuple[str, Tensor]]:
-    """The tensors among the inputs; a positional one is named by its number."""
-    for name, value in [*((str(i), value) for i, value in enumerate(args)), *kwargs.items()]:
-        leaves = [leaf for leaf in tree_leaves(value) if isinstance(leaf, Tensor)]
-        for number, leaf in enumerate(leaves):
-            yield (name if len(leaves) == 1 else f"{name}.{number}"), leaf
 
 
 @dataclass(frozen=True)
@@ -132,7 +56,8 @@ class AnalysedStep:
         before: memory over the step with plain Inductor.
         after: with our backend.
         model: what was analysed.
-        between_before_nbytes: of values that one graph has made and only a later one saves, with plain Inductor.
+        between_before_nbytes: of values that one graph has made and only a later one saves, with
+            plain Inductor.
         between_after_nbytes: likewise with our backend.
         repeated: its blocks, if only a few of them were traced.
         captured: what the step reads besides its parameters, buffers and inputs; see `Step`.
@@ -157,7 +82,7 @@ class AnalysedStep:
 
     @property
     def draws_anew(self) -> bool:
-        """Does torch's own partitioner have a backward draw random numbers again? Its gradients are wrong then."""
+        """Does torch's partitioner have a backward draw random numbers again? Gradients are wrong then."""
         return any(call.before.draws_anew for call in self.calls)
 
     @property
@@ -187,7 +112,7 @@ class AnalysedStep:
 
     @property
     def handed_over_before_nbytes(self) -> int:
-        """Bytes that plain Inductor's forward graphs hand to their backward, parameters and inputs of the step not counted."""
+        """Bytes that plain Inductor's forward graphs hand to their backward, without the step's inputs."""
         handed_over = (self._of_all_blocks(_handed_over(call.before)) for call in self.calls)
         return sum(handed_over) + self.between_before_nbytes
 
@@ -228,16 +153,18 @@ def analyse_step(
     all_blocks: bool = False,
     name: str = "the step",
 ) -> AnalysedStep:
-    """Trace a step and run through its memory. Of many identical blocks a few are traced, and multiplied.
+    """Trace a step and run through its memory. Of many identical blocks a few are traced.
 
     Args:
         step: what to analyse.
         config: options of our backend; None for plain Inductor alone.
         patches: Inductor's.
         optimizer: a key of `prac_fx.memory.optimizer.OPTIMIZERS`.
-        budget: torch's `activation_memory_budget`; None for the one that is set. Where one below 1 is set all blocks
-            are traced, since torch chooses among them; where one is given a few are, as if it did not.
-        plain: an analysis of the same step with other options of our backend, whose part of plain Inductor is used.
+        budget: torch's `activation_memory_budget`; None for the one that is set. Where one below 1
+            is set all blocks are traced, since torch chooses among them; where one is given a few
+            are, as if it did not.
+        plain: an analysis of the same step with other options of our backend, whose part of plain
+            Inductor is used.
         all_blocks: trace all of them, however many there are.
         name: of this way to train, for the log.
 
@@ -251,7 +178,8 @@ def analyse_step(
         known = () if plain is None or plain.repeated != repeated else plain.calls
         traced = replace(step, model=model)
         calls = trace(traced, config, patches, budget=budget, plain=known)
-        return _analysed(with_captured(step, calls), optimizer, calls, repeated)
+        existing = [pair for call in calls for pair in call.existing]
+        return _analysed(with_captured(step, existing), optimizer, calls, repeated)
 
     if budget is None and functorch_config.activation_memory_budget < 1:
         all_blocks = True
@@ -301,7 +229,7 @@ def _analysed(
         )
 
     def memory(plan: StepPlan) -> StepMemory:
-        return plan.memory() if repeated is None else step_of_all_blocks(plan, repeated)
+        return step_memory(plan) if repeated is None else step_of_all_blocks(plan, repeated)
 
     plain = planned([call.before for call in calls], [])
     # the same object means that nothing is rewritten
@@ -309,13 +237,13 @@ def _analysed(
     ours = planned([call.after for call in calls], [state]) if changed else plain
     before = memory(plain)
     between, between_ours = saved_between_graphs(plain), saved_between_graphs(ours)
-    if between and repeated is not None:
+    if (between or between_ours) and repeated is not None:
         raise CannotMultiplyError("it is several graphs, and one saves what another has made")
     return AnalysedStep(
         tensors,
         optimizer,
         tuple(calls),
-        tuple(_between_graphs(values, between, between_ours)),
+        tuple(with_between_graphs(values, between, between_ours)),
         before,
         memory(ours) if changed else before,
         step.model,
@@ -324,23 +252,6 @@ def _analysed(
         repeated,
         step.captured,
     )
-
-
-def _between_graphs(
-    values: Iterable[tuple[int, PlannedValue]],
-    before: Mapping[tuple[int, str], Value],
-    after: Mapping[tuple[int, str], Value],
-) -> Iterator[PlannedValue]:
-    """Rows, with the number of their graph, in which an input costs something if the step has made it."""
-    for number, row in values:
-        made, kept = before.get((number, row.name)), after.get((number, row.name))
-        if made is None or row.reason != "input":
-            yield row
-        else:
-            nbytes_after = 0 if kept is None else kept.nbytes
-            yield replace(
-                row, reason="between_graphs", nbytes_before=made.nbytes, nbytes_after=nbytes_after
-            )
 
 
 def _handed_over(graph: PlannedGraph) -> Mapping[str, int]:
@@ -357,18 +268,13 @@ def _handed_over(graph: PlannedGraph) -> Mapping[str, int]:
 
 def _values(call: Call) -> list[PlannedValue]:
     graph = call.after
-    if graph.plan is None:
+    if graph.plan is None and not graph.unplanned:
         return []
     copies = layout_copies(call.before.forward, graph.forward, graph.facts.num_results)
+    if graph.plan is None:
+        return [*graph.unplanned, *copies]
     if graph.rewritten is not None:
         return values_after(graph.plan, graph.rewritten) + copies
     if graph.refused is not None:
         return values_refused(graph.plan, graph.refused) + copies
     return [*graph.plan.values, *copies]
-
-
-def _live_tensor(name: str, category: Category, tensor: Tensor) -> Live:
-    module = name.rpartition(".")[0] if category != "inputs" else ""
-    dtype = str(tensor.dtype).removeprefix("torch.")
-    shape = tuple(int(size) for size in tensor.shape)
-    return Live(name, category, module, storage_nbytes(tensor), shape, dtype)

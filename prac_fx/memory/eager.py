@@ -1,4 +1,4 @@
-"""Memory of code that runs eagerly, operator by operator; on fake tensors nothing is computed or allocated."""
+"""Memory of code that runs eagerly; on fake tensors nothing is computed or allocated."""
 
 from __future__ import annotations
 
@@ -80,7 +80,8 @@ def eager_step(
     """Run forward and backward eagerly and count; leaves no gradients behind.
 
     Args:
-        run: the forward pass; the first tensor in its result that requires a gradient is differentiated.
+        run: the forward pass; the first tensor in its result that requires a gradient is
+            differentiated.
         parameters: the trained ones.
         known: parameters, buffers and inputs.
     """
@@ -105,7 +106,7 @@ def eager_step(
 
 
 def differentiated(result: Any) -> Tensor:
-    """The tensor of a model's result that a step differentiates: the loss, or else the first that can be.
+    """The tensor that a step differentiates: the loss, or else the first that can be.
 
     Raises:
         ValueError: none can be.

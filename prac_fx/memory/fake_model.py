@@ -1,7 +1,7 @@
-"""Models without memory: fake copies, models built under the meta device, other batch sizes, fewer identical blocks.
+"""Models without memory: fake copies, models built under the meta device, other batch sizes.
 
-Fake tensors (torch's FakeTensorMode) have a device, a shape and a dtype, and nothing behind them. Tracing and planning
-need no more, so a model of any size can be analysed on any machine.
+Fake tensors (torch's FakeTensorMode) have a device, a shape and a dtype, and nothing behind them.
+Tracing and planning need no more, so a model of any size can be analysed on any machine.
 """
 
 from __future__ import annotations
@@ -20,8 +20,9 @@ from torch import Tensor, nn
 from prac_fx.errors import ReportError
 from prac_fx.torch_compat import FakeTensor, FakeTensorMode, tree_leaves, tree_map_only
 
-# A model is built without memory by default when its parameters would take more of the memory that is free.
-_MOST_OF_MEMORY = 0.25
+# A model is built without memory by default when its parameters would take more of the memory that
+# is free.
+_MAX_SHARE_OF_MEMORY = 0.25
 
 
 def as_fake(
@@ -34,9 +35,11 @@ def as_fake(
     """A copy of modules, tensors and functions with fake tensors in place of all tensors.
 
     Args:
-        values: any nesting of containers, modules, tensors and functions; of a function what it closes over.
+        values: any nesting of containers, modules, tensors and functions; of a function what it
+            closes over.
         mode: the fake mode that the tensors belong to.
-        device: where the fakes are said to be; None for where the tensors are, with the CPU for the meta device.
+        device: where the fakes are said to be; None for where the tensors are, with the CPU for the
+            meta device.
         dtype: of floating-point tensors; None for their own.
     """
     memo: dict[int, Any] = {}
@@ -98,12 +101,13 @@ def fake_mode_of(values: Any) -> FakeTensorMode | None:
 
 
 def build_model(build: Callable[[], Any], fake: bool | None = None) -> Any:
-    """Call a function that builds a model and its inputs, without memory for them if asked or needed.
+    """Call a function that builds a model and its inputs, without memory if asked or needed.
 
     Args:
         build: the user's function.
-        fake: True to build under the meta device; what it returns then has fake CPU tensors. None does so only when
-            the parameters would take more than a quarter of the memory that is free. False never does.
+        fake: True to build under the meta device; what it returns then has fake CPU tensors. None
+            does so only when the parameters would take more than a quarter of the memory that is
+            free. False never does.
 
     Returns:
         What `build` returns, or a copy of it with fake tensors.
@@ -117,7 +121,7 @@ def build_model(build: Callable[[], Any], fake: bool | None = None) -> Any:
         # a try: what it prints or raises is seen again when the model is really built
         built = _build_on_meta(build)
     nbytes = sum({id(one): one.numel() * one.itemsize for one in _tensors_in(built)}.values())
-    if built is None or nbytes <= _MOST_OF_MEMORY * free_memory():
+    if built is None or nbytes <= _MAX_SHARE_OF_MEMORY * free_memory():
         return build()
     return as_fake(built, FakeTensorMode(allow_non_fake_inputs=True))
 
@@ -162,8 +166,8 @@ def resized(
         args: its inputs.
         kwargs: its keyword inputs.
         batch: size of dimension 0, of all inputs that share it with the first one.
-        seq: size of dimension 1, of all inputs that share it with the first input of token numbers (integers, two
-            dimensions).
+        seq: size of dimension 1, of all inputs that share it with the first input of token numbers
+            (integers, two dimensions).
         dtype: of floating-point parameters, buffers and inputs, such as "bfloat16".
 
     Raises:

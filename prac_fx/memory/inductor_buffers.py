@@ -1,7 +1,8 @@
-"""Which buffers Inductor allocates for a forward or backward graph, kernel by kernel, and when it frees them.
+"""Which buffers Inductor allocates for a graph, kernel by kernel, and when it frees them.
 
-Inductor itself is asked: it lowers the graph, fuses and orders the kernels, and decides which results take over the
-memory of an input. No code is written or compiled, so this takes a second or two where compilation takes minutes.
+Inductor itself is asked: it lowers the graph, fuses and orders the kernels, and decides which
+results take over the memory of an input. No code is written or compiled, so this takes a second or
+two where compilation takes minutes.
 """
 
 from __future__ import annotations
@@ -74,8 +75,8 @@ class GraphPlan:
     Attributes:
         inputs: the tensors among the graph's inputs, by name.
         kernels: in the order in which they run.
-        outputs: for each output of the graph the name of its FX node and the buffer or graph input that it is, or is
-            a view of; None for what is no tensor.
+        outputs: for each output of the graph the name of its FX node and the buffer or graph input
+            that it is, or is a view of; None for what is no tensor.
     """
 
     inputs: dict[str, Value]
@@ -83,7 +84,7 @@ class GraphPlan:
     outputs: tuple[tuple[str, str] | None, ...]
 
     def saved_buffers(self, num_results: int) -> frozenset[str]:
-        """Buffers and graph inputs that a forward graph hands to its backward, after so many results for the caller."""
+        """What a forward graph hands to its backward, after so many results for the caller."""
         return frozenset(pair[1] for pair in self.outputs[num_results:] if pair is not None)
 
 
@@ -101,6 +102,8 @@ def plan_graph(gm: fx.GraphModule, example_inputs: Sequence[Any], **options: Any
         if isinstance(node.meta.get("val"), Tensor)
     }
     outputs: Any = next(iter(gm.graph.find_nodes(op="output"))).args[0]
+    if not any(node.op == "call_function" for node in gm.graph.nodes):
+        return GraphPlan(inputs, (), tuple(_input_output(output, inputs) for output in outputs))
     names = [output.name if isinstance(output, fx.Node) else None for output in outputs]
 
     def read(graph: GraphLowering) -> GraphPlan:
@@ -121,6 +124,13 @@ def _value(name: str, node: fx.Node) -> Value:
     return Value(name, storage_nbytes(tensor), shape, dtype, origin_of(node))
 
 
+def _input_output(output: object, inputs: dict[str, Value]) -> tuple[str, str] | None:
+    """An output of a graph that computes nothing: one of its inputs, or no tensor."""
+    if not isinstance(output, fx.Node) or str(output.target) not in inputs:
+        return None
+    return output.name, str(output.target)
+
+
 def _output_buffer(output: Any) -> str | None:
     """Name of the buffer behind a graph output; None for a constant or a symbolic size."""
     if isinstance(output, inductor_ir.NoneAsConstantBuffer | inductor_ir.ShapeAsConstantBuffer):
@@ -130,7 +140,7 @@ def _output_buffer(output: Any) -> str | None:
 
 
 class _Schedule:
-    """Walks through Inductor's schedule as `Scheduler._codegen` does, and notes allocations instead of writing code."""
+    """Walks through Inductor's schedule as `Scheduler._codegen` does, and notes allocations."""
 
     def __init__(self, graph: GraphLowering) -> None:
         self.graph = graph
@@ -143,6 +153,10 @@ class _Schedule:
         ends = []
         for node, following in zip(nodes, [*nodes[1:], None], strict=True):
             self._run(node)
+            if following is None:
+                # stands for the call of the last kernel: Inductor drops allocations after it, as
+                # nothing would use them
+                self.wrapper.writeline("")  # type: ignore[no-untyped-call]
             if not _shares_call(node, following):
                 self.scheduler.free_buffers()
             ends.append(len(self.wrapper.lines))
@@ -166,8 +180,8 @@ class _Schedule:
     def _local_buffers(self, node: Any) -> set[str]:
         """Buffers that only the kernel reads which writes them: they live in registers.
 
-        Results that take over one another's memory stay together, as in `Kernel.remove_kernel_local_buffers`: all of
-        them are local, or none is.
+        Results that take over one another's memory stay together, as in
+        `Kernel.remove_kernel_local_buffers`: all of them are local, or none is.
         """
         if node.is_extern():
             return set()
@@ -226,7 +240,7 @@ class _Schedule:
 
 
 def _shares_call(node: Any, following: Any) -> bool:
-    """True where Inductor's C++ backend runs two scheduled nodes in one call and frees only after both.
+    """Does Inductor's C++ backend run two scheduled nodes in one call, and free only after both?
 
     Source: `CppScheduling.flush`, which runs before each external kernel and at the end.
     """

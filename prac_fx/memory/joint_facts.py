@@ -1,4 +1,4 @@
-"""What the memory of a step depends on in a joint graph besides its buffers: what is the loss, whose gradient is what."""
+"""What a joint graph tells of a step besides its buffers: what is the loss, whose gradient is what."""
 
 from __future__ import annotations
 
@@ -20,9 +20,10 @@ class JointFacts:
 
     Attributes:
         num_results: how many forward outputs there are.
-        loss_result: position of the loss among them; -1 when none is a single floating-point number.
-        loss: the nodes that belong to the loss: forward what no parameter meets any more, and backward the gradients
-            of that. The logits are the first of them.
+        loss_result: position of the loss among them; -1 when none is a single floating-point
+            number.
+        loss: the nodes that belong to the loss: forward what no parameter meets any more, and
+            backward the gradients of that. The logits are the first of them.
         logits: those that are computed from what comes before the loss.
         arguments: argument index of each placeholder.
         results: for each forward output its position among the results of Dynamo's graph, or None.
@@ -83,7 +84,7 @@ def _is_number(output: object) -> bool:
 def _forward_loss(
     loss: fx.Node, classification: Classification
 ) -> tuple[set[fx.Node], set[fx.Node]]:
-    """What the loss is computed from after the last parameter, and those of it that read something before that."""
+    """What computes the loss after the last parameter, and those of it that read something before."""
     found: set[fx.Node] = set()
     logits: set[fx.Node] = set()
     pending = [loss]

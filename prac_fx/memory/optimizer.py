@@ -1,6 +1,7 @@
-"""What an optimizer of torch.optim keeps for each parameter, and what it allocates for the time of its step.
+"""What an optimizer of torch.optim keeps for each parameter, and allocates during its step.
 
-Not a table of formulas: the optimizer itself takes two steps on fake tensors of the parameters' sizes.
+Not a table of formulas: the optimizer itself takes two steps on fake tensors of the parameters'
+sizes.
 """
 
 from __future__ import annotations
@@ -47,7 +48,8 @@ def optimizer_memory(name: str, parameters: Iterable[Tensor]) -> OptimizerMemory
     """Let an optimizer step twice on fake copies of the parameters.
 
     Args:
-        name: a key of `OPTIMIZERS`; the defaults of torch, with `foreach` where torch would choose it.
+        name: a key of `OPTIMIZERS`; the defaults of torch, with `foreach` where torch would choose
+            it.
         parameters: the trained ones.
 
     Raises:

@@ -1,26 +1,24 @@
-"""Deep models from a few of their blocks: identical blocks are analysed once, and what one of them adds is multiplied.
+"""Deep models from a few of their blocks: what one block adds is multiplied.
 
-Of n identical blocks the first two, one from the middle and the last are traced. Two at the beginning, because where
-several cuts cost the same the partitioner may cut the first blocks differently from all others. The step of the whole
-model is that of the four with the middle block's part of the timeline repeated n - 3 times, each time higher by what one
-block leaves behind: saved values in forward, gradients less saved values in backward.
+Of n identical blocks the first two, one from the middle and the last are traced. Two at the
+beginning, because where several cuts cost the same the partitioner may cut the first blocks
+differently from all others. The step of the whole model is that of the four with the middle block's
+part of the timeline repeated n - 3 times, each time higher by what one block leaves behind: saved
+values in forward, gradients less saved values in backward.
 
-Exact for parameters, saved bytes, FLOPs and the state of the subspaces. The peak may be off by temporary memory of a block:
-Inductor keeps freed buffers to use them again, and how many are waiting goes up and down from block to block. Where the
-partitioner chooses among the blocks, to meet a memory budget, none stands for the others: see `prac_fx.compare.budgets`.
+Exact for parameters, saved bytes, FLOPs and the state of the subspaces. The peak may be off by
+temporary memory of a block: Inductor keeps freed buffers to use them again, and how many are
+waiting goes up and down from block to block. Where the partitioner chooses among the blocks, to
+meet a memory budget, none stands for the others: see `prac_fx.compare.budgets`.
 """
 
 from __future__ import annotations
 
-import copy
-import functools
-import types
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
 
-from torch import Tensor, nn
-
+from prac_fx.memory.simulation import held_at, step_events
+from prac_fx.memory.step_plan import StepPlan
 from prac_fx.memory.timeline import (
     CATEGORIES,
     Category,
@@ -28,7 +26,6 @@ from prac_fx.memory.timeline import (
     Live,
     Phase,
     StepMemory,
-    StepPlan,
     highest,
 )
 from prac_fx.passes.plan_data import PlannedValue
@@ -59,7 +56,7 @@ class Repeated:
         return self.total - ANALYSED
 
     def block_of(self, path: str) -> int | None:
-        """Number of the block that the module at a path belongs to, among those that were analysed."""
+        """Number of the block that a module belongs to, by its path, among those that were analysed."""
         rest = path.removeprefix(f"{self.module}.")
         number = rest.partition(".")[0]
         return int(number) if rest != path and number.isdigit() else None
@@ -69,113 +66,13 @@ class Repeated:
         return 1 + self.more if self.block_of(path) == MIDDLE else 1
 
     def moved(self, path: str, middle: int) -> str:
-        """A path of the analysed model in the whole one, where the middle block stands for block `middle`."""
+        """A path of the analysed model in the whole one; the middle block stands for block `middle`."""
         block = self.block_of(path)
         if block is None or block < MIDDLE:
             return path
         first = f"{self.module}.{block}"
         number = middle if block == MIDDLE else self.total - 1
         return f"{self.module}.{number}{path[len(first) :]}"
-
-
-def identical_blocks(model: Callable[..., Any], at_least: int) -> Repeated | None:
-    """The longest list of at least so many modules that differ in the values of their parameters alone."""
-    if not isinstance(model, nn.Module):
-        return None
-    found = [
-        Repeated(name, len(module))
-        for name, module in model.named_modules()
-        if isinstance(module, nn.ModuleList | nn.Sequential)
-        and len(module) >= max(at_least, ANALYSED + 1)
-        and all(_identical(module[0], block, i) for i, block in enumerate(module))
-    ]
-    return max(found, key=lambda one: one.total, default=None)
-
-
-def with_few_blocks(model: nn.Module, repeated: Repeated) -> nn.Module:
-    """A copy of the model with the first blocks only; its tensors are the model's own."""
-    tensors = [*model.parameters(), *model.buffers()]
-    copied = copy.deepcopy(model, {id(tensor): tensor for tensor in tensors})
-    blocks = copied.get_submodule(repeated.module)
-    for name in list(blocks._modules)[ANALYSED:]:
-        del blocks._modules[name]
-    return copied
-
-
-def _identical(first: nn.Module, other: nn.Module, distance: int) -> bool:
-    """Same modules, same sizes, same settings; a number that counts the blocks may differ by their distance."""
-    modules, others = dict(first.named_modules()), dict(other.named_modules())
-    if list(modules) != list(others):
-        return False
-    return all(
-        type(one) is type(others[name])
-        and _sizes(one) == _sizes(others[name])
-        and _same_settings(one, others[name], distance)
-        for name, one in modules.items()
-    )
-
-
-def _sizes(module: nn.Module) -> list[object]:
-    tensors: dict[str, Tensor] = {
-        **dict(module.named_parameters(recurse=False)),
-        **dict(module.named_buffers(recurse=False)),
-    }
-    return [
-        (name, tensor.shape, tensor.dtype, tensor.requires_grad) for name, tensor in tensors.items()
-    ]
-
-
-def _same_settings(one: nn.Module, other: nn.Module, distance: int) -> bool:
-    settings, others = (
-        {name: value for name, value in vars(module).items() if name not in _CHILDREN}
-        for module in (one, other)
-    )
-    return list(settings) == list(others) and all(
-        _same(value, others[name], (one, other), distance) for name, value in settings.items()
-    )
-
-
-_CHILDREN = ("_parameters", "_buffers", "_modules")
-
-
-def _same(
-    value: object, other: object, modules: tuple[nn.Module, nn.Module], distance: int
-) -> bool:
-    """Is a setting of one module that of another? What cannot be compared is not."""
-    if value is other or (value is modules[0] and other is modules[1]):
-        return True
-    if type(value) is not type(other):
-        return False
-    if isinstance(value, int) and isinstance(other, int) and not isinstance(value, bool):
-        return other - value in (0, distance)
-    inside, other_inside = _inside(value), _inside(other)
-    if inside is None or other_inside is None:
-        return not isinstance(value, Tensor) and bool(value == other)
-    return len(inside) == len(other_inside) and all(
-        _same(a, b, modules, distance) for a, b in zip(inside, other_inside, strict=True)
-    )
-
-
-def _inside(value: object) -> list[object] | None:
-    """What a container or a function consists of; None for what is compared as a whole."""
-    if isinstance(value, dict):
-        return [*value, *value.values()]
-    if isinstance(value, list | tuple):
-        return list(value)
-    if isinstance(value, functools.partial):
-        return [value.func, value.args, value.keywords]
-    if isinstance(value, types.MethodType):
-        return [value.__func__, value.__self__]
-    if isinstance(value, types.FunctionType):
-        return [
-            value.__code__,
-            value.__defaults__,
-            *(c.cell_contents for c in value.__closure__ or ()),
-        ]
-    return None
-
-
-# -- from a few blocks to all -----------------------------------------------------------------------
 
 
 def all_values(values: Sequence[PlannedValue], repeated: Repeated) -> list[PlannedValue]:
@@ -196,7 +93,7 @@ def _moved(value: PlannedValue, repeated: Repeated, middle: int) -> PlannedValue
 
 
 def check_blocks_alike(flops: Sequence[Mapping[str, int]], repeated: Repeated) -> None:
-    """The middle block must compute what the last one does, in forward: what is computed again in backward may differ.
+    """The middle block must compute what the last one does in forward; backward may differ.
 
     Args:
         flops: of plain Inductor's forward graphs, by module path.
@@ -220,13 +117,14 @@ def step_of_all_blocks(step: StepPlan, repeated: Repeated) -> StepMemory:
     """The step of the whole model from that of the analysed one.
 
     Args:
-        step: of the analysed model, with the parameters, buffers and optimizer state of the whole one.
+        step: of the analysed model, with the parameters, buffers and optimizer state of the whole
+            one.
         repeated: its blocks.
 
     Raises:
         CannotMultiplyError: the events of the blocks are not in the order of the blocks.
     """
-    events = step.events()
+    events = step_events(step)
     try:
         return _all_blocks(step, events, _cuts(events, repeated, by_most=True), repeated)
     except CannotMultiplyError:  # such as checkpointed blocks, which hardly keep anything
@@ -279,7 +177,7 @@ def _cuts(events: Sequence[Event], repeated: Repeated, by_most: bool) -> _Cuts:
 def _starts(
     events: Sequence[Event], repeated: Repeated, phase: Phase, order: Sequence[int], by_most: bool
 ) -> list[int]:
-    """The same event of each block in a pass: the one that adds most to what stays, or the first one.
+    """The same event of each block in a pass: that which adds most to what stays, or the first.
 
     What depends on no activation, or is computed again, may run long before its block does.
     """
@@ -331,7 +229,7 @@ def _event(events: Sequence[Event], copied: _Copy, cuts: _Cuts, repeated: Repeat
 
 
 def _growth(events: Sequence[Event], part: tuple[int, int], category: Category) -> int:
-    """What one block leaves behind. Memory that it uses for a while goes up and down, and does not add up."""
+    """What one block leaves behind. Memory that it uses for a while does not add up."""
     if category not in ("saved", "gradients"):
         return 0
     return events[part[1]].nbytes[category] - events[part[0]].nbytes[category]
@@ -340,15 +238,16 @@ def _growth(events: Sequence[Event], part: tuple[int, int], category: Category) 
 def _live(
     step: StepPlan, events: Sequence[Event], copied: _Copy, event: Event, repeated: Repeated
 ) -> list[Live]:
-    """What the whole model holds at an event: what the analysed one does, and what the other blocks do."""
+    """What the whole model holds at an event: the analysed one, and its other blocks."""
     found = [
         replace(one, module=repeated.moved(one.module, copied.middle))
-        for one in step.held_at(copied.index)
+        for one in held_at(step, copied.index)
     ]
     end_of_forward = next(i for i, one in enumerate(events) if one.phase == "backward") - 1
-    saved = _of_middle(step.held_at(end_of_forward), repeated, "saved")
-    gradients = _of_middle(step.held_at(len(events) - 1), repeated, "gradients")
-    # of the middle blocks, the first ones hold what they saved, and the last ones have their gradients
+    saved = _of_middle(held_at(step, end_of_forward), repeated, "saved")
+    gradients = _of_middle(held_at(step, len(events) - 1), repeated, "gradients")
+    # of the middle blocks, the first ones hold what they saved, and the last ones have their
+    # gradients
     numbers = [number for number in range(MIDDLE, repeated.total - 1) if number != copied.middle]
     holding = copied.forward - copied.backward
     for position, number in enumerate(numbers):

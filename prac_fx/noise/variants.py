@@ -4,27 +4,18 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, cast
+from typing import Any
 
 import torch.fx as fx
 
-from prac_fx.compiler.dynamo_backend import (
-    DynamoGraph,
-    compile_rewritten,
-    plain_patches,
-    plan_and_compile,
-)
+from prac_fx.compiler.dynamo_graph import DynamoGraph
 from prac_fx.compiler.eager_graphs import run_eagerly
+from prac_fx.compiler.two_phases import compile_plain, compile_rewritten, plan_and_compile
 from prac_fx.config import PracConfig
 from prac_fx.graph.origin import any_layer
 from prac_fx.passes.plan_data import Plan, PlannedValue
 from prac_fx.runtime.step import training_step
-from prac_fx.torch_compat import (
-    compile_fx,
-    copy_dynamo_graph,
-    raise_signal,
-    without_autograd_cache,
-)
+from prac_fx.torch_compat import raise_signal, without_autograd_cache
 
 # Which values are encoded: those of one group, named by (module path, codec), or one of these.
 Variant = tuple[str, str]
@@ -87,10 +78,7 @@ class Variants:
         return run
 
     def _compile(self, graph: DynamoGraph) -> _CompiledGraph:
-        patches = plain_patches(self._patches)
-        options: Any = {"inner_compile": run_eagerly, "config_patches": patches}
-        exact = compile_fx(copy_dynamo_graph(graph.gm), list(graph.example_inputs), **options)
-        variants = {EXACT: cast(Callable[..., Any], exact)}
+        variants = {EXACT: compile_plain(graph, self._patches, run_eagerly)}
         try:
             plan, rewritten = plan_and_compile(graph, self._config, self._patches, run_eagerly)
         except Exception as error:

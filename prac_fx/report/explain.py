@@ -20,8 +20,8 @@ from prac_fx.document.schema import Document
 from prac_fx.errors import ReportError
 from prac_fx.memory.analysis import AnalysedStep, analyse_step
 from prac_fx.memory.fake_model import fake_mode_of, resized
+from prac_fx.memory.step import Step
 from prac_fx.memory.timeline import StepMemory
-from prac_fx.memory.trace import Step
 from prac_fx.options import read_options
 from prac_fx.passes.plan_data import PlannedValue
 from prac_fx.report.document_of_step import document_of

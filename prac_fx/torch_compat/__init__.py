@@ -52,6 +52,7 @@ from prac_fx.torch_compat.dynamo import (
     raise_signal,
     result_index,
     tracing_fake_mode,
+    with_fresh_size_profile,
     without_recompile_limit,
 )
 from prac_fx.torch_compat.inductor import (
@@ -158,6 +159,7 @@ __all__ = [
     "tracing_fake_mode",
     "tree_leaves",
     "tree_map_only",
+    "with_fresh_size_profile",
     "without_autograd_cache",
     "without_memory_budget",
     "without_recompile_limit",

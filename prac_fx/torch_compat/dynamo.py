@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any, cast
+from unittest.mock import patch
 
 import torch.fx as fx
 from torch._dynamo import config as dynamo_config
+from torch._dynamo import pgo
 from torch._dynamo.exc import RestartAnalysis, SkipFrame
 from torch._guards import TracingContext
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
@@ -39,6 +43,16 @@ def without_recompile_limit() -> Any:
     """
     unlimited = 10**6
     return dynamo_config.patch(recompile_limit=unlimited, accumulated_recompile_limit=unlimited)
+
+
+@contextmanager
+def with_fresh_size_profile() -> Iterator[None]:
+    """Context in which Dynamo has seen no code before, and so no size that changes from call to call.
+
+    A size that changed is symbolic from then on, wherever the same code runs. Source: `_CODE_STATE` (torch._dynamo.pgo).
+    """
+    with patch.object(pgo, "_CODE_STATE", defaultdict(pgo.CodeState)):
+        yield
 
 
 def tracing_fake_mode(example_inputs: Sequence[object]) -> FakeTensorMode:

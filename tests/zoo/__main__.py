@@ -1,4 +1,7 @@
-"""`python -m tests.zoo [NAMES] [--policy WAY] [--json FILE]`: check architectures, one line for each."""
+"""`python -m tests.zoo [NAMES] [--policy WAY] [--json FILE]`: check architectures, one line for each.
+
+With `--report`, what a report says is saved is checked instead, for each of them twice: as it is, and with graph breaks.
+"""
 
 from __future__ import annotations
 
@@ -8,12 +11,15 @@ import sys
 import time
 import traceback
 import warnings
+from collections.abc import Sequence
 
 import torch
 import transformers
 
+from prac_fx.config import POLICIES
 from tests.zoo.architectures import ARCHITECTURES
 from tests.zoo.check import WAYS, check
+from tests.zoo.prediction import BREAKS, predict
 
 
 def main() -> int:
@@ -22,9 +28,37 @@ def main() -> int:
     torch.set_num_threads(1)
     transformers.logging.set_verbosity_error()
     warnings.simplefilter("ignore")
+    names = given.names or list(ARCHITECTURES)
+    failed = _check_reports(names, given.policy) if given.report else _check(names, given)
+    print(
+        f"{len(names)} architectures, {len(failed)} failed{': ' if failed else ''}{', '.join(failed)}"
+    )
+    return 1 if failed else 0
+
+
+def _check_reports(names: Sequence[str], policies: Sequence[str] | None) -> list[str]:
+    """Those whose report is wrong."""
+    failed = []
+    for name in [one + breaks for one in names for breaks in ("", BREAKS)]:
+        for policy in policies or ["balanced", "max"]:
+            start = time.monotonic()
+            try:
+                prediction = predict(name, policy)
+            except Exception as error:
+                traceback.print_exc()
+                print(f"{name} {policy}: FAILED {type(error).__name__}: {error}", flush=True)
+                failed.append(name)
+                continue
+            print(f"{prediction} [{time.monotonic() - start:.0f} s]", flush=True)
+            failed += [] if prediction.holds else [name]
+    return failed
+
+
+def _check(names: Sequence[str], given: argparse.Namespace) -> list[str]:
+    """Those that break a promise."""
     saved: dict[str, dict[str, int]] = {}
     failed = []
-    for name in given.names or ARCHITECTURES:
+    for name in names:
         start = time.monotonic()
         try:
             result = check(name, given.policy or WAYS)
@@ -40,17 +74,18 @@ def main() -> int:
         if given.json:
             with open(given.json, "w", encoding="utf-8") as file:
                 json.dump(saved, file, indent=1)
-    count = len(given.names or ARCHITECTURES)
-    print(f"{count} architectures, {len(failed)} failed{': ' if failed else ''}{', '.join(failed)}")
-    return 1 if failed else 0
+    return failed
 
 
 def _arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m tests.zoo", description=__doc__)
     parser.add_argument("names", nargs="*", metavar="NAME", help="default: all")
     parser.add_argument("--policy", action="append", choices=WAYS, help="default: all")
+    parser.add_argument("--report", action="store_true", help="check what a report says is saved")
     parser.add_argument("--json", metavar="FILE", help="write saved bytes by name and policy")
     given = parser.parse_args()
+    if given.report and set(given.policy or ()) - set(POLICIES):
+        parser.error(f"--report: policies are {', '.join(POLICIES)}")
     unknown = set(given.names) - set(ARCHITECTURES)
     if unknown:
         parser.error(f"unknown: {', '.join(sorted(unknown))}; known: {', '.join(ARCHITECTURES)}")

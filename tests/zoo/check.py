@@ -22,12 +22,15 @@ import torch.fx as fx
 from torch import Tensor
 from torch._dynamo.utils import counters
 
-from benchmarks.held_memory import all_tensors, held_nbytes
+from benchmarks.held_memory import all_tensors, held_nbytes, own_nbytes
 from prac_fx import PracWarning
+from prac_fx.compiler import pipeline
 from prac_fx.compiler.dynamo_backend import prac
 from prac_fx.graph.graph_edit import Inliner
+from prac_fx.memory.saved_rows import values_after
 from prac_fx.passes import runner
-from prac_fx.passes.plan_data import Plan
+from prac_fx.passes.partition import PartitionedGraph
+from prac_fx.passes.plan_data import Plan, PlannedValue
 from tests.compiling import gradients
 from tests.uncompiled import no_code_generation, plain_graphs
 from tests.zoo.architectures import ARCHITECTURES, Build
@@ -42,11 +45,11 @@ WAYS: dict[str, dict[str, Any]] = {
 }
 _DRAWS = 6
 # as shares of the norm of the exact gradient, all parameters together; linear is exact but for what PRAC estimates
-_MOST_BIAS = {"linear": 0.0, "balanced": 0.01, "max": 0.05}
-_MOST_ERROR = {"linear": 0.0, "balanced": 0.05, "max": 0.6}
-_MOST_PROJECTED_BIAS = 0.4
+_MAX_BIAS = {"linear": 0.0, "balanced": 0.01, "max": 0.05}
+_MAX_ERROR = {"linear": 0.0, "balanced": 0.05, "max": 0.6}
+_MAX_PROJECTED_BIAS = 0.4
 # of one parameter's gradient; there are many, and their errors are estimated from few draws
-_MOST_BIAS_ALONE = {"linear": 0.0, "balanced": 0.05, "max": 0.25}
+_MAX_BIAS_ALONE = {"linear": 0.0, "balanced": 0.05, "max": 0.25}
 # a bias counts when it is this many standard errors beyond its bound
 _STANDARD_ERRORS, _STANDARD_ERRORS_ALONE = 3.0, 5.0
 # parameters with a smaller share of the gradient are not looked at alone
@@ -158,15 +161,15 @@ def _outcome(run: _Run, plain: _Run, policy: str) -> Outcome:
     if others:
         outcome.noise = noise = noise_of(run.estimates, exact, others)
         outcome.worst = worst = _worst(run, exact, others)
-        if worst and worst[1].exceeds(_MOST_BIAS_ALONE[policy], _STANDARD_ERRORS_ALONE):
+        if worst and worst[1].exceeds(_MAX_BIAS_ALONE[policy], _STANDARD_ERRORS_ALONE):
             outcome.failures.append("biased: {} {}".format(*worst))
-        if noise.exceeds(_MOST_BIAS[policy]):
+        if noise.exceeds(_MAX_BIAS[policy]):
             outcome.failures.append(f"biased: {noise}")
-        if not noise.error <= _MOST_ERROR[policy]:
+        if not noise.error <= _MAX_ERROR[policy]:
             outcome.failures.append(f"inexact: {noise}")
     if by_prac:
         outcome.projected = noise_of(run.estimates, exact, by_prac)
-        if outcome.projected.exceeds(_MOST_PROJECTED_BIAS):
+        if outcome.projected.exceeds(_MAX_PROJECTED_BIAS):
             outcome.failures.append(f"PRAC is biased: {outcome.projected}")
     return outcome
 
@@ -195,15 +198,15 @@ def _differences(run: _Run, plain: _Run) -> list[str]:
 
 
 def _misjudged_bytes(run: _Run, plain: _Run) -> list[str]:
-    """The plans against what the graphs hold, apart from what they were given.
+    """What a report says against what the graphs hold, apart from what they were given.
 
     A graph that no parameter enters has no plan, such as that of a loss after a graph break. It holds what it holds without
     us.
     """
-    before = sum(plan.nbytes_before for plan in run.plans)
-    after = sum(plan.nbytes_after for plan in run.plans)
+    before = sum(value.nbytes_before for rows in run.rows for value in rows)
+    after = sum(value.nbytes_after for rows in run.rows for value in rows)
     without_plan = plain.held_own - before
-    if without_plan < 0 or (without_plan and len(run.plans) == run.first_graphs):
+    if without_plan < 0 or (without_plan and len(run.rows) == run.first_graphs):
         return [f"{plain.held_own} B held without us, {before} predicted"]
     if run.held_own != after + without_plan:
         return [f"{run.held_own} B held, {after + without_plan} predicted"]
@@ -213,8 +216,8 @@ def _misjudged_bytes(run: _Run, plain: _Run) -> list[str]:
 def _estimated_by_prac(run: _Run) -> set[str]:
     read_by = {
         f".{name}"
-        for plan in run.plans
-        for value in plan.values
+        for rows in run.rows
+        for value in rows
         if value.codec is not None and value.codec.subspace is not None
         for name in value.read_by
     }
@@ -270,11 +273,11 @@ class _Run:
         loss: of the last step.
         outputs: floating-point results of the last step.
         held: bytes that compiled functions held for backward in the first step.
-        held_own: those of them that are no argument of any compiled function.
+        held_own: those of them that the compiled function has made itself that holds them.
         estimates: gradients of each step.
         graphs: how many graphs Dynamo made in all steps.
         first_graphs: in the first one.
-        plans: of those of the first step that parameters enter.
+        rows: what a report says of those of the first step that parameters enter, one list for each.
         fallbacks: reasons for which a graph was compiled plainly.
         retries: reasons for which a value could not be encoded.
     """
@@ -283,22 +286,25 @@ class _Run:
         torch._dynamo.reset()
         counters.clear()
         self.model, self.inputs = build()
-        self._arguments: list[Any] = []
         self._compiled = torch.compile(self.model, backend=self._recorded(backend, options or {}))
         self.estimates: list[Gradients] = []
-        self.plans: list[Plan] = []
+        self.held_own = 0
+        self.rows: list[Sequence[PlannedValue]] = []
         self.fallbacks: list[str] = []
         self.retries: list[str] = []
 
     def _recorded(self, backend: Backend, options: Mapping[str, Any]) -> Backend:
-        """A backend whose compiled functions leave their arguments with us."""
+        """A backend whose compiled functions count what they hold in the first step."""
 
         def compile_graph(gm: Any, example_inputs: Sequence[Any]) -> Callable[..., Any]:
             compiled = backend(gm, example_inputs, **options)
 
             def call(*args: Any) -> Any:
-                self._arguments += args
-                return compiled(*args)
+                results = compiled(*args)
+                if not self.estimates:
+                    known = all_tensors(self.model, [*self.inputs.values(), *args])
+                    self.held_own += own_nbytes(results, known)
+                return results
 
             return call
 
@@ -309,14 +315,11 @@ class _Run:
         self.model.zero_grad()
         torch.manual_seed(1)
         output = self._compiled(**self.inputs)
-        loss, results = _loss_and_results(output)
+        loss, results = loss_and_results(output)
         if not self.estimates:
             known = all_tensors(self.model, self.inputs.values())
-            arguments = [value for value in self._arguments if isinstance(value, Tensor)]
             self.held = held_nbytes(loss, known)
-            self.held_own = held_nbytes(loss, [*known, *arguments])
             self.first_graphs = counters["stats"]["unique_graphs"]
-        self._arguments.clear()
         loss.backward()
         self.loss = loss.detach()
         self.outputs = [result.detach() for result in results]
@@ -332,12 +335,17 @@ class _Run:
 def _prac(build: Build, options: Mapping[str, Any], steps: int = 1) -> _Run:
     """Some steps with our backend, each with random numbers of its own."""
     given = {f"prac.{name}": value for name, value in {"min_nbytes": 0, **options}.items()}
-    with no_code_generation() as plans, _retries() as retries, _shared_traces():
+    with (
+        no_code_generation() as plans,
+        _partitions() as partitions,
+        _retries() as retries,
+        shared_traces(),
+    ):
         run = _Run(build, prac, {"options": given})
         with warnings.catch_warnings(record=True) as caught:
             warnings.simplefilter("always", PracWarning)
             run.step()
-            run.plans = list(plans)
+            run.rows = [_rows(plan, partitions) for plan in plans]
             for _ in range(steps - 1):
                 run.step()
     run.retries = retries
@@ -349,7 +357,25 @@ def _prac(build: Build, options: Mapping[str, Any], steps: int = 1) -> _Run:
     return run
 
 
-def _shared_traces() -> AbstractContextManager[Any]:
+def _rows(plan: Plan, partitions: Mapping[Plan, PartitionedGraph]) -> Sequence[PlannedValue]:
+    return values_after(plan, partitions[plan]) if plan in partitions else plan.values
+
+
+@contextmanager
+def _partitions() -> Iterator[Mapping[Plan, PartitionedGraph]]:
+    """The rewritten graphs by their plans: torch's partitioner decides anew on what the plan leaves as it is."""
+    found: dict[Plan, PartitionedGraph] = {}
+    run = pipeline.RewritePartitioner.run
+
+    def recorded(self: Any, *args: Any) -> PartitionedGraph:
+        found[self._plan] = result = run(self, *args)
+        return result
+
+    with patch.object(pipeline.RewritePartitioner, "run", recorded):
+        yield found
+
+
+def shared_traces() -> AbstractContextManager[Any]:
     """Codecs are traced once for all architectures instead of once for each graph: half of the time."""
 
     def inliner(graph: fx.Graph) -> Inliner:
@@ -372,7 +398,7 @@ def _retries() -> Iterator[list[str]]:
         def emit(self, record: logging.LogRecord) -> None:
             found.append(record.getMessage())
 
-    logger, handler = logging.getLogger("prac_fx.compiler.dynamo_backend"), Handler(logging.WARNING)
+    logger, handler = logging.getLogger("prac_fx.compiler.two_phases"), Handler(logging.WARNING)
     logger.addHandler(handler)
     try:
         yield found
@@ -380,7 +406,7 @@ def _retries() -> Iterator[list[str]]:
         logger.removeHandler(handler)
 
 
-def _loss_and_results(output: Any) -> tuple[Tensor, list[Tensor]]:
+def loss_and_results(output: Any) -> tuple[Tensor, list[Tensor]]:
     """The model's loss, or one of ours from its results: a random direction and their mean square."""
     values = output.values() if hasattr(output, "values") else output
     results = [value for value in values if isinstance(value, Tensor) and value.is_floating_point()]

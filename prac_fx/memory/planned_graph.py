@@ -1,0 +1,263 @@
+"""One of Dynamo's graphs, planned: what Inductor would allocate, for it and as we rewrite it.
+
+The backend's own two phases run (`prac_fx.compiler.two_phases`). In the place of Inductor's
+compilation stands an observer, which has Inductor lower and schedule each half
+(`prac_fx.memory.inductor_buffers`) and stops there.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
+from dataclasses import dataclass
+from typing import Any
+
+import torch.fx as fx
+
+from prac_fx.compiler.dynamo_graph import DynamoGraph
+from prac_fx.compiler.peak_aware_reuse import without_higher_peak
+from prac_fx.compiler.pipeline import RewritePartitioner, analyse
+from prac_fx.compiler.two_phases import in_two_phases, lower_rewritten
+from prac_fx.config import PracConfig
+from prac_fx.errors import one_line
+from prac_fx.graph.flops import graph_flops
+from prac_fx.memory.inductor_buffers import GraphPlan, plan_graph
+from prac_fx.memory.joint_facts import JointFacts, joint_facts
+from prac_fx.memory.saved_rows import values_unplanned
+from prac_fx.passes.draws import draws_anew, partition_drawing_once
+from prac_fx.passes.partition import PartitionedGraph
+from prac_fx.passes.plan_data import Plan, PlannedValue
+from prac_fx.passes.runner import merge_duplicates
+from prac_fx.passes.survey import saved_values
+from prac_fx.torch_compat import (
+    CustomPartitionerFn,
+    compile_fx,
+    copy_dynamo_graph,
+    make_boxed_func,
+    min_cut_rematerialization_partition,
+    raise_signal,
+)
+
+
+@dataclass(frozen=True)
+class PlannedGraph:
+    """One of Dynamo's graphs, partitioned and planned.
+
+    Attributes:
+        facts: of the joint graph.
+        forward: what Inductor would allocate.
+        backward: likewise.
+        forward_flops: of matmuls, convolutions and attention in the forward graph, by module path.
+        flops: of both.
+        plan: what our passes decide; None when they were not asked, or no parameter enters the
+            graph.
+        unplanned: what is saved then, where they were asked.
+        rewritten: what they made; None for plain Inductor.
+        refused: why the graph cannot be rewritten; None when it can.
+        draws_anew: torch's own partitioner has backward draw random numbers again, which makes
+            gradients wrong.
+    """
+
+    facts: JointFacts
+    forward: GraphPlan
+    backward: GraphPlan
+    forward_flops: Mapping[str, int]
+    flops: Mapping[str, int]
+    plan: Plan | None = None
+    unplanned: tuple[PlannedValue, ...] = ()
+    rewritten: PartitionedGraph | None = None
+    refused: str | None = None
+    draws_anew: bool = False
+
+
+def plan_plain(
+    graph: DynamoGraph, config: PracConfig | None, patches: Mapping[str, Any]
+) -> PlannedGraph | None:
+    """Plan a graph as plain Inductor compiles it. None when it has no backward.
+
+    Args:
+        graph: Dynamo's.
+        config: options of our backend, when its plan for the graph is wanted too.
+        patches: Inductor's.
+    """
+    observer = _Observer()
+    partitioner = _PlainPartitioner(observer, graph, config)
+    try:
+        compile_fx(
+            copy_dynamo_graph(graph.gm),
+            list(graph.example_inputs),
+            inner_compile=observer.compile,
+            config_patches={**patches, "custom_partitioner_fn": partitioner},
+        )
+    except _NoBackward:
+        return None
+    except _Planned:
+        planned = observer.planned(partitioner.plan, None)
+        return dataclasses.replace(
+            planned, unplanned=partitioner.unplanned, draws_anew=partitioner.draws_anew
+        )
+    raise AssertionError("AOTAutograd returned without lowering a backward graph")
+
+
+def plan_rewritten(
+    graph: DynamoGraph, before: PlannedGraph, config: PracConfig, patches: Mapping[str, Any]
+) -> PlannedGraph:
+    """Plan a graph as our backend compiles it, after its first phase.
+
+    Args:
+        graph: Dynamo's.
+        before: of plain Inductor, with a plan.
+        config: options of our backend.
+        patches: Inductor's.
+
+    Returns:
+        `before` itself when nothing is rewritten, or a copy that says why it cannot be.
+    """
+
+    def second_phase(plan: Plan) -> PlannedGraph:
+        return _lowered(graph, plan, config, patches)
+
+    # where the backend is strict, a failure ends the job: the report tells of one that goes on
+    lenient = dataclasses.replace(config, strict=False)
+    try:
+        plan, planned = in_two_phases(
+            graph,
+            lenient,
+            patches,
+            second_phase,
+            first_plan=before.plan,
+            log_level=logging.DEBUG,
+        )
+    except Exception as error:
+        raise_signal(error)
+        return dataclasses.replace(before, refused=one_line(error))
+    if planned is not None:
+        return planned
+    return before if plan is before.plan else dataclasses.replace(before, plan=plan)
+
+
+def _lowered(
+    graph: DynamoGraph, plan: Plan, config: PracConfig, patches: Mapping[str, Any]
+) -> PlannedGraph:
+    """A graph that is rewritten by a plan."""
+    observer = _Observer()
+    partitioner = _RewritePartitioner(observer, graph, plan, config)
+    with suppress(_Planned):
+        lower_rewritten(graph, plan, patches, partitioner, without_higher_peak(observer.compile))
+    return observer.planned(plan, partitioner.result)
+
+
+class _NoBackward(Exception):
+    """The graph turned out to be an inference graph."""
+
+
+class _Planned(Exception):
+    """Both halves of a graph are planned."""
+
+
+class _Observer:
+    """Stands in for Inductor behind AOTAutograd: plans both graphs, and stops there."""
+
+    def __init__(self) -> None:
+        self.facts: JointFacts | None = None
+        self.forward: GraphPlan | None = None
+        self.backward: GraphPlan | None = None
+        self.forward_flops: Counter[str] = Counter()
+        self.flops: Counter[str] = Counter()
+
+    def look(
+        self, gm: fx.GraphModule, options: Mapping[str, Any], parameters: frozenset[int]
+    ) -> None:
+        """See the joint graph before it is rewritten or partitioned."""
+        self.facts = joint_facts(gm.graph, options["num_fwd_outputs"], parameters)
+
+    def compile(self, gm: fx.GraphModule, example_inputs: Sequence[Any], **options: Any) -> Any:
+        """In the place of `compile_fx_inner`."""
+        if self.facts is None:
+            raise _NoBackward
+        flops = graph_flops(gm.graph)
+        self.flops += flops
+        if self.forward is None:
+            self.forward_flops = flops
+            run: Callable[..., Any] = gm.forward
+            self.forward = plan_graph(gm, example_inputs, **options)
+            return make_boxed_func(run)
+        self.backward = plan_graph(gm, example_inputs, **options)
+        raise _Planned
+
+    def planned(self, plan: Plan | None, rewritten: PartitionedGraph | None) -> PlannedGraph:
+        """What was seen."""
+        assert self.facts is not None
+        assert self.forward is not None
+        assert self.backward is not None
+        return PlannedGraph(
+            self.facts,
+            self.forward,
+            self.backward,
+            self.forward_flops,
+            self.flops,
+            plan,
+            rewritten=rewritten,
+        )
+
+
+class _PlainPartitioner(CustomPartitionerFn):
+    """torch's own partitioner; where our passes look first, that of graphs which we leave alone."""
+
+    def __init__(self, observer: _Observer, graph: DynamoGraph, config: PracConfig | None) -> None:
+        self._observer = observer
+        self._arguments = graph.arguments
+        self._is_planned = graph.is_planned
+        self._config = config
+        self.plan: Plan | None = None
+        self.unplanned: tuple[PlannedValue, ...] = ()
+        self.draws_anew = False
+
+    def __call__(
+        self, gm: fx.GraphModule, joint_inputs: Sequence[object], **options: Any
+    ) -> tuple[fx.GraphModule, fx.GraphModule]:
+        merge_duplicates(gm)
+        self._observer.look(gm, options, self._arguments.parameters)
+        if self._config is not None and self._is_planned:
+            self.plan = analyse(
+                gm, joint_inputs, options, config=self._config, arguments=self._arguments
+            )
+        halves = min_cut_rematerialization_partition(gm, joint_inputs, **options)
+        self.draws_anew = draws_anew(gm.graph, *halves)
+        if self._config is not None and self.draws_anew:
+            halves = partition_drawing_once(gm, joint_inputs, **options)
+        if self._config is not None and not self._is_planned:
+            saved = saved_values(gm.graph, halves[0], options["num_fwd_outputs"])
+            self.unplanned = tuple(values_unplanned(saved))
+        return halves
+
+    def uuid(self) -> None:
+        """Nothing is compiled, so there is nothing to cache."""
+        return
+
+
+class _RewritePartitioner(RewritePartitioner):
+    """The partitioner of compilation, observed."""
+
+    def __init__(
+        self, observer: _Observer, graph: DynamoGraph, plan: Plan, config: PracConfig
+    ) -> None:
+        super().__init__(plan, len(graph.example_inputs), config)
+        self._observer = observer
+        self._parameters = graph.parameters
+        self.result: PartitionedGraph | None = None
+
+    def run(
+        self, gm: fx.GraphModule, joint_inputs: Sequence[object], options: Mapping[str, Any]
+    ) -> PartitionedGraph:
+        merge_duplicates(gm)
+        self._observer.look(gm, options, self._parameters)
+        self.result = super().run(gm, joint_inputs, options)
+        return self.result
+
+    def uuid(self) -> None:  # type: ignore[override]
+        """Nothing is compiled, so there is nothing to cache."""
+        return

@@ -1,0 +1,220 @@
+"""Runs through a training step kernel by kernel, and notes what is held.
+
+The kernels and buffers of each graph are Inductor's (`prac_fx.memory.inductor_buffers`). This
+module puts the graphs of a step in a row and adds what lives outside of them: parameters, buffers,
+inputs, gradients, the state of the optimizer and of the subspaces, the tangents that autograd
+makes, and what backward keeps.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+from prac_fx.graph.origin import Origin
+from prac_fx.memory.inductor_buffers import Kernel, Value
+from prac_fx.memory.step_plan import StepPlan
+from prac_fx.memory.timeline import CATEGORIES, Category, Event, Live, Phase, StepMemory, highest
+
+_Key = tuple[object, ...]
+
+
+def step_events(step: StepPlan) -> tuple[Event, ...]:
+    """The moments of a step, in order."""
+    simulation = _Simulation(step)
+    simulation.run()
+    return tuple(simulation.events)
+
+
+def held_at(step: StepPlan, index: int) -> list[Live]:
+    """What is held at a moment of a step.
+
+    Args:
+        step: to run through.
+        index: of the event.
+    """
+    simulation = _Simulation(step, stop_at=index)
+    simulation.run()
+    return simulation.stopped
+
+
+def step_memory(step: StepPlan) -> StepMemory:
+    """The moments of a step, and what is held at the highest of them."""
+    events = step_events(step)
+    live = held_at(step, highest(events))
+    return StepMemory(events, tuple(sorted(live, key=lambda held: (-held.nbytes, held.what))))
+
+
+@dataclass
+class _Held:
+    live: Live
+    holders: set[_Key] = field(default_factory=set)
+
+
+class _Simulation:
+    def __init__(self, step: StepPlan, stop_at: int = -1) -> None:
+        self.step = step
+        self.graphs = step.graphs
+        self.static = step.static
+        self.stop_at = stop_at
+        self.stopped: list[Live] = []
+        self.events: list[Event] = []
+        self.held: dict[_Key, _Held] = {}
+        self.sums: dict[Category, int] = dict.fromkeys(CATEGORIES, 0)
+        self.of_storage: dict[int, _Key] = {}
+        self.saved: dict[_Key, _Key] = {}  # who saved it -> what
+        self.with_gradient: set[int] = set()
+        for number, constant in enumerate(step.constants):
+            self._hold(("constant", number), constant, ("always",))
+
+    def run(self) -> None:
+        for number in range(len(self.graphs)):
+            self._forward(number)
+            if number:
+                self._release_all(("result", number - 1))
+        self._drop_results()
+        for number in reversed(range(len(self.graphs))):
+            self._backward(number)
+        nbytes = self.step.optimizer_temporary_nbytes
+        temporary = Live("optimizer", "temporary", "", nbytes)
+        self._hold(("optimizer",), temporary, ("optimizer",))
+        self._event("optimizer", "optimizer", Origin("", "optimizer", "", 0))
+
+    # -- the two passes ---------------------------------------------------------------------------
+
+    def _forward(self, number: int) -> None:
+        graph = self.graphs[number]
+        plan = graph.forward
+        saved = plan.saved_buffers(graph.num_results)
+        start_of_loss = _start_of_loss(plan.kernels, graph.loss)
+        for index, kernel in enumerate(plan.kernels):
+            for name in kernel.replaced:
+                self._release((number, name), ("own",))
+            for name, value in kernel.allocated.items():
+                kind: Category = "saved" if name in saved else "temporary"
+                self._hold((number, name), _live(value, kind, graph.loss), ("own",))
+            self._event("forward" if index < start_of_loss else "loss", *_where(kernel))
+            for name in kernel.freed:
+                self._release((number, name), ("own",))
+        for position, pair in enumerate(plan.outputs):
+            if pair is not None:
+                self._keep_output(number, position, *pair)
+        self._release_all(("own",))
+
+    def _keep_output(self, number: int, position: int, name: str, buffer: str) -> None:
+        graph = self.graphs[number]
+        is_result = position < graph.num_results
+        holder = ("result", number, position) if is_result else ("saved", number, name)
+        key: _Key = (number, buffer)
+        if buffer in graph.forward.inputs:
+            storage = graph.arguments.get(buffer)
+            if storage is None or storage in self.static:
+                return
+            # made by an earlier graph, or outside of any
+            key = self.of_storage.get(storage, ("argument", storage))
+            value = graph.forward.inputs[buffer]
+            self._hold(key, _live(value, "saved", graph.loss), holder)
+        elif key in self.held:
+            self.held[key].holders.add(holder)
+        if not is_result:
+            self.saved[holder] = key
+        storage = graph.results[position] if is_result else None
+        if storage is not None:
+            self.of_storage[storage] = key
+
+    def _drop_results(self) -> None:
+        """The forward pass has returned: the caller keeps the loss, or all results if there is none."""
+        if not self.graphs:
+            return
+        last = len(self.graphs) - 1
+        loss = self.graphs[last].loss_result
+        for held in self.held.values():
+            if loss >= 0 or ("result", last) not in {holder[:2] for holder in held.holders}:
+                held.holders -= {
+                    holder
+                    for holder in held.holders
+                    if holder[0] == "result" and holder[1:] != (last, loss)
+                }
+        self._collect()
+
+    def _backward(self, number: int) -> None:
+        graph = self.graphs[number]
+        plan = graph.backward
+        outputs = zip(plan.outputs, graph.gradients, strict=True)
+        gradients = {pair[1]: of for pair, of in outputs if pair is not None and of is not None}
+        for name, value in plan.inputs.items():
+            if "tangents" in name:
+                self._hold(
+                    ("tangent", number, name), _live(value, "temporary", graph.loss), ("own",)
+                )
+        for kernel in plan.kernels:
+            for name in kernel.replaced:
+                self._free_in_backward(number, name)
+            for name, value in kernel.allocated.items():
+                is_first = name in gradients and gradients[name] not in self.with_gradient
+                kind: Category = "gradients" if is_first else "temporary"
+                holder = ("gradient",) if is_first else ("own",)
+                self._hold(("backward", number, name), _live(value, kind, graph.loss), holder)
+            self._event("backward", *_where(kernel))
+            for name in kernel.freed:
+                self._free_in_backward(number, name)
+        self._release_all(("own",))
+        self._release_all(("saved", number))
+        self.with_gradient.update(gradients.values())
+
+    def _free_in_backward(self, number: int, name: str) -> None:
+        plan = self.graphs[number].backward
+        if name not in plan.inputs:
+            self._release(("backward", number, name), ("own",))
+        elif "tangents" in name:
+            self._release(("tangent", number, name), ("own",))
+        else:
+            holder = ("saved", number, plan.inputs[name].name)
+            self._release(self.saved.get(holder, ()), holder)
+
+    # -- what is held -----------------------------------------------------------------------------
+
+    def _hold(self, key: _Key, live: Live, holder: _Key) -> None:
+        if key not in self.held:
+            self.held[key] = _Held(live)
+            self.sums[live.category] += live.nbytes
+        self.held[key].holders.add(holder)
+
+    def _release(self, key: _Key, holder: _Key) -> None:
+        held = self.held.get(key)
+        if held is None:
+            return
+        held.holders.discard(holder)
+        if not held.holders:
+            self.sums[held.live.category] -= held.live.nbytes
+            del self.held[key]
+
+    def _release_all(self, prefix: _Key) -> None:
+        """Release what holders of this kind hold."""
+        for held in self.held.values():
+            held.holders -= {holder for holder in held.holders if holder[: len(prefix)] == prefix}
+        self._collect()
+
+    def _collect(self) -> None:
+        for key in [key for key, held in self.held.items() if not held.holders]:
+            self._release(key, ())
+
+    def _event(self, phase: Phase, node: str, origin: Origin) -> None:
+        if len(self.events) == self.stop_at:
+            self.stopped = [held.live for held in self.held.values() if held.live.nbytes]
+        self.events.append(Event(phase, node, origin, dict(self.sums)))
+
+
+def _start_of_loss(kernels: Sequence[Kernel], loss: frozenset[str]) -> int:
+    """Index of the first kernel after the last one that computes nothing of the loss."""
+    others = (i for i, kernel in enumerate(kernels) if not loss.intersection(kernel.names))
+    return max(others, default=-1) + 1
+
+
+def _live(value: Value, kind: Category, loss: frozenset[str]) -> Live:
+    category: Category = "loss" if value.name in loss and kind != "gradients" else kind
+    return Live(value.name, category, value.origin.module, value.nbytes, value.shape, value.dtype)
+
+
+def _where(kernel: Kernel) -> tuple[str, Origin]:
+    return (kernel.names[-1] if kernel.names else kernel.origin.op), kernel.origin

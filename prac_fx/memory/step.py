@@ -1,0 +1,91 @@
+"""What a training step is, and how Dynamo is made to trace it."""
+
+from __future__ import annotations
+
+import re
+import types
+from collections.abc import Callable, Mapping
+from contextlib import nullcontext
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from prac_fx.graph.origin import clean_path
+from prac_fx.torch_compat import (
+    FakeTensorMode,
+    functorch_config,
+    with_fresh_size_profile,
+    without_recompile_limit,
+)
+
+
+@dataclass(frozen=True)
+class Step:
+    """What to trace.
+
+    Attributes:
+        model: called with the inputs.
+        args: positional inputs.
+        kwargs: keyword inputs.
+        loss_fn: applied to the result and traced together with the model.
+        fake_mode: of the model's tensors, if they are fake.
+        captured: what the model and the loss read besides, such as a target that the loss closes
+            over, each with Dynamo's name of where it comes from; known once the step was traced.
+    """
+
+    model: Callable[..., Any]
+    args: tuple[Any, ...]
+    kwargs: Mapping[str, Any]
+    loss_fn: Callable[[Any], Any] | None = None
+    fake_mode: FakeTensorMode | None = None
+    captured: tuple[tuple[str, Tensor], ...] = ()
+
+
+def trace_with(step: Step, backend: Callable[..., Any], budget: float | None = None) -> None:
+    """Have a Dynamo backend look at the graphs of a step, and run what it returns.
+
+    Args:
+        step: what to trace.
+        backend: called with each graph and its example inputs.
+        budget: torch's `activation_memory_budget`; None for the one that is set.
+    """
+
+    def run(self: Any, *inputs: Any, **named: Any) -> Any:
+        result = self(*inputs, **named)
+        return result if step.loss_fn is None else step.loss_fn(result)
+
+    # a code object of its own, so that no earlier call counts against Dynamo's recompile limit
+    fresh = types.FunctionType(run.__code__.replace(), run.__globals__, closure=run.__closure__)
+    settings: dict[str, Any] = {
+        # a warm cache would not ask the partitioner, and a lazy backward would never be lowered
+        "enable_autograd_cache": False,
+        "force_non_lazy_backward_lowering": True,
+    }
+    if budget is not None:
+        settings["activation_memory_budget"] = budget
+    with (
+        torch.enable_grad(),
+        functorch_config.patch(settings),
+        without_recompile_limit(),
+        with_fresh_size_profile(),
+        step.fake_mode or nullcontext(),
+    ):
+        torch.compile(fresh, backend=backend)(step.model, *step.args, **step.kwargs)
+
+
+def captured_name(source: str, step: Step) -> str:
+    """A short name for something that a step captures.
+
+    Args:
+        source: Dynamo's, such as `L['step'].loss_fn.__closure__[0].cell_contents`; the names are
+            those in `trace_with`.
+        step: the step.
+    """
+    for start, function in (("L['self']", step.model), ("L['step'].loss_fn", step.loss_fn)):
+        cell = re.match(re.escape(start) + r"\.__closure__\[(\d+)\]\.cell_contents", source)
+        if cell and isinstance(function, types.FunctionType):
+            source = function.__code__.co_freevars[int(cell[1])] + source[cell.end() :]
+    source = source.removeprefix("L['step'].").replace(".__self__", "")
+    return clean_path(re.sub(r"G\['__import_\w+'\]", "G", source))

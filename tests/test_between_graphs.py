@@ -1,0 +1,169 @@
+"""Reports of models that Dynamo splits into several graphs, against what a step holds."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+import prac_fx
+from benchmarks.held_memory import all_tensors, held_nbytes
+from prac_fx.report.explain import MemoryReport
+from tests.models import rows
+from tests.uncompiled import no_code_generation, plain_graphs
+
+OPTIONS: dict[str, Any] = {"prac.min_nbytes": 0}
+
+
+def _held(model: nn.Module, inputs: tuple[Tensor, ...]) -> tuple[int, int]:
+    """Bytes between forward and backward with plain Inductor and with our backend."""
+    found = []
+    for given in ({"backend": plain_graphs}, {"backend": "prac", "options": OPTIONS}):
+        torch._dynamo.reset()
+        with no_code_generation():
+            loss = torch.compile(model, **given)(*inputs)
+        found.append(held_nbytes(loss, all_tensors(model, inputs)))
+    torch._dynamo.reset()
+    return found[0], found[1]
+
+
+def _report(model: nn.Module, inputs: tuple[Tensor, ...]) -> MemoryReport:
+    return prac_fx.explain(model, *inputs, options=OPTIONS)
+
+
+class Scores(nn.Module):
+    """A classifier whose loss is a graph of its own, which no parameter enters."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.hidden, self.head = nn.Linear(64, 64), nn.Linear(64, 400)
+
+    def forward(self, x: Tensor, labels: Tensor) -> Tensor:
+        scores = self.head(torch.tanh(self.hidden(x)))
+        torch._dynamo.graph_break()
+        return F.cross_entropy(scores, labels)
+
+
+class Handed(nn.Module):
+    """A value that the first graph makes and the second one saves, as it is or transposed."""
+
+    def __init__(self, is_transposed: bool) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.is_transposed = is_transposed
+        self.first, self.norm, self.second = nn.Linear(64, 64), nn.LayerNorm(64), nn.Linear(64, 48)
+
+    def forward(self, x: Tensor) -> Tensor:
+        value = self.norm(self.first(x))
+        if self.is_transposed:
+            value = value.transpose(1, 2)
+        torch._dynamo.graph_break()
+        return self.second(value).square().mean()
+
+
+class Between(nn.Module):
+    """What runs between two graphs makes the value that the second one saves."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.first, self.second = nn.Linear(64, 64), nn.Linear(64, 64)
+
+    def forward(self, x: Tensor) -> Tensor:
+        value = _uncompiled(self.first(x))
+        return self.second(value).square().mean()
+
+
+@torch._dynamo.disable
+def _uncompiled(value: Tensor) -> Tensor:
+    return value * 2 + 1
+
+
+def _labelled() -> tuple[Tensor, ...]:
+    return rows(512), torch.arange(512) % 400
+
+
+MODELS: dict[str, Any] = {
+    "loss": (Scores, _labelled),
+    "view": (lambda: Handed(False), lambda: (torch.randn(8, 64, 64),)),
+    "only ours": (lambda: Handed(True), lambda: (torch.randn(8, 64, 64),)),
+    "uncompiled": (Between, lambda: (rows(512),)),
+}
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_saved_bytes_are_those_that_are_held(name: str) -> None:
+    build, batch = MODELS[name]
+    model, inputs = build(), batch()
+    report = _report(model, inputs)
+    assert (report.saved_before_nbytes, report.saved_after_nbytes) == _held(model, inputs)
+    assert report.num_graphs == 2
+    # by Inductor's buffers instead of by values
+    assert report.step.handed_over_before_nbytes == report.saved_before_nbytes
+    assert report.step.handed_over_after_nbytes == report.saved_after_nbytes
+
+
+def test_a_graph_without_parameters_says_so() -> None:
+    report = _report(Scores(), _labelled())
+    kept = [value for value in report.values if value.reason == "no_parameter"]
+    assert kept
+    assert all(value.nbytes_before == value.nbytes_after for value in kept)
+
+
+def test_a_value_that_another_graph_made_has_a_row_of_its_own() -> None:
+    report = _report(Handed(False), (torch.randn(8, 64, 64),))
+    (value,) = [value for value in report.values if value.reason == "between_graphs"]
+    assert value.nbytes_before == value.nbytes_after == 8 * 64 * 64 * 4
+    report = _report(Handed(True), (torch.randn(8, 64, 64),))
+    (value,) = [value for value in report.values if value.reason == "between_graphs"]
+    assert (value.nbytes_before, value.nbytes_after) == (0, 8 * 64 * 64 * 4)
+
+
+def _contents(report: MemoryReport) -> Any:
+    document: Any = report.as_document()
+    return document["totals"], document["peak"], document["timeline"], document["values"]
+
+
+def test_a_report_does_not_depend_on_what_was_traced_before() -> None:
+    batch = (torch.randn(8, 64, 64),)
+    alone = _contents(_report(Handed(False), batch))
+    # the same code with another batch, so that Dynamo knows of a size that changes, and other
+    # models
+    _report(Handed(False), (torch.randn(16, 64, 64),))
+    _report(Between(), (rows(512),))
+    _report(Scores(), _labelled())
+    assert _contents(_report(Handed(False), batch)) == alone
+
+
+class Weighted(nn.Module):
+    """A weighted sum of colours: its last kernels write into the memory of others."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.hidden, self.weight, self.colour = (
+            nn.Linear(64, 64),
+            nn.Linear(64, 1),
+            nn.Linear(64, 3),
+        )
+
+    def forward(self, x: Tensor) -> Tensor:
+        hidden = torch.relu(self.hidden(x))
+        weights = torch.cumprod(torch.sigmoid(self.weight(hidden)), 1)
+        colours = (weights * torch.sigmoid(self.colour(hidden))).sum(1)
+        return (colours - 0.5).square().mean()
+
+
+def test_totals_and_rows_of_other_ways_agree_where_buffers_are_written_in_place() -> None:
+    report = _report(Weighted(), (torch.randn(64, 24, 64),))
+    step = report.step
+    assert step.handed_over_before_nbytes == report.saved_before_nbytes
+    assert step.handed_over_after_nbytes == report.saved_after_nbytes
+    graph = step.calls[0].before
+    allocated = {name for kernel in graph.forward.kernels for name in kernel.allocated}
+    saved = graph.forward.saved_buffers(graph.facts.num_results)
+    assert saved <= allocated | graph.forward.inputs.keys()
