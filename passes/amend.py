@@ -122,13 +122,13 @@ def amend(
 
 def _store_derived_values(amendments: Amendments, draft: Draft, faults: list[Fault]) -> bool:
     """Remedy 1, where all that is wrong is in derivations of our own."""
-    found: set[fx.Node] = set()
+    underivable: set[fx.Node] = set()
     for fault in faults:
         if fault.read.name in draft.recomputed:
             continue
-        found |= {node for node, chain in draft.derivations.items() if fault.read in chain}
-    amendments.underivable |= found
-    return bool(found)
+        underivable |= {node for node, chain in draft.derivations.items() if fault.read in chain}
+    amendments.underivable |= underivable
+    return bool(underivable)
 
 
 def _store_clone_or_keep(

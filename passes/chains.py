@@ -67,7 +67,7 @@ def is_view(node: fx.Node) -> bool:
     if not isinstance(node.target, torch._ops.OpOverload):
         return False
     schema = node.target._schema
-    return not schema.is_mutable and any(one.alias_info is not None for one in schema.returns)
+    return not schema.is_mutable and any(result.alias_info is not None for result in schema.returns)
 
 
 def is_cheap(node: fx.Node) -> bool:
@@ -90,9 +90,11 @@ def is_reduction(node: fx.Node) -> bool:
 def _shrinks(node: fx.Node) -> bool:
     value = node.meta.get("val")
     results = value if isinstance(value, list | tuple) else [value]
-    largest = max((_numel(one) for one in results), default=0)
-    sources = [tensor_value(one) for one in node.all_input_nodes]
-    return all(_numel(one) >= _REDUCTION_FACTOR * largest for one in sources if one is not None)
+    largest = max((_numel(result) for result in results), default=0)
+    sources = [tensor_value(arg) for arg in node.all_input_nodes]
+    return all(
+        _numel(source) >= _REDUCTION_FACTOR * largest for source in sources if source is not None
+    )
 
 
 def _numel(value: object) -> int:
@@ -101,19 +103,19 @@ def _numel(value: object) -> int:
 
 def is_statistic(node: fx.Node, classification: Classification) -> bool:
     """Is the value a reduction of an activation, or an elementwise function of reductions?"""
-    pending, seen, found = [node], {node}, False
+    pending, seen, has_reduction = [node], {node}, False
     while pending:
-        one = pending.pop()
-        if is_reduction(one):
-            found = True
+        current = pending.pop()
+        if is_reduction(current):
+            has_reduction = True
             continue
-        if not is_cheap(one):
+        if not is_cheap(current):
             return False
-        for source in one.all_input_nodes:
+        for source in current.all_input_nodes:
             if source in classification.activations and source not in seen:
                 seen.add(source)
                 pending.append(source)
-    return found
+    return has_reduction
 
 
 def is_repeatable(node: fx.Node) -> bool:
@@ -188,13 +190,13 @@ def derivation(
     chain: dict[fx.Node, None] = {}
     pending = [node]
     while pending:
-        one = pending.pop()
-        if one in chain:
+        current = pending.pop()
+        if current in chain:
             continue
-        if not is_cheap(one) or len(chain) >= _LONGEST_DERIVATION:
+        if not is_cheap(current) or len(chain) >= _LONGEST_DERIVATION:
             return None
-        chain[one] = None
-        for source in one.all_input_nodes:
+        chain[current] = None
+        for source in current.all_input_nodes:
             if source.op != "placeholder" and allocating_node(source) not in stored:
                 pending.append(source)
     return tuple(chain)

@@ -72,14 +72,14 @@ def classify(
 def _activations(
     graph: fx.Graph, backward: Collection[fx.Node], static_arguments: Collection[int]
 ) -> frozenset[fx.Node]:
-    found: set[fx.Node] = set()
+    activations: set[fx.Node] = set()
     for node in graph.nodes:
         if node in backward or node.op == "output":
             continue
         is_data = node.op == "placeholder" and argument_index(node) not in static_arguments
-        if is_data or any(arg in found for arg in node.all_input_nodes):
-            found.add(node)
-    return frozenset(found)
+        if is_data or any(arg in activations for arg in node.all_input_nodes):
+            activations.add(node)
+    return frozenset(activations)
 
 
 def _before_parameters(
@@ -95,15 +95,15 @@ def _before_parameters(
         from_weights = any(arg in weights for arg in node.all_input_nodes)
         if is_parameter or (from_weights and node not in activations and node not in backward):
             weights.add(node)
-    found: set[fx.Node] = set()
+    before: set[fx.Node] = set()
     for node in reversed(graph.nodes):
         if node in backward or node in weights:
             continue
         forward_users = [user for user in node.users if user not in backward]
         if any(
-            user in found or (user.target not in _ADDITIONS and weights & {*user.all_input_nodes})
+            user in before or (user.target not in _ADDITIONS and weights & {*user.all_input_nodes})
             for user in forward_users
             if user.op != "output"
         ):
-            found.add(node)
-    return frozenset(found)
+            before.add(node)
+    return frozenset(before)

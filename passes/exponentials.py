@@ -59,12 +59,12 @@ def _exponent(node: fx.Node) -> fx.Node | None:
     """What an exponential is taken of, behind constants, views and gradients that it is multiplied with."""
     pending, seen = [node], {node}
     while pending:
-        one = pending.pop(0)
-        name = operator_name(one)
+        current = pending.pop(0)
+        name = operator_name(current)
         if name in EXPONENTIALS:
-            return one.all_input_nodes[0]
+            return current.all_input_nodes[0]
         if name in (*CARRY, "aten.mul", "aten.view"):
-            fresh = [arg for arg in one.all_input_nodes if arg not in seen]
+            fresh = [arg for arg in current.all_input_nodes if arg not in seen]
             seen.update(fresh)
             pending += fresh
     return None

@@ -69,7 +69,7 @@ def _text(argument: Any) -> str:
     if isinstance(argument, tuple | list):
         return f"[{', '.join(map(_text, argument))}]"
     if isinstance(argument, Mapping):
-        return f"[{', '.join(f'{key}: {_text(one)}' for key, one in argument.items())}]"
+        return f"[{', '.join(f'{key}: {_text(value)}' for key, value in argument.items())}]"
     if isinstance(argument, torch.SymInt | torch.SymFloat | torch.SymBool):
         return str(argument)
     if isinstance(argument, slice):

@@ -57,12 +57,12 @@ def masks_of(
         clones: forward nodes that backward computes again.
         classification: of the same graph.
     """
-    found = {
+    masks = {
         allocating_node(node): None
         for node in clones
         if is_mask(node) and any(_reads_mask(user, clones, classification) for user in node.users)
     }
-    return tuple(mask for mask in found if _depends_on(mask, encoded, clones))
+    return tuple(mask for mask in masks if _depends_on(mask, encoded, clones))
 
 
 def _reads_mask(user: fx.Node, clones: Collection[fx.Node], classification: Classification) -> bool:

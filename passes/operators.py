@@ -227,13 +227,13 @@ def operator_of(node: fx.Node) -> Operator:
 def positions(node: fx.Node, argument: fx.Node) -> Iterable[int]:
     """At which positions a node reads an argument; a list counts as one argument, and keywords come last."""
     for position, given in enumerate((*node.args, *node.kwargs.values())):
-        if any(one is argument for one in _flat(given)):
+        if any(operand is argument for operand in _flat(given)):
             yield position
 
 
 def _flat(given: object) -> Iterable[object]:
     if isinstance(given, list | tuple):
-        for one in given:
-            yield from _flat(one)
+        for item in given:
+            yield from _flat(item)
     else:
         yield given

@@ -70,7 +70,7 @@ def partition(
     """
     num_fwd_outputs = partition_options["num_fwd_outputs"]
     outputs = _output_names(gm, num_fwd_outputs)
-    stored = [part for one in encoded for part in one.stored]
+    stored = [part for site in encoded for part in site.stored]
     if has_memory_budget(gm):
         stored += _keep_what_budget_keeps(gm.graph, plan)
         deciding: AbstractContextManager[None] = saving_what_must_be_saved()
@@ -85,8 +85,8 @@ def partition(
         raise CannotRewriteError("the partitioner changed the forward outputs")
     _check_totals(gm.graph, saved, stored, plan)
     stored_by = {
-        one.value.name: tuple(by_storage[storage_of(part)] for part in one.stored)
-        for one in encoded
+        site.value.name: tuple(by_storage[storage_of(part)] for part in site.stored)
+        for site in encoded
     }
     return PartitionedGraph(fw, bw, saved, stored_by)
 
@@ -106,8 +106,8 @@ def _keep_what_budget_keeps(graph: fx.Graph, plan: Plan) -> list[fx.Node]:
     for node in nodes:
         # torch takes no notice of the tag on a view or on one of several results: their source has to have it
         allocated = allocating_node(node)
-        for one in (node, allocated, *_source_of_results(allocated)):
-            one.meta["recompute"] = CheckpointPolicy.MUST_SAVE
+        for tagged in (node, allocated, *_source_of_results(allocated)):
+            tagged.meta["recompute"] = CheckpointPolicy.MUST_SAVE
     return nodes
 
 
@@ -159,15 +159,15 @@ def _output_names(gm: fx.GraphModule, count: int) -> list[str]:
 
 def _check_encodings(saved: Sequence[SavedValue], encoded: Sequence[EncodedSite]) -> None:
     storages = {storage_of(value.node) for value in saved}
-    for one in encoded:
+    for site in encoded:
         # min-cut may save the encoding or a view of it, which is the same memory
-        if not {storage_of(part) for part in one.stored} <= storages:
+        if not {storage_of(part) for part in site.stored} <= storages:
             raise CannotRewriteError(
-                f"the partitioner does not save the encoding of {one.value}", one.value.name
+                f"the partitioner does not save the encoding of {site.value}", site.value.name
             )
-        if storage_of(one.value) in storages:
+        if storage_of(site.value) in storages:
             raise CannotRewriteError(
-                f"the partitioner saves {one.value} although it is encoded", one.value.name
+                f"the partitioner saves {site.value} although it is encoded", site.value.name
             )
 
 
@@ -177,7 +177,7 @@ def _check_totals(
     derived = {
         value.allocated_by for value in plan.values if value.reason in ("derived", "replaced")
     }
-    kept = [name for one in saved if (name := allocating_node(one.node).name) in derived]
+    kept = [name for value in saved if (name := allocating_node(value.node).name) in derived]
     if kept:
         name = kept[0]
         raise CannotRewriteError(
@@ -199,11 +199,11 @@ def _unplanned(
     planned = {value.allocated_by for value in plan.values} | {*plan.statistics}
     encodings = {storage_of(part) for part in stored}
     return [
-        one.node
-        for one in saved
-        if one.nbytes
-        and storage_of(one.node) not in encodings
-        and allocating_node(one.node).name not in planned
+        value.node
+        for value in saved
+        if value.nbytes
+        and storage_of(value.node) not in encodings
+        and allocating_node(value.node).name not in planned
     ]
 
 
@@ -211,7 +211,7 @@ def _blamed(graph: fx.Graph, unplanned: Collection[fx.Node], plan: Plan) -> set[
     """Encoded and derived values for which backward computes something from what is saved beyond the plan."""
     names, clones = {site.value for site in plan.sites}, {*plan.clones}
     reading, sources = set(map(allocating_node, unplanned)), dict[fx.Node, set[str]]()
-    found: set[str] = set()
+    blamed: set[str] = set()
     for node in graph.nodes:
         if node.name in names:
             sources[node] = {node.name}
@@ -222,13 +222,13 @@ def _blamed(graph: fx.Graph, unplanned: Collection[fx.Node], plan: Plan) -> set[
         sources[node] |= {allocating_node(node).name}
         if any(arg in reading or allocating_node(arg) in reading for arg in args):
             reading.add(node)
-            found |= sources[node]
-    return found
+            blamed |= sources[node]
+    return blamed
 
 
 def _least_worthwhile(plan: Plan, blamed: Collection[str]) -> str:
     """The value that saves least: of those at fault, or of all when none is known to be. Masks save nothing themselves."""
-    changed = [one for one in plan.values if one.decision != "keep" and one.nbytes_before]
-    among = [one for one in changed if one.allocated_by in blamed] or changed
-    least = min(among, key=lambda one: one.nbytes_before - one.nbytes_after, default=None)
+    changed = [row for row in plan.values if row.decision != "keep" and row.nbytes_before]
+    among = [row for row in changed if row.allocated_by in blamed] or changed
+    least = min(among, key=lambda row: row.nbytes_before - row.nbytes_after, default=None)
     return least.allocated_by if least is not None else ""

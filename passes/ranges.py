@@ -49,16 +49,16 @@ def ranges(
         backward: its nodes that depend on the tangents.
         decoded: values that backward decodes; an error may take them to zero, so their range holds it.
     """
-    found: dict[fx.Node, Range] = {}
+    known: dict[fx.Node, Range] = {}
     for node in graph.nodes:
         if node.op != "call_function" or node in backward:
             continue
-        low, high = _range(node, found)
+        low, high = _range(node, known)
         if node in decoded:
             low, high = min(low, 0.0), max(high, 0.0)
         if (low, high) != ANYTHING:
-            found[node] = low, high
-    return found
+            known[node] = low, high
+    return known
 
 
 def number(argument: object) -> float | None:

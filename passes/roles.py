@@ -115,12 +115,12 @@ def assign_roles(
     by_storage: dict[str, list[Reader]] = {}
     readers_of: dict[fx.Node, list[Reader]] = {}
     for value in survey.saved:
-        found = _readers(value.node, classification, survey, gradients)
+        readers = _readers(value.node, classification, survey, gradients)
         # two saved views of one storage are one value: what reads either reads it
         root = value.shares_with or value.node.name
         readers_of[value.node] = by_storage.setdefault(root, [])
         known = {(reader.node, reader.operand) for reader in readers_of[value.node]}
-        readers_of[value.node] += [r for r in found if (r.node, r.operand) not in known]
+        readers_of[value.node] += [r for r in readers if (r.node, r.operand) not in known]
     return tuple(
         ValueRole(value, _role(readers_of[value.node]), tuple(readers_of[value.node]))
         for value in survey.saved
@@ -233,8 +233,8 @@ def _reader(
         return Reader(node, kind, operand)
     if not is_view:
         return Reader(node, "derived", operand)
-    found = _weight_gradient_reader(node, operand, classification, gradients)
-    return found if found is not None else Reader(node, "other", operand)
+    reader = _weight_gradient_reader(node, operand, classification, gradients)
+    return reader if reader is not None else Reader(node, "other", operand)
 
 
 def attention_kind(node: fx.Node, operand: fx.Node) -> Kind:

@@ -237,17 +237,17 @@ def run(passes: Sequence[Pass], work: Work) -> None:
     Raises:
         CannotRewriteError: from a pass; the graph is not the one that was planned, or an invariant does not hold.
     """
-    for one in passes:
-        if one.name in work.config.skip_passes:
-            log.debug("%s: skipped", one.name)
+    for pass_ in passes:
+        if pass_.name in work.config.skip_passes:
+            log.debug("%s: skipped", pass_.name)
             continue
         start = time.perf_counter()
-        one.run(work)
-        log.debug("%s: %.1f ms", one.name, 1e3 * (time.perf_counter() - start))
-        if one.graph is not None:
-            _show(one.name, one.graph(work))
+        pass_.run(work)
+        log.debug("%s: %.1f ms", pass_.name, 1e3 * (time.perf_counter() - start))
+        if pass_.graph is not None:
+            _show(pass_.name, pass_.graph(work))
         for observer in _OBSERVERS.get():
-            observer(one, work)
+            observer(pass_, work)
 
 
 def _show(name: str, gm: fx.GraphModule) -> None:
@@ -265,4 +265,4 @@ def _show(name: str, gm: fx.GraphModule) -> None:
     )
 
 
-assert {*SKIPPABLE_PASSES} <= {"judge", *(one.name for one in REWRITING)}
+assert {*SKIPPABLE_PASSES} <= {"judge", *(pass_.name for pass_ in REWRITING)}

@@ -62,23 +62,23 @@ def sentinels(
     for node in graph.nodes:
         if node.op != "call_function" or node in backward:
             continue
-        found = _written(node, learned, data)
+        held = _written(node, learned, data)
         source = node
         for arg in node.all_input_nodes:
             more = _handed_on(node, arg, signs.get(arg, _NOTHING))
             if more:
-                found, source = found | more, origin[arg]
-        if found:
-            signs[node], origin[node] = found, source
+                held, source = held | more, origin[arg]
+        if held:
+            signs[node], origin[node] = held, source
     return origin
 
 
 def _depending(graph: fx.Graph, sources: Collection[fx.Node]) -> set[fx.Node]:
-    found = set(sources)
+    depending = set(sources)
     for node in graph.nodes:
-        if any(arg in found for arg in node.all_input_nodes):
-            found.add(node)
-    return found
+        if any(arg in depending for arg in node.all_input_nodes):
+            depending.add(node)
+    return depending
 
 
 def _handed_on(node: fx.Node, arg: fx.Node, signs: frozenset[Sign]) -> frozenset[Sign]:
@@ -128,11 +128,11 @@ def _written(
 
 
 def _signs(*numbers: float | None) -> frozenset[Sign]:
-    found: set[Sign] = set()
-    for one in numbers:
-        if one is not None and abs(one) >= _LARGE:
-            found.add("positive" if one > 0 else "negative")
-    return frozenset(found)
+    signs: set[Sign] = set()
+    for value in numbers:
+        if value is not None and abs(value) >= _LARGE:
+            signs.add("positive" if value > 0 else "negative")
+    return frozenset(signs)
 
 
 def _adds_a_mask(node: fx.Node, learned: Collection[fx.Node], data: Collection[fx.Node]) -> bool:

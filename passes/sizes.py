@@ -116,8 +116,10 @@ class GuardedSizes(Sizes):
         groups = self._groups.values()
         if not groups or has_promised_ranges():
             return
-        self._is_large = all(size_hint(one.size) >= one.factor * one.made_from for one in groups)
-        conditions = [one.reached(at_hand=not self._is_large) for one in groups]
+        self._is_large = all(
+            size_hint(group.size) >= group.factor * group.made_from for group in groups
+        )
+        conditions = [group.reached(at_hand=not self._is_large) for group in groups]
         guard_or_false(sym_and(*conditions))
 
     def at_hand(self, size: Size) -> Size:
@@ -143,10 +145,10 @@ def is_guardable(size: torch.SymInt) -> bool:
 def _largest_groups(bounds: Iterable[Bound]) -> Mapping[Hashable, _Group]:
     """By their expression, those that hold nearly all bytes."""
     members: dict[Hashable, list[tuple[int, Bound]]] = {}
-    for one in bounds:
-        factor, expression = split_size(one.size)
-        members.setdefault(expression, []).append((factor, one))
-    nbytes = {key: sum(one.nbytes for _, one in found) for key, found in members.items()}
+    for bound in bounds:
+        factor, expression = split_size(bound.size)
+        members.setdefault(expression, []).append((factor, bound))
+    nbytes = {key: sum(bound.nbytes for _, bound in pairs) for key, pairs in members.items()}
     left, groups = (1 - _BYTES_LEFT_OUT) * sum(nbytes.values()), dict[Hashable, _Group]()
     for key in sorted(members, key=lambda key: -nbytes[key]):
         if left > 0:
@@ -157,22 +159,22 @@ def _largest_groups(bounds: Iterable[Bound]) -> Mapping[Hashable, _Group]:
 
 def _group(members: Sequence[tuple[int, Bound]]) -> _Group:
     factor, first = members[0]
-    runs_from = _of_most_bytes([(-(-one.runs_from // by), one) for by, one in members])
-    made_from = _of_most_bytes([(-(-one.made_from // by), one) for by, one in members])
+    runs_from = _of_most_bytes([(-(-bound.runs_from // by), bound) for by, bound in members])
+    made_from = _of_most_bytes([(-(-bound.made_from // by), bound) for by, bound in members])
     return _Group(first.size, factor, runs_from, made_from)
 
 
 def _of_most_bytes(bounds: Sequence[tuple[int, Bound]]) -> int:
     """The least that reaches the bounds of nearly all bytes, and of nearly all whose encoding has state."""
-    with_state = [(bound, one) for bound, one in bounds if one.has_state]
-    return max(_reaching_most(found) for found in (bounds, with_state or bounds))
+    with_state = [(least, bound) for least, bound in bounds if bound.has_state]
+    return max(_reaching_most(chosen) for chosen in (bounds, with_state or bounds))
 
 
 def _reaching_most(bounds: Sequence[tuple[int, Bound]]) -> int:
-    found = sorted((bound, one.nbytes) for bound, one in bounds)
-    left = (1 - _BYTES_LEFT_OUT) * sum(nbytes for _, nbytes in found)
-    for bound, nbytes in found:
+    by_size = sorted((least, bound.nbytes) for least, bound in bounds)
+    left = (1 - _BYTES_LEFT_OUT) * sum(nbytes for _, nbytes in by_size)
+    for least, nbytes in by_size:
         left -= nbytes
         if left <= 0:
-            return bound
-    return found[-1][0]
+            return least
+    return by_size[-1][0]

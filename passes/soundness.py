@@ -232,7 +232,7 @@ class _Walk:
     ) -> None:
         given = [self.noise[arg] for arg in args]
         gain = 0.0 if node in self.backward else self._gain(node, args)
-        pending = next((one for one in given if one.form != "plain"), None)
+        pending = next((noise for noise in given if noise.form != "plain"), None)
         exponential = read = None
         if form != "plain":
             exponential = node if pending is None else pending.exponential
@@ -307,11 +307,11 @@ class _Walk:
         """The sources behind a forward node, by elementwise operators and views alone."""
         bits, pending, seen = 0, [node], {node}
         while pending:
-            one = pending.pop()
-            if one in self.bits:
-                bits |= self.bits[one]
-            elif is_cheap(one):
-                fresh = [arg for arg in one.all_input_nodes if arg not in seen]
+            current = pending.pop()
+            if current in self.bits:
+                bits |= self.bits[current]
+            elif is_cheap(current):
+                fresh = [arg for arg in current.all_input_nodes if arg not in seen]
                 seen.update(fresh)
                 pending += fresh
         return bits
@@ -327,8 +327,8 @@ class _Walk:
         if "attention" in str(node.target):
             return self._attention(node, arg)
         row = operator_of(node)
-        found: list[Response] = [row.response(position) for position in positions(node, arg)]
-        response = max(found, key=_SEVERITY.__getitem__)
+        responses: list[Response] = [row.response(position) for position in positions(node, arg)]
+        response = max(responses, key=_SEVERITY.__getitem__)
         if response == "size_only":
             return response
         if is_rounded(node):

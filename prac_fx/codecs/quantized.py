@@ -127,10 +127,12 @@ class QuantCodec(Codec):
         """Sizes of groups that compiled code handles at full speed, faster ones first."""
         unit, group = self._unit, self.group
         if self.word_bits == 32:  # of a CPU, in whole vectors
-            return [list(range(unit * one, group + 1, unit * one)) for one in _VECTORS]
+            return [list(range(unit * count, group + 1, unit * count)) for count in _VECTORS]
         # of a GPU, a word for each thread: their number is a power of two, of which most have work
         words = range(max(1, min(group, self.features) // (4 * unit)), group // unit + 1)
-        return [[unit * one for one in words if 8 * one >= 5 * (1 << (one - 1).bit_length())]]
+        return [
+            [unit * count for count in words if 8 * count >= 5 * (1 << (count - 1).bit_length())]
+        ]
 
     def _row_nbytes(self, size: int) -> int:
         """Bytes of a row in groups of that size, with scales of float32."""

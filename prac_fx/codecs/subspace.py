@@ -37,8 +37,12 @@ def _without_autocast(function: Callable[_P, _R]) -> Callable[_P, _R]:
 
     @functools.wraps(function)
     def in_full_precision(*args: _P.args, **kwargs: _P.kwargs) -> _R:
-        of = (*args, *kwargs.values())
-        kinds = {one.device.type for one in of if isinstance(one, Tensor | torch.Generator)}
+        arguments = (*args, *kwargs.values())
+        kinds = {
+            argument.device.type
+            for argument in arguments
+            if isinstance(argument, Tensor | torch.Generator)
+        }
         with contextlib.ExitStack() as stack:
             for kind in filter(torch.amp.is_autocast_available, kinds):
                 stack.enter_context(torch.autocast(kind, enabled=False))

@@ -5,7 +5,7 @@ from __future__ import annotations
 from prac_fx.passes.plan_data import Plan
 
 # Each costs two more traces of the model.
-_MOST_VALUES = 8
+_MAX_VALUES = 8
 
 
 class Retries:
@@ -31,7 +31,7 @@ class Retries:
         """
         if not failed or self._is_last:
             return False
-        if failed not in self.blocked and len(self.blocked) < _MOST_VALUES:
+        if failed not in self.blocked and len(self.blocked) < _MAX_VALUES:
             self.blocked.append(failed)
             return True
         self._is_last = True

@@ -27,23 +27,23 @@ _CPU_ATTENTION: dict[Any, tuple[Any, int]] = {
 
 def graph_flops(graph: fx.Graph) -> Counter[str]:
     """FLOPs of what torch.utils.flop_counter counts, by module path; a multiplication with an addition is two."""
-    found: Counter[str] = Counter()
+    by_module: Counter[str] = Counter()
     for node in graph.nodes:
         flops = _node_flops(node) if node.op == "call_function" else 0
         if flops:
-            found[_module_of(node)] += flops
-    return found
+            by_module[_module_of(node)] += flops
+    return by_module
 
 
 def _module_of(node: fx.Node) -> str:
     """Of a node that a pass has inserted, the module of what it is computed from."""
     pending, seen = [node], {node}
     while pending:
-        one = pending.pop(0)
-        module = origin_of(one).module
+        current = pending.pop(0)
+        module = origin_of(current).module
         if module:
             return module
-        new = [each for each in one.all_input_nodes if each not in seen]
+        new = [arg for arg in current.all_input_nodes if arg not in seen]
         pending += new
         seen.update(new)
     return ""

@@ -21,7 +21,7 @@ from prac_fx.errors import ReportError
 from prac_fx.torch_compat import FakeTensor, FakeTensorMode, tree_leaves, tree_map_only
 
 # A model is built without memory by default when its parameters would take more of the memory that is free.
-_MOST_OF_MEMORY = 0.25
+_MAX_OF_MEMORY = 0.25
 
 
 def as_fake(
@@ -117,7 +117,7 @@ def build_model(build: Callable[[], Any], fake: bool | None = None) -> Any:
         # a try: what it prints or raises is seen again when the model is really built
         built = _build_on_meta(build)
     nbytes = sum({id(one): one.numel() * one.itemsize for one in _tensors_in(built)}.values())
-    if built is None or nbytes <= _MOST_OF_MEMORY * free_memory():
+    if built is None or nbytes <= _MAX_OF_MEMORY * free_memory():
         return build()
     return as_fake(built, FakeTensorMode(allow_non_fake_inputs=True))
 

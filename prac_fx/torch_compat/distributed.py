@@ -15,14 +15,14 @@ def fsdp_parameters() -> list[Any]:
     parameter that the module shows between steps; `_unsharded_param`, the one that forward and backward see, made
     once by the first all-gather; `mesh_info`, this process's place among the data-parallel ones.
     """
-    found = []
+    parameters = []
     states = {id(ref()): ref() for ref in composable_state._module_state_mapping.values()}
     for state in states.values():
         groups = getattr(state, "_fsdp_param_groups", None)
         if groups is None:  # torch before 2.13 has at most one
             groups = [getattr(state, "_fsdp_param_group", None)]
-        found += [parameter for group in groups if group for parameter in group.fsdp_params]
-    return found
+        parameters += [parameter for group in groups if group for parameter in group.fsdp_params]
+    return parameters
 
 
 def active_data_parallel_group() -> Any:

@@ -26,9 +26,9 @@ def raise_signal(error: BaseException) -> None:
     Some are raised while a backend compiles: `TensorifyScalarRestartAnalysis` has Dynamo trace the frame again with a
     number as a constant. Source: torch._dynamo.exc, `call_user_compiler` (torch._dynamo.output_graph).
     """
-    for one in causes(error):
-        if isinstance(one, RestartAnalysis | SkipFrame):
-            raise one
+    for cause in causes(error):
+        if isinstance(cause, RestartAnalysis | SkipFrame):
+            raise cause
 
 
 def without_recompile_limit() -> Any:
@@ -148,5 +148,5 @@ def has_promised_ranges() -> bool:
     context = TracingContext.try_get()
     by_tensor: Any = {} if context is None else context.tensor_to_context
     symbolic = by_tensor.values()
-    constraints = (c for one in symbolic for c in getattr(one, "constraint_sizes", ()))
+    constraints = (c for sizes in symbolic for c in getattr(sizes, "constraint_sizes", ()))
     return any(isinstance(c, StrictMinMaxConstraint) and not c.warn_only for c in constraints)

@@ -120,7 +120,9 @@ def _report_output_strides(graph: GraphLowering) -> None:
     for output in graph.graph_outputs:
         layout = output.maybe_get_layout() if isinstance(output, inductor_ir.IRNode) else None
         strides = list(getattr(layout, "stride", None) or [])
-        is_plain = bool(strides) and all(isinstance(one, int | sympy.Integer) for one in strides)
+        is_plain = bool(strides) and all(
+            isinstance(stride, int | sympy.Integer) for stride in strides
+        )
         context.output_strides.append(tuple(map(int, strides)) if is_plain else None)
 
 

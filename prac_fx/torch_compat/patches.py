@@ -54,7 +54,9 @@ def drawing_once(is_draw: Callable[[fx.Node], bool]) -> Iterator[None]:
             for node, meta in untagged.items():
                 node.meta = meta
         # where that is all there is to save, torch lists the operator in place of its results
-        saved = [one for node in saved for one in (_results(node) if node in untagged else [node])]
+        saved = [
+            result for node in saved for result in (_results(node) if node in untagged else [node])
+        ]
         return list(dict.fromkeys([*saved, *_results_needed_again(draws, saved, node_info)]))
 
     with patch.object(partitioners, "choose_saved_values_set", choose_without_draws):
@@ -74,14 +76,14 @@ def _results_needed_again(
 def _with_inputs(nodes: Iterable[fx.Node], stop: Iterable[fx.Node] = ()) -> set[fx.Node]:
     """Nodes and what they are computed from, except for what `stop` provides."""
     provided = set(stop)
-    found: set[fx.Node] = set()
+    reached: set[fx.Node] = set()
     pending = list(nodes)
     while pending:
         node = pending.pop()
-        if node not in found and node not in provided:
-            found.add(node)
+        if node not in reached and node not in provided:
+            reached.add(node)
             pending += node.all_input_nodes
-    return found
+    return reached
 
 
 def _results(node: fx.Node) -> list[fx.Node]:

@@ -42,11 +42,11 @@ WAYS: dict[str, dict[str, Any]] = {
 }
 _DRAWS = 6
 # as shares of the norm of the exact gradient, all parameters together; linear is exact but for what PRAC estimates
-_MOST_BIAS = {"linear": 0.0, "balanced": 0.01, "max": 0.05}
-_MOST_ERROR = {"linear": 0.0, "balanced": 0.05, "max": 0.6}
-_MOST_PROJECTED_BIAS = 0.4
+_MAX_BIAS = {"linear": 0.0, "balanced": 0.01, "max": 0.05}
+_MAX_ERROR = {"linear": 0.0, "balanced": 0.05, "max": 0.6}
+_MAX_PROJECTED_BIAS = 0.4
 # of one parameter's gradient; there are many, and their errors are estimated from few draws
-_MOST_BIAS_ALONE = {"linear": 0.0, "balanced": 0.05, "max": 0.25}
+_MAX_BIAS_ALONE = {"linear": 0.0, "balanced": 0.05, "max": 0.25}
 # a bias counts when it is this many standard errors beyond its bound
 _STANDARD_ERRORS, _STANDARD_ERRORS_ALONE = 3.0, 5.0
 # parameters with a smaller share of the gradient are not looked at alone
@@ -158,15 +158,15 @@ def _outcome(run: _Run, plain: _Run, policy: str) -> Outcome:
     if others:
         outcome.noise = noise = noise_of(run.estimates, exact, others)
         outcome.worst = worst = _worst(run, exact, others)
-        if worst and worst[1].exceeds(_MOST_BIAS_ALONE[policy], _STANDARD_ERRORS_ALONE):
+        if worst and worst[1].exceeds(_MAX_BIAS_ALONE[policy], _STANDARD_ERRORS_ALONE):
             outcome.failures.append("biased: {} {}".format(*worst))
-        if noise.exceeds(_MOST_BIAS[policy]):
+        if noise.exceeds(_MAX_BIAS[policy]):
             outcome.failures.append(f"biased: {noise}")
-        if not noise.error <= _MOST_ERROR[policy]:
+        if not noise.error <= _MAX_ERROR[policy]:
             outcome.failures.append(f"inexact: {noise}")
     if by_prac:
         outcome.projected = noise_of(run.estimates, exact, by_prac)
-        if outcome.projected.exceeds(_MOST_PROJECTED_BIAS):
+        if outcome.projected.exceeds(_MAX_PROJECTED_BIAS):
             outcome.failures.append(f"PRAC is biased: {outcome.projected}")
     return outcome
 
