@@ -4,9 +4,8 @@
     decoded = decode(coordinates, basis)        dw = weight_gradient(coordinates, dy_t, basis)
     dw = mm(dy_t, decoded)
 
-Source: arXiv 2602.23111, X~^T dY = P ((X P)^T dY). Associating from the other end costs 2 m r o + 2
-    n r o
-FLOPs instead of 2 m n o, and needs no (m, n) buffer.
+Source: arXiv 2602.23111, X~^T dY = P ((X P)^T dY). Associating from the other end
+costs 2 m r o + 2 n r o FLOPs instead of 2 m n o, and needs no (m, n) buffer.
 """
 
 from __future__ import annotations
