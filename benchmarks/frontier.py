@@ -23,7 +23,7 @@ TITLE = "The frontier of memory and step time"
 MEMORIES = ("saved", "peak")
 _QUALITY = {"exact": 2, "unbiased": 1, "rounded": 1, "biased": 0}
 # a picture with more points names only the undominated ones, and these
-_MOST_NAMES = 20
+_MAX_NAMES = 20
 _ALWAYS_NAMED = ("inductor", "eager", "checkpoint", "fp8 activations", "prac balanced")
 # smaller differences are noise of the machine, or of the allocator
 _TIME_NOISE, _MEMORY_NOISE = 0.02, 0.01
@@ -95,7 +95,7 @@ def _draw(name: str, points: list[dict[str, Any]], settings: Settings) -> None:
                 axes.scatter(
                     point[memory], point["time"], color=color, zorder=1 if dominated else 2
                 )
-                if not dominated or len(points) <= _MOST_NAMES or point["method"] in _ALWAYS_NAMED:
+                if not dominated or len(points) <= _MAX_NAMES or point["method"] in _ALWAYS_NAMED:
                     label(axes, point["method"], point[memory], point["time"], color)
             axes.axhline(1, color="#dddddd", zorder=0)
             axes.set(

@@ -1,14 +1,15 @@
-"""Part of pass 5: what to change in a draft of a plan that `soundness` has found faults in.
+"""Part of `plan`: what to change in a draft of a plan in which `soundness` has found faults.
 
-    stored as int8   scores                         p is stored as int8 instead, and the scores not at all: backward
-    clone            p = exp(scores - max) / sum    multiplies with p, and what it multiplies with may carry an error
-    backward         dp * p
+    stored as int8   scores                         p is stored as int8 instead of the scores:
+    clone            p = exp(scores - max) / sum    backward multiplies with p, and what it
+    backward         dp * p                         multiplies with may carry an error
 
 The remedies, cheapest first:
 
-1. A value that a weight gradient alone reads is not computed again from the decoded one, but stored itself.
-2. What backward reads is stored beside the value or, if backward reads nothing else of it, in its place.
-3. The value stays exact, and the row says which operator is the reason.
+1. A saved value that we would have backward compute again from a decoded one is stored itself.
+2. What backward reads is stored beside the value. If backward reads nothing else of the value, it
+   is stored in its place.
+3. The value stays exact, and its row says which operator is the reason.
 """
 
 from __future__ import annotations
@@ -36,23 +37,24 @@ _CODES: Mapping[Problem, str] = {
     "sentinel": "sentinel",
 }
 
-# Singular where their slope is, but their results are no larger than what they are of.
+# Singular where their slope is, but their results are no larger than their arguments.
 _MODERATE = frozenset(
-    """aten.sqrt aten.log aten.log2 aten.log10 aten.log1p aten.hypot aten.linalg_vector_norm aten.std aten.atan2
-    aten.angle aten.asin aten.acos aten.asinh""".split()
+    """aten.sqrt aten.log aten.log2 aten.log10 aten.log1p aten.hypot aten.linalg_vector_norm
+    aten.std aten.atan2 aten.angle aten.asin aten.acos aten.asinh""".split()
 )
 
 
 @dataclass
 class Amendments:
-    """What the next draft has to do otherwise.
+    """What the next draft has to do in another way.
 
     Attributes:
         kept: values that may not be decoded, by the node that allocates them, and why.
         underivable: saved values that are not to be computed again.
-        stored: forward nodes to be stored though plain Inductor computes them again: by a codec, or as they are.
+        stored: forward nodes to store although plain Inductor computes them again: by a codec, or
+            as they are.
         stored_for: the values that each of these stands in for.
-        replaced: values that are not stored, since backward reads what is stored for them alone.
+        replaced: values that are not stored, because backward reads only what is stored for them.
     """
 
     kept: dict[fx.Node, Reason] = field(default_factory=dict)
@@ -81,7 +83,8 @@ class Draft:
         recomputed: names of the forward nodes that plain Inductor computes again.
         derivations: the chain of each saved value that is computed again instead of stored.
         nbytes_exact: bytes of each saved value as plain Inductor saves it.
-        nbytes_encoded: bytes that a node would take in the codec of the input gradient; None when it cannot be encoded.
+        nbytes_encoded: bytes that a node would take in the codec of the input gradient; None when
+            it cannot be encoded.
     """
 
     decoded: tuple[fx.Node, ...]
@@ -95,12 +98,12 @@ class Draft:
 def amend(
     amendments: Amendments, verdict: Verdict, draft: Draft, *, only_keep: bool = False
 ) -> bool:
-    """Choose a remedy for each value with a fault. True when the next draft will be another one.
+    """Choose a remedy for each value with a fault. True when the next draft will differ.
 
     Args:
         amendments: of the drafts so far; extended.
-        verdict: of this one.
-        draft: this one.
+        verdict: of this draft.
+        draft: the draft that was judged.
         only_keep: try no other remedy.
     """
     by_source: dict[fx.Node, list[Fault]] = defaultdict(list)
@@ -122,14 +125,14 @@ def amend(
 
 
 def _store_derived_values(amendments: Amendments, draft: Draft, faults: list[Fault]) -> bool:
-    """Remedy 1, where all that is wrong is in derivations of our own."""
-    found: set[fx.Node] = set()
+    """Remedy 1, where the fault is in derivations of our own. True when it applies."""
+    underivable: set[fx.Node] = set()
     for fault in faults:
         if fault.read.name in draft.recomputed:
             continue
-        found |= {node for node, chain in draft.derivations.items() if fault.read in chain}
-    amendments.underivable |= found
-    return bool(found)
+        underivable |= {node for node, chain in draft.derivations.items() if fault.read in chain}
+    amendments.underivable |= underivable
+    return bool(underivable)
 
 
 def _store_clone_or_keep(
@@ -152,11 +155,11 @@ def _store_clone_or_keep(
         return
     read = allocating_node(first.read)
     how: Literal["encoded", "exact"] = "encoded" if _is_moderate(first) else "exact"
-    # of a region that the user has computed again, nothing is stored
+    # nothing is stored of a region that the user has computed again
     is_clone = read in draft.clones and not has_tag_must_recompute(read)
     stored, stored_for = amendments.stored.get(read), amendments.stored_for.get(read, set())
     if stored == "exact":
-        how = "exact"  # another value needs it so
+        how = "exact"  # another value needs it exact
     may_store = not only_keep and (is_clone or stored is not None)
     if may_store and (stored != how or value not in stored_for):
         amendments.stored[read] = how
@@ -167,7 +170,7 @@ def _store_clone_or_keep(
 
 
 def _is_moderate(fault: Fault) -> bool:
-    """Could a codec store what the operator made? Not if single elements may be as large as one pleases."""
+    """Could a codec store what the operator made? Not if elements may be arbitrarily large."""
     if not fault.in_forward:
         return False
     return fault.problem != "singular" or operator_name(fault.operator) in _MODERATE

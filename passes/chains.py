@@ -1,17 +1,20 @@
-"""Pass 4, chains: what stands between a stored value and the backward nodes that need something made of it.
+"""Part of `plan`: what lies between a stored value and the backward nodes that need it.
 
-    stored      x, rstd                                  backward reads `normed` and `squared`:
-    forward     normed = mul(x, rstd)                    both follow from what is stored, without a matmul,
-    backward    ... mul(dy, normed)                      so backward computes them again
+    stored      x, rstd                     backward reads `normed`, which follows from what is
+    forward     normed = mul(x, rstd)       stored, without a matmul: so backward computes it
+    backward    ... mul(dy, normed)         again
 
-When x is stored by a codec, backward must compute such nodes from the decoded x. `rewrite` clones them;
-this pass says which. Statistics of a token (a mean, an rstd, a logsumexp) are never computed from a decoded
-value: they are saved exactly, for they are small and everything is divided by them. Nor are comparisons, which
-`masks` are about, or whole numbers such as indices: near a threshold the mean of many decoded values does not help.
+When a codec stores x, backward must compute such nodes from the decoded x. `rewrite` clones them;
+this file says which. Some values are never computed from a decoded value:
 
-A *region* is what backward computes again through a matmul, through attention, or because the user checkpointed
-it. Its input stays exact unless `prac.checkpoint_inputs` names a codec; then the whole region is cloned, its own
-statistics included, so that backward differentiates it at the decoded input.
+- statistics of a token (a mean, an rstd, a logsumexp). They are small, and everything is divided by
+  them, so they are saved exactly;
+- comparisons, which `masks` handles, and whole numbers such as indices. Near a threshold the mean
+  of many decoded values does not help.
+
+A *region* is what backward computes again through a matmul, through attention, or because the user
+checkpointed it. Its input stays exact unless `prac.checkpoint_inputs` names a codec. Then the whole
+region is cloned, its own statistics included: backward differentiates it at the decoded input.
 """
 
 from __future__ import annotations
@@ -39,7 +42,7 @@ _CHEAP = frozenset(
         _prims.iota.default,
     }
 )
-# A longer chain is no longer one fused kernel, and its noise no longer that of its sources.
+# A longer chain is no longer one fused kernel, and its noise is no longer that of its sources.
 _LONGEST_DERIVATION = 48
 # A reduction leaves at least this many times fewer elements than it reads.
 _REDUCTION_FACTOR = 8
@@ -50,8 +53,8 @@ class Clones:
     """Forward nodes to handle when some values are stored by a codec.
 
     Attributes:
-        nodes: to be computed again in backward from decoded values, in graph order.
-        statistics: reductions that backward would otherwise compute from a decoded value: to be saved.
+        nodes: what backward is to compute again from decoded values, in graph order.
+        statistics: reductions to save, because backward would compute them from a decoded value.
     """
 
     nodes: tuple[fx.Node, ...]
@@ -67,11 +70,11 @@ def is_view(node: fx.Node) -> bool:
     if not isinstance(node.target, torch._ops.OpOverload):
         return False
     schema = node.target._schema
-    return not schema.is_mutable and any(one.alias_info is not None for one in schema.returns)
+    return not schema.is_mutable and any(result.alias_info is not None for result in schema.returns)
 
 
 def is_cheap(node: fx.Node) -> bool:
-    """Elementwise operators, views and constants: what Inductor fuses into whatever reads it."""
+    """Is it what Inductor fuses into its readers: an elementwise operator, a view or a constant?"""
     if node.op != "call_function":
         return False
     if node.target in _CHEAP or is_view(node):
@@ -81,7 +84,7 @@ def is_cheap(node: fx.Node) -> bool:
 
 
 def is_reduction(node: fx.Node) -> bool:
-    """Does the node sum up, or otherwise reduce, what it reads to something much smaller?"""
+    """Does the node reduce what it reads, by a sum or otherwise, to something much smaller?"""
     if node.target is operator.getitem:
         return is_reduction(node.all_input_nodes[0])
     return torch.Tag.reduction in getattr(node.target, "tags", ()) and _shrinks(node)
@@ -90,9 +93,11 @@ def is_reduction(node: fx.Node) -> bool:
 def _shrinks(node: fx.Node) -> bool:
     value = node.meta.get("val")
     results = value if isinstance(value, list | tuple) else [value]
-    largest = max((_numel(one) for one in results), default=0)
-    sources = [tensor_value(one) for one in node.all_input_nodes]
-    return all(_numel(one) >= _REDUCTION_FACTOR * largest for one in sources if one is not None)
+    largest = max((_numel(result) for result in results), default=0)
+    sources = [tensor_value(arg) for arg in node.all_input_nodes]
+    return all(
+        _numel(source) >= _REDUCTION_FACTOR * largest for source in sources if source is not None
+    )
 
 
 def _numel(value: object) -> int:
@@ -101,19 +106,19 @@ def _numel(value: object) -> int:
 
 def is_statistic(node: fx.Node, classification: Classification) -> bool:
     """Is the value a reduction of an activation, or an elementwise function of reductions?"""
-    pending, seen, found = [node], {node}, False
+    pending, seen, has_reduction = [node], {node}, False
     while pending:
-        one = pending.pop()
-        if is_reduction(one):
-            found = True
+        current = pending.pop()
+        if is_reduction(current):
+            has_reduction = True
             continue
-        if not is_cheap(one):
+        if not is_cheap(current):
             return False
-        for source in one.all_input_nodes:
+        for source in current.all_input_nodes:
             if source in classification.activations and source not in seen:
                 seen.add(source)
                 pending.append(source)
-    return found
+    return has_reduction
 
 
 def is_repeatable(node: fx.Node) -> bool:
@@ -129,8 +134,9 @@ class Region:
     """What backward computes again from a value, beyond elementwise operators.
 
     Attributes:
-        start: its first node that is one of a checkpointed region, or too expensive to be cloned unasked.
-        unrepeatable: a node in it of which there can be no clone; None when there is none.
+        start: its first node that belongs to a checkpointed region, or that is too expensive to be
+            cloned unasked.
+        unrepeatable: a node in it that cannot be cloned; None when all can.
     """
 
     start: fx.Node
@@ -142,8 +148,9 @@ def region_from(
 ) -> Region | None:
     """The region that backward computes again from `root`; None when there is none.
 
-    Such are matmuls, attention and random numbers, and whatever a checkpointed region computes again: there the
-    user, or `activation_memory_budget`, has decided how the value is used.
+    Matmuls, attention and random numbers make a region. So does whatever a checkpointed region
+    computes again: there the user, or `activation_memory_budget`, has decided how the value is
+    used.
     """
     start: fx.Node | None = None
     pending, seen = [root], {root}
@@ -168,7 +175,7 @@ def region_from(
 
 
 def _is_whole_numbers(node: fx.Node) -> bool:
-    """An index, for one: computed from a decoded value it would point elsewhere."""
+    """Is it of whole numbers? An index, computed from a decoded value, would point elsewhere."""
     value = tensor_value(node)
     if value is None or value.dtype == torch.bool:
         return False
@@ -178,7 +185,7 @@ def _is_whole_numbers(node: fx.Node) -> bool:
 def derivation(
     node: fx.Node, stored: Collection[fx.Node], classification: Classification
 ) -> tuple[fx.Node, ...] | None:
-    """The elementwise nodes that give `node` from stored values and arguments; None if there is no such way.
+    """The elementwise nodes that give `node` from stored values and arguments; None if none do.
 
     Args:
         node: a saved value.
@@ -188,13 +195,13 @@ def derivation(
     chain: dict[fx.Node, None] = {}
     pending = [node]
     while pending:
-        one = pending.pop()
-        if one in chain:
+        current = pending.pop()
+        if current in chain:
             continue
-        if not is_cheap(one) or len(chain) >= _LONGEST_DERIVATION:
+        if not is_cheap(current) or len(chain) >= _LONGEST_DERIVATION:
             return None
-        chain[one] = None
-        for source in one.all_input_nodes:
+        chain[current] = None
+        for source in current.all_input_nodes:
             if source.op != "placeholder" and allocating_node(source) not in stored:
                 pending.append(source)
     return tuple(chain)
@@ -207,7 +214,7 @@ def find_clones(
     encoded: Collection[fx.Node],
     derived: Collection[fx.Node],
 ) -> Clones:
-    """Which forward nodes backward must compute from decoded values.
+    """The forward nodes that backward must compute from decoded values.
 
     Args:
         graph: the joint graph.

@@ -1,4 +1,4 @@
-"""Part of pass 5: which codec the options choose for a value, by who reads it; or why it is kept."""
+"""Part of `plan`: the codec that the options choose for a value, or why the value is kept."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ class Chooser:
     kept: Mapping[fx.Node, Reason]
 
     def choose(self, role: ValueRole, row: PlannedValue) -> str:
-        """Name of the codec for a value: "bits", or what an option may say.
+        """Name of the codec for a value: "bits", or a name that an option may have.
 
         Raises:
             Keep: it stays exact.
@@ -104,7 +104,7 @@ class Chooser:
     def _check_noise(self, role: ValueRole, row: PlannedValue, root: fx.Node) -> None:
         """May a value be replaced by an estimate?"""
         classification = self.joint.classification
-        # a view may show complex numbers as pairs, or bits as numbers
+        # a view may show complex numbers as pairs, or bits as other numbers
         for value in (tensor_value(role.value.node), tensor_value(root)):
             assert value is not None
             if value.dtype not in ENCODABLE_DTYPES:
@@ -125,7 +125,7 @@ class Chooser:
 
 
 def _check_storage(role: ValueRole, value: torch.Tensor) -> None:
-    """Does the step allocate memory for a value that nobody else holds?"""
+    """Does the step allocate memory for the value that nothing else holds anyway?"""
     saved = role.value
     if saved.is_input:
         raise Keep("input")
@@ -138,7 +138,7 @@ def _check_storage(role: ValueRole, value: torch.Tensor) -> None:
 
 
 def _part(role: ValueRole, region: Region | None) -> tuple[str, str]:
-    """Name of the option that a value falls under, and why it is kept where that says "exact"."""
+    """Name of the option for a value, and why the value is kept where that option is "exact"."""
     kinds = {reader.kind for reader in role.readers}
     if role.role == "W":
         return "weight_gradient", "weight_gradient_reads_it"

@@ -1,4 +1,4 @@
-"""Pass 1, classify: split a joint graph into forward values and values that depend on the tangents.
+"""The pass `classify`: split a joint graph into forward values and what depends on the tangents.
 
     primals_1, tangents_1                          forward: primals_1, relu
     relu = relu(primals_1)                         backward: tangents_1, mul
@@ -28,10 +28,12 @@ class Classification:
     Attributes:
         backward: nodes that depend on a tangent, the tangents included.
         crossing: forward nodes that a backward node reads, in graph order.
-        activations: forward nodes that depend on the step's data, not on parameters and buffers alone.
-        before_parameters: forward nodes that meet a parameter later on in this graph, other than a bias that is added:
-            what comes before that is the loss's, too. The others are the loss, or may be part of one: a graph may
-            return log-probabilities, and the loss is made of them outside.
+        activations: forward nodes that depend on the step's data, not on parameters and buffers
+            alone.
+        before_parameters: forward nodes that meet a parameter later on in this graph. A bias that
+            is added does not count: what comes before it belongs to the loss, too. The other nodes
+            are the loss, or may be part of it: a graph may return log-probabilities, and code
+            outside makes the loss of them.
     """
 
     backward: frozenset[fx.Node]
@@ -72,14 +74,14 @@ def classify(
 def _activations(
     graph: fx.Graph, backward: Collection[fx.Node], static_arguments: Collection[int]
 ) -> frozenset[fx.Node]:
-    found: set[fx.Node] = set()
+    activations: set[fx.Node] = set()
     for node in graph.nodes:
         if node in backward or node.op == "output":
             continue
         is_data = node.op == "placeholder" and argument_index(node) not in static_arguments
-        if is_data or any(arg in found for arg in node.all_input_nodes):
-            found.add(node)
-    return frozenset(found)
+        if is_data or any(arg in activations for arg in node.all_input_nodes):
+            activations.add(node)
+    return frozenset(activations)
 
 
 def _before_parameters(
@@ -88,22 +90,22 @@ def _before_parameters(
     activations: Collection[fx.Node],
     parameters: Collection[int],
 ) -> frozenset[fx.Node]:
-    # what is computed from parameters alone counts as a parameter: a cast or a transposed weight
+    # what is computed from parameters alone, such as a cast weight, counts as a parameter
     weights: set[fx.Node] = set()
     for node in graph.nodes:
         is_parameter = node.op == "placeholder" and argument_index(node) in parameters
         from_weights = any(arg in weights for arg in node.all_input_nodes)
         if is_parameter or (from_weights and node not in activations and node not in backward):
             weights.add(node)
-    found: set[fx.Node] = set()
+    before: set[fx.Node] = set()
     for node in reversed(graph.nodes):
         if node in backward or node in weights:
             continue
         forward_users = [user for user in node.users if user not in backward]
         if any(
-            user in found or (user.target not in _ADDITIONS and weights & {*user.all_input_nodes})
+            user in before or (user.target not in _ADDITIONS and weights & {*user.all_input_nodes})
             for user in forward_users
             if user.op != "output"
         ):
-            found.add(node)
-    return frozenset(found)
+            before.add(node)
+    return frozenset(before)

@@ -1,14 +1,14 @@
-"""Random numbers: which operators draw them, and that backward goes on with those that forward has drawn.
+"""Random numbers: which operators draw them, and how backward uses those that forward has drawn.
 
     forward     seeds = inductor_seeds(1)           # drawn: never computed again
                 u = inductor_random(size, seeds[0])
                 y = where(u > 0.5, 2 * x, 0)
     backward    u from the saved seeds, or the saved mask u > 0.5
 
-Inductor splits a draw into seeds and what follows from them, so that a few saved bytes keep a whole mask. Other
-operators (`multinomial`, dropout within attention, all of them with `fallback_random`) draw what they return: of them
-the result is saved, or everything that backward needs and that is made of it. In a checkpointed region torch itself
-saves the state of the random stream.
+Inductor splits a draw into seeds and what follows from them, so that a few saved bytes keep a whole
+mask. Other operators (`multinomial`, dropout within attention, all of them with `fallback_random`)
+draw what they return. Of these the result is saved, or everything that backward needs and that is
+made of it. In a checkpointed region torch itself saves the state of the random stream.
 """
 
 from __future__ import annotations
@@ -34,9 +34,10 @@ _FROM_GIVEN_STATE = frozenset(
 
 
 def is_random(node: fx.Node) -> bool:
-    """Does the node draw from the random stream? Attention does so for its dropout alone.
+    """Does the node draw from the random stream?
 
-    A higher-order operator draws when a graph or an operator that it is given does.
+    Attention does so for its dropout alone. A higher-order operator draws when one of the graphs or
+    operators that it takes does.
     """
     target: Any = node.target
     if target in _FROM_GIVEN_STATE:
@@ -53,7 +54,7 @@ def is_random(node: fx.Node) -> bool:
 
 
 def _draws(operand: object, node: fx.Node) -> bool:
-    """Does what a higher-order operator is given draw?"""
+    """Does an operand of a higher-order operator draw?"""
     if not isinstance(operand, fx.Node):
         return _is_tagged(operand)
     body = getattr(node.graph.owning_module, str(operand.target), None)
@@ -67,7 +68,9 @@ def _is_tagged(target: object) -> bool:
 
 
 def draws_anew(joint: fx.Graph, fw: fx.GraphModule, bw: fx.GraphModule) -> bool:
-    """Does backward draw random numbers that forward has drawn already? Its gradients are those of another step then.
+    """Does backward draw random numbers that forward has drawn already?
+
+    Its gradients are then those of another step.
 
     Args:
         joint: what was partitioned.
@@ -82,7 +85,7 @@ def draws_anew(joint: fx.Graph, fw: fx.GraphModule, bw: fx.GraphModule) -> bool:
 def partition_drawing_once(
     gm: fx.GraphModule, joint_inputs: Sequence[object], **options: Any
 ) -> tuple[fx.GraphModule, fx.GraphModule]:
-    """torch's partitioner, but backward draws nothing anew, whatever the budget.
+    """Run torch's partitioner so that backward draws nothing anew, whatever the budget.
 
     Args:
         gm: the joint graph.
@@ -95,6 +98,9 @@ def partition_drawing_once(
 
 
 def _cannot_be_repeated(node: fx.Node) -> bool:
-    """Would a second run of the node in backward draw others? torch repeats the operators of checkpointed regions."""
+    """Would a second run of the node, in backward, draw other numbers?
+
+    torch repeats the draws of operators in checkpointed regions.
+    """
     is_repeated_by_torch = has_tag_must_recompute(node) and _is_tagged(node.target)
     return is_random(node) and not is_repeated_by_torch

@@ -1,4 +1,4 @@
-"""What `rewrite` has put into a joint graph: one record for each site, and the placeholders of state."""
+"""What `rewrite` puts into a joint graph: a record of each site, and the placeholders of state."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from prac_fx.passes.plan_data import Site
 class SiteState:
     """The placeholders of one site with state: its basis, and its buffer of sampled rows.
 
-    `rows` is None for a codec without a principal part, which has nothing to refresh.
+    `rows` is None for a codec without a principal part: it has nothing to refresh.
     """
 
     basis: fx.Node
@@ -39,10 +39,11 @@ class EncodedSite:
     """What `rewrite` put into the graph for one site.
 
     Attributes:
-        site: the plan of it.
+        site: what the plan says of it.
         state: its placeholders, if its codec has a basis.
         value: the node that allocates the value.
-        matrix: the node that is encoded, as rows of features; (m, n) or (E, m, n) where there is a basis.
+        matrix: the node that is encoded, as rows of features; (m, n) or (E, m, n) where there is a
+            basis.
         stored: the nodes that are saved instead.
         parts: factored: what `Codec.unpack` makes of those.
         decode_nodes: factored: all nodes of the decoded value, in graph order.
@@ -60,5 +61,5 @@ class EncodedSite:
 
     @property
     def basis(self) -> tuple[fx.Node, ...]:
-        """The basis as arguments of the codec: one, or none."""
+        """The basis as arguments of the codec: one argument, or none."""
         return () if self.state is None else (self.state.basis,)

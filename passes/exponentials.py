@@ -1,7 +1,7 @@
-"""Part of pass 5, soundness: what exponentials end in.
+"""Part of `soundness`: which exponentials end in something bounded.
 
-Decompositions of SiLU, softplus, ELU and their derivatives take exponentials that are bounded in the end: z / (1 + z) and
-log(1 + z) with z = exp(x), or one that is taken only where its argument is small.
+Decompositions of SiLU, softplus, ELU and their derivatives take such exponentials. Some end in
+z / (1 + z) or log(1 + z) with z = exp(x). Others are taken only where their argument is small.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from prac_fx.passes.ranges import number
 
 Form = Literal["plain", "exponential", "one plus exponential"]
 
-# operators that leave an exponential one
+# operators whose result is an exponential if their argument is
 CARRY = ("aten.expand", "aten.clone", "prims.convert_element_type", "aten._to_copy", "aten.neg")
 EXPONENTIALS = ("aten.exp", "aten.exp2", "aten.expm1")
 # with z = exp(x): 1 / (1 + z), log(1 + z)
@@ -28,7 +28,7 @@ LOGISTIC = {
 
 
 def constant_factor(node: fx.Node) -> float | None:
-    """The constant that a node multiplies its argument with; None when it does something else."""
+    """The constant by which a node multiplies its argument; None when it does something else."""
     name = operator_name(node)
     if name not in ("aten.mul", "aten.div") or len(node.args) < 2:
         return None
@@ -39,7 +39,7 @@ def constant_factor(node: fx.Node) -> float | None:
 
 
 def is_guarded(where: fx.Node, position: int) -> bool:
-    """Is this branch of `where` an exponential taken only where its argument is bounded above by a constant?"""
+    """Does `where` take this branch, an exponential, only where a constant bounds its argument?"""
     mask, branch = where.args[0], where.args[position]
     if not isinstance(mask, fx.Node) or not isinstance(branch, fx.Node) or len(mask.args) < 2:
         return False
@@ -56,15 +56,15 @@ def is_guarded(where: fx.Node, position: int) -> bool:
 
 
 def _exponent(node: fx.Node) -> fx.Node | None:
-    """What an exponential is taken of, behind constants, views and gradients that it is multiplied with."""
+    """The argument of an exponential, behind views, constants and gradients that multiply it."""
     pending, seen = [node], {node}
     while pending:
-        one = pending.pop(0)
-        name = operator_name(one)
+        current = pending.pop(0)
+        name = operator_name(current)
         if name in EXPONENTIALS:
-            return one.all_input_nodes[0]
+            return current.all_input_nodes[0]
         if name in (*CARRY, "aten.mul", "aten.view"):
-            fresh = [arg for arg in one.all_input_nodes if arg not in seen]
+            fresh = [arg for arg in current.all_input_nodes if arg not in seen]
             seen.update(fresh)
             pending += fresh
     return None

@@ -1,11 +1,11 @@
-"""Pass 7, factor: take weight gradients from the coordinates, so that the decoded value is never built.
+"""The pass `factor`: take weight gradients from the coordinates, without the decoded value.
 
     before                                      after
     decoded = decode(coordinates, basis)        dw = weight_gradient(coordinates, dy_t, basis)
     dw = mm(dy_t, decoded)
 
-Source: arXiv 2602.23111, X~^T dY = P ((X P)^T dY). Associating from the other end costs 2 m r o + 2 n r o
-FLOPs instead of 2 m n o, and needs no (m, n) buffer.
+Source: arXiv 2602.23111, X~^T dY = P ((X P)^T dY). Associating from the other end
+costs 2 m r o + 2 n r o FLOPs instead of 2 m n o, and needs no (m, n) buffer.
 """
 
 from __future__ import annotations
@@ -35,7 +35,8 @@ def _factor_reader(encoded: EncodedSite, reader: fx.Node, side: int, inline: Inl
     codec, dy = encoded.site.codec, reader.args[MATMULS[reader.target][1 - side]]
     assert isinstance(dy, fx.Node)
     count = len(encoded.parts)
-    # left operand X^T: the result is (n, o); right operand X: dY^T stands left, the result is (o, n)
+    # left operand X^T: the result is (n, o); right operand X: dY^T stands left, the result is (o,
+    # n)
     gradient = codec.weight_gradient if side == 0 else codec.weight_gradient_transposed
     result = inline(
         lambda dy, *args: gradient(args[:count], dy, *args[count:]),

@@ -1,4 +1,4 @@
-"""A joint graph with what passes 1 to 4 found out about it, and what identifies it."""
+"""A joint graph with what the passes before `plan` found out about it, and what identifies it."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from prac_fx.passes.survey import Survey
 
 @dataclass(frozen=True)
 class JointGraph:
-    """A joint graph with what passes 1 to 4 found out about it.
+    """A joint graph with what the passes before `plan` found out about it.
 
     Attributes:
         graph: free of common subexpressions.
@@ -28,7 +28,8 @@ class JointGraph:
         argument_names: names of the arguments by index, relative to the compiled module.
         owner: argument index of the first trainable parameter, or else of the first parameter.
         trains: is there a trainable parameter?
-        sentinels: values of it that may hold constants of large magnitude, with the operators that brought them in.
+        sentinels: values of it that may hold constants of large magnitude, each with the operator
+            that brought them in.
     """
 
     graph: fx.Graph
@@ -48,7 +49,8 @@ class JointGraph:
 def fingerprint(graph: fx.Graph) -> str:
     """Hash of a joint graph: operators, names, what each reads, constants, shapes and dtypes.
 
-    Placeholders that nothing reads do not count, nor outputs of None for their gradients: the second phase has more.
+    Placeholders that nothing reads do not count, nor do outputs of None for their gradients: the
+    second phase has more of both.
     """
     digest = hashlib.blake2b(digest_size=16)
     for node in graph.nodes:
@@ -69,7 +71,7 @@ def _text(argument: Any) -> str:
     if isinstance(argument, tuple | list):
         return f"[{', '.join(map(_text, argument))}]"
     if isinstance(argument, Mapping):
-        return f"[{', '.join(f'{key}: {_text(one)}' for key, one in argument.items())}]"
+        return f"[{', '.join(f'{key}: {_text(value)}' for key, value in argument.items())}]"
     if isinstance(argument, torch.SymInt | torch.SymFloat | torch.SymBool):
         return str(argument)
     if isinstance(argument, slice):

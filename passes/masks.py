@@ -1,13 +1,14 @@
-"""Part of pass 5: the masks that backward makes of a value by comparing it.
+"""Part of `plan`: the masks that backward makes of a value by comparing it.
 
-    before                                      the value stored as int8, the mask as bits
-    y = relu(u)                                 y = relu(u); mask = le(y, 0)         # both must be saved
-    ---- backward ----                          ---- backward ----
-    mask = le(y, 0)                             du = where(decoded mask, 0, dy)
+    before                          the value stored as int8, the mask as bits
+    y = relu(u)                     y = relu(u); mask = le(y, 0)         # both must be saved
+    ---- backward ----              ---- backward ----
+    mask = le(y, 0)                 du = where(decoded mask, 0, dy)
     du = where(mask, 0, dy)
 
-A comparison is right or wrong. Near its threshold the mean of many decoded values does not help: int4 puts many
-small positive y on zero, and each of them would lose its gradient. So a mask is never computed from a decoded value.
+A comparison is right or wrong. Near its threshold the mean of many decoded values does not help:
+int4 puts many small positive y on zero, and each of them would lose its gradient. So a mask is
+never computed from a decoded value.
 """
 
 from __future__ import annotations
@@ -36,8 +37,8 @@ def is_mask(node: fx.Node) -> bool:
 def without_masks(role: ValueRole) -> ValueRole:
     """The role of a value when its masks are saved beside it.
 
-    The result of a ReLU is one: a weight gradient reads it, and the input gradient reads where it is zero. Without
-    the mask that is role W.
+    The result of a ReLU is such a value. A weight gradient reads it, and the input gradient reads
+    where it is zero. Without the mask its role is W.
     """
     if role.role != "W+A":
         return role
@@ -50,23 +51,28 @@ def without_masks(role: ValueRole) -> ValueRole:
 def masks_of(
     encoded: Collection[fx.Node], clones: Collection[fx.Node], classification: Classification
 ) -> tuple[fx.Node, ...]:
-    """The masks that backward, or what it computes again, reads and would have to compute from an encoded value.
+    """The masks that backward would have to compute from an encoded value.
+
+    Backward reads them, or something that it computes again does.
 
     Args:
         encoded: allocating nodes of values that are not stored exactly.
         clones: forward nodes that backward computes again.
         classification: of the same graph.
     """
-    found = {
+    masks = {
         allocating_node(node): None
         for node in clones
         if is_mask(node) and any(_reads_mask(user, clones, classification) for user in node.users)
     }
-    return tuple(mask for mask in found if _depends_on(mask, encoded, clones))
+    return tuple(mask for mask in masks if _depends_on(mask, encoded, clones))
 
 
 def _reads_mask(user: fx.Node, clones: Collection[fx.Node], classification: Classification) -> bool:
-    """Does backward or a clone read a mask here? Not what only makes another mask of it: that one is saved instead."""
+    """Does backward, or a clone, read the mask here?
+
+    A clone that only makes another mask of it does not count: that mask is saved instead.
+    """
     if user in classification.backward:
         return True
     return user in clones and not is_mask(user)

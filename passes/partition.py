@@ -1,11 +1,12 @@
-"""Pass 9, partition: min-cut on the rewritten joint graph, and the invariants that must hold afterwards.
+"""The pass `partition`: min-cut on the rewritten joint graph, and what must hold afterwards.
 
 * what every site stores is saved, and neither its value nor a view of it is;
 * nothing that backward is to compute again is saved;
 * no forward output changed;
 * no more bytes are saved than plain Inductor would save.
 
-If one fails the graph is not used: `CannotRewriteError`, and the backend compiles plain Inductor's.
+If an invariant fails, the pass raises `CannotRewriteError`. The graph is not used, and the backend
+compiles plain Inductor's.
 """
 
 from __future__ import annotations
@@ -70,7 +71,7 @@ def partition(
     """
     num_fwd_outputs = partition_options["num_fwd_outputs"]
     outputs = _output_names(gm, num_fwd_outputs)
-    stored = [part for one in encoded for part in one.stored]
+    stored = [part for site in encoded for part in site.stored]
     if has_memory_budget(gm):
         stored += _keep_what_budget_keeps(gm.graph, plan)
         deciding: AbstractContextManager[None] = saving_what_must_be_saved()
@@ -85,34 +86,34 @@ def partition(
         raise CannotRewriteError("the partitioner changed the forward outputs")
     _check_totals(gm.graph, saved, stored, plan)
     stored_by = {
-        one.value.name: tuple(by_storage[storage_of(part)] for part in one.stored)
-        for one in encoded
+        site.value.name: tuple(by_storage[storage_of(part)] for part in site.stored)
+        for site in encoded
     }
     return PartitionedGraph(fw, bw, saved, stored_by)
 
 
 def _keep_what_budget_keeps(graph: fx.Graph, plan: Plan) -> list[fx.Node]:
-    """Tag what the survey saved and the plan keeps, so that an activation memory budget is not spent twice.
+    """Tag what the survey saved and the plan keeps, to spend an activation memory budget only once.
 
-    The budget is a share of what would be saved, and what the survey computes again has met it. Of the rewritten
-    graph, whose encodings are fixed, the same share would be taken from the little that is left: all matmuls of an
-    attention block computed again for its logsumexp.
+    The budget is a share of what would be saved, and what the survey computes again has met it. In
+    the rewritten graph the encodings are fixed, so the same share would be taken from the little
+    that is left. All matmuls of an attention block would be computed again for its logsumexp.
 
     Returns:
-        The tagged nodes, of which those that backward does not read any more are not saved.
+        The tagged nodes. Those that backward does not read any more are not saved.
     """
     kept = {value.name for value in plan.values if value.decision == "keep"}
     nodes = [node for node in graph.nodes if node.name in kept and node.op == "call_function"]
     for node in nodes:
-        # torch takes no notice of the tag on a view or on one of several results: their source has to have it
+        # torch ignores the tag on a view, or on one of several results: their source needs it
         allocated = allocating_node(node)
-        for one in (node, allocated, *_source_of_results(allocated)):
-            one.meta["recompute"] = CheckpointPolicy.MUST_SAVE
+        for tagged in (node, allocated, *_source_of_results(allocated)):
+            tagged.meta["recompute"] = CheckpointPolicy.MUST_SAVE
     return nodes
 
 
 def _source_of_results(node: fx.Node) -> list[fx.Node]:
-    """The operator with several results of which this is one; none for any other node."""
+    """The operator with several results that a node is a result of; none for any other node."""
     return node.all_input_nodes[:1] if node.target is operator.getitem else []
 
 
@@ -122,16 +123,17 @@ def _partition_with_outputs(
     partition_options: Mapping[str, Any],
     stored: Sequence[fx.Node],
 ) -> tuple[fx.GraphModule, fx.GraphModule]:
-    """torch's partitioner, with some nodes as forward outputs while it runs.
+    """Run torch's partitioner with some nodes as forward outputs while it runs.
 
-    It takes no notice of MUST_SAVE on a node that no forward output needs, and would be free to save the value
-    instead and to encode it in backward.
+    It ignores MUST_SAVE on a node that no forward output needs. It would then be free to save the
+    value instead, and to encode it in backward.
     """
     start = partition_options["num_fwd_outputs"]
     end = start + len(stored)
     with_stored = {**partition_options, "num_fwd_outputs": end}
     _replace_outputs(gm.graph, slice(start, start), stored)
-    # duplicates were merged before: merging again would undo a clone that reads nothing decoded
+    # without cse: duplicates are merged already, and it would undo a clone that reads nothing
+    # decoded
     with functorch_config.patch(cse=False):
         fw, bw = partition_drawing_once(gm, joint_inputs, **with_stored)
     for graph in (gm.graph, fw.graph):
@@ -159,15 +161,15 @@ def _output_names(gm: fx.GraphModule, count: int) -> list[str]:
 
 def _check_encodings(saved: Sequence[SavedValue], encoded: Sequence[EncodedSite]) -> None:
     storages = {storage_of(value.node) for value in saved}
-    for one in encoded:
+    for site in encoded:
         # min-cut may save the encoding or a view of it, which is the same memory
-        if not {storage_of(part) for part in one.stored} <= storages:
+        if not {storage_of(part) for part in site.stored} <= storages:
             raise CannotRewriteError(
-                f"the partitioner does not save the encoding of {one.value}", one.value.name
+                f"the partitioner does not save the encoding of {site.value}", site.value.name
             )
-        if storage_of(one.value) in storages:
+        if storage_of(site.value) in storages:
             raise CannotRewriteError(
-                f"the partitioner saves {one.value} although it is encoded", one.value.name
+                f"the partitioner saves {site.value} although it is encoded", site.value.name
             )
 
 
@@ -177,7 +179,7 @@ def _check_totals(
     derived = {
         value.allocated_by for value in plan.values if value.reason in ("derived", "replaced")
     }
-    kept = [name for one in saved if (name := allocating_node(one.node).name) in derived]
+    kept = [name for value in saved if (name := allocating_node(value.node).name) in derived]
     if kept:
         name = kept[0]
         raise CannotRewriteError(
@@ -195,23 +197,26 @@ def _check_totals(
 def _unplanned(
     saved: Sequence[SavedValue], stored: Collection[fx.Node], plan: Plan
 ) -> list[fx.Node]:
-    """What is saved although plain Inductor does not save it and no encoding is in it."""
+    """What is saved although plain Inductor does not save it, and that is not an encoding."""
     planned = {value.allocated_by for value in plan.values} | {*plan.statistics}
     encodings = {storage_of(part) for part in stored}
     return [
-        one.node
-        for one in saved
-        if one.nbytes
-        and storage_of(one.node) not in encodings
-        and allocating_node(one.node).name not in planned
+        value.node
+        for value in saved
+        if value.nbytes
+        and storage_of(value.node) not in encodings
+        and allocating_node(value.node).name not in planned
     ]
 
 
 def _blamed(graph: fx.Graph, unplanned: Collection[fx.Node], plan: Plan) -> set[str]:
-    """Encoded and derived values for which backward computes something from what is saved beyond the plan."""
+    """The encoded and derived values to blame for what is saved beyond the plan.
+
+    Backward computes something for them from what is saved so.
+    """
     names, clones = {site.value for site in plan.sites}, {*plan.clones}
     reading, sources = set(map(allocating_node, unplanned)), dict[fx.Node, set[str]]()
-    found: set[str] = set()
+    blamed: set[str] = set()
     for node in graph.nodes:
         if node.name in names:
             sources[node] = {node.name}
@@ -222,13 +227,16 @@ def _blamed(graph: fx.Graph, unplanned: Collection[fx.Node], plan: Plan) -> set[
         sources[node] |= {allocating_node(node).name}
         if any(arg in reading or allocating_node(arg) in reading for arg in args):
             reading.add(node)
-            found |= sources[node]
-    return found
+            blamed |= sources[node]
+    return blamed
 
 
 def _least_worthwhile(plan: Plan, blamed: Collection[str]) -> str:
-    """The value that saves least: of those at fault, or of all when none is known to be. Masks save nothing themselves."""
-    changed = [one for one in plan.values if one.decision != "keep" and one.nbytes_before]
-    among = [one for one in changed if one.allocated_by in blamed] or changed
-    least = min(among, key=lambda one: one.nbytes_before - one.nbytes_after, default=None)
+    """The value that saves least, of those at fault, or of all when none is known to be.
+
+    Masks count only if plain Inductor saves them: others save nothing themselves.
+    """
+    changed = [row for row in plan.values if row.decision != "keep" and row.nbytes_before]
+    among = [row for row in changed if row.allocated_by in blamed] or changed
+    least = min(among, key=lambda row: row.nbytes_before - row.nbytes_after, default=None)
     return least.allocated_by if least is not None else ""

@@ -1,7 +1,7 @@
-"""Pass 5, plan: decide for every saved value how to store it, and say why when it is kept.
+"""The pass `plan`: decide for every saved value how to store it, and say why when it is kept.
 
-A draft decides for each value alone. `soundness` judges it, `amend` changes what is at fault, and the next draft takes
-that into account, until nothing is wrong.
+A draft decides for each value alone. `soundness` judges the draft, and `amend` changes what is at
+fault. The next draft takes that into account, until nothing is wrong.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ from prac_fx.passes.sizes import Bound, GuardedSizes
 from prac_fx.passes.sizes import Sizes as SymbolicSizes
 from prac_fx.passes.soundness import Verdict, judge
 
-# After so many drafts, what is at fault is kept exact, which comes to an end.
+# After so many drafts, whatever is at fault is kept exact, so that the drafts come to an end.
 _MAX_REMEDIES = 16
 
 
@@ -43,7 +43,7 @@ def make_plan(
         joint: the graph and what is known about it.
         config: the user's options.
         blocked: names of values to keep, because encoding them failed.
-        judged: keep or amend what backward may not read with an error.
+        judged: whether to keep or amend what backward may not read with an error.
     """
     sizes, amendments = _symbolic_sizes(joint, config), Amendments()
     for number in itertools.count():
@@ -62,7 +62,10 @@ def make_plan(
 
 
 def _symbolic_sizes(joint: JointGraph, config: PracConfig) -> SymbolicSizes:
-    """Which symbolic sizes are large enough: all bounds of a generous draft together make one guard."""
+    """Which symbolic sizes are large enough.
+
+    All bounds of a generous draft make one guard together.
+    """
     values = (tensor_value(role.value.node) for role in joint.roles)
     bounds: list[Bound] = []
     if any(value is not None and is_symbolic(value) for value in values):
@@ -98,7 +101,7 @@ class _Planner:
     def draft(self) -> Draft:
         """Decide for every value, for `soundness` to judge."""
         position = {node: index for index, node in enumerate(self.joint.graph.nodes)}
-        # in the order of the forward pass, whatever order the partitioner lists them in
+        # in the order of the forward pass, in whatever order the partitioner lists them
         roles = sorted(
             self.joint.roles, key=lambda r: position.get(without_views(r.value.node), len(position))
         )
@@ -136,7 +139,7 @@ class _Planner:
             fingerprint=fingerprint(self.joint.graph),
         )
 
-    # -- what plain Inductor saves ------------------------------------------------------------------
+    # -- what plain Inductor saves -----------------------------------------------------------------
 
     def _decide_all(self, roles: Sequence[ValueRole]) -> None:
         deferred = []
@@ -168,16 +171,18 @@ class _Planner:
         return self.sites.quantize(role, "int8", "no parameter trains here, to own a basis")
 
     def _stored(self, roles: Sequence[ValueRole], deferred: Sequence[ValueRole]) -> set[fx.Node]:
-        """What backward has, exactly or decoded, once all but the deferred values are decided."""
+        """What backward has, exact or decoded, once all but the deferred values are decided."""
         stored = {allocating_node(role.value.node) for role in roles}
         stored -= {allocating_node(role.value.node) for role in deferred}
         stored -= {*self.sites.factored, *self.amendments.replaced}
         return stored | self.amendments.stored.keys()
 
     def _derive_or_encode(self, role: ValueRole, chosen: str, stored: set[fx.Node]) -> None:
-        """Compute a value again from stored ones; with "auto" only where PRAC is not worth its noise.
+        """Compute a value again from stored ones; with "auto" only where PRAC does not pay.
 
-        With "auto", a value that does not follow from others is stored as those are that the input gradient reads.
+        PRAC pays where it is worth its noise (`ranks.check_worthwhile`).
+
+        With "auto", a value that does not follow from others is stored as `input_gradient` says.
         """
         node, refused = role.value.node, Reason("not_derivable")
         if chosen == "auto":
@@ -211,7 +216,7 @@ class _Planner:
             return kept.reason
         return None
 
-    # -- rows ---------------------------------------------------------------------------------------
+    # -- rows --------------------------------------------------------------------------------------
 
     def _encoded(self, node: fx.Node, encoding: Encoding) -> None:
         self.rows[node] = encoding.row(self.rows[node])
@@ -227,7 +232,7 @@ class _Planner:
         )
 
     def _note_first_order(self, verdict: Verdict) -> None:
-        """Say of coarsely stored values where backward uses them in a function that is not linear."""
+        """Note in the rows where backward uses a coarsely stored value in a non-linear function."""
         for node, row in self.rows.items():
             operator = verdict.curved.get(allocating_node(node))
             if operator is None or row.codec is None or not row.codec.is_coarse:
@@ -236,7 +241,7 @@ class _Planner:
             detail = f"{row.detail}; {note}" if row.detail else note
             self.rows[node] = replace(row, detail=detail)
 
-    # -- what plain Inductor does not save ----------------------------------------------------------
+    # -- what plain Inductor does not save ---------------------------------------------------------
 
     def _clones(self, also_encoded: Collection[fx.Node] = ()) -> Clones:
         return find_clones(
@@ -248,13 +253,13 @@ class _Planner:
         )
 
     def _save_masks(self) -> list[fx.Node]:
-        """Pack the masks of encoded values. Returns those that cannot be packed, to be saved as they are."""
+        """Pack the masks of encoded values, and return those that have to be saved as they are."""
         clones = set(self._clones(self.sites.by_root).nodes)
         masks = masks_of(tuple(self.sites.by_root), clones, self.joint.classification)
         return [mask for mask in masks if not self._pack(mask)]
 
     def _pack(self, mask: fx.Node) -> bool:
-        """Add a row for a mask that plain Inductor does not save. False when it cannot be packed."""
+        """Add a row for a mask that plain Inductor does not save; False if it cannot be packed."""
         if mask.name in self.blocked:
             return False
         try:
@@ -280,10 +285,13 @@ class _Planner:
         self.more_rows.append(row)
         return is_encoded
 
-    # -- what nothing reads any more ----------------------------------------------------------------
+    # -- what nothing reads any more ---------------------------------------------------------------
 
     def _drop_unread(self) -> None:
-        """Nothing is saved of what backward read only to compute what is stored now, such as a softmax's maximum."""
+        """Save nothing of what backward read only to compute what is stored now.
+
+        A softmax's maximum is an example.
+        """
         if not self.amendments.stored:
             return
         read, clones = set(self._read_of_saved()), set(self.clones.nodes)
@@ -293,7 +301,10 @@ class _Planner:
                 self._store_nothing(node, "replaced")
 
     def _read_of_saved(self) -> Iterator[fx.Node]:
-        """The saved values that are not encoded and that backward still needs, read by it or by what it computes again."""
+        """The saved values that are not encoded and that backward still needs.
+
+        Backward reads them, or something that it computes again does.
+        """
         again = self.joint.survey.recomputed
         clones = set(self.clones.nodes)
         stored = {*self.sites.by_root, *self.saved_clones, *self.saved_masks}

@@ -1,7 +1,8 @@
-"""What passes 1 to 5 hand to the others: a plan, its sites, and a row for each value that backward needs.
+"""What planning hands on: a plan, its sites, and a row for each value that backward needs.
 
-A plan is plain, hashable data. It names nodes of the joint graph by name, it is part of the compile
-cache key, and it is the single source of truth for what runs: on a warm cache no pass is called.
+A plan is plain, hashable data. It refers to nodes of the joint graph by name. It is part of the key
+of the compile cache. It is the single source of truth for what runs: on a warm cache the planning
+passes run, and the rewriting passes do not.
 """
 
 from __future__ import annotations
@@ -18,24 +19,31 @@ from prac_fx.graph.row_layout import Layout
 
 Decision = Literal["encode", "keep", "recompute"]
 
-# Every reason code a report can print, and what it means to a user.
+# Each reason code that a report can print, and what it means to a user.
 REASONS = {
     "": "encoded",
-    "between_graphs": "made by an earlier graph, which ends there (a graph break): nothing can encode it",
+    "between_graphs": "made by an earlier graph, which ends there (a graph break): nothing can "
+    "encode it",
     "input": "an input of the graph, a parameter, or a view of one: the step does not allocate it",
     "user_output": "also returned to the caller, so its memory stays anyway",
     "shared_storage": "a view of another saved value, counted there",
-    "not_an_activation": "computed from parameters, buffers and constants alone, such as a cast weight",
-    "not_floating_point": "not a floating-point tensor (or one of 8 bits, or complex, or a view of such)",
-    "statistic": "a statistic of each token, or what else attention reads: small, and everything depends on it",
-    "loss_intermediate": "after the last parameter, such as logits: noise would enter every gradient",
+    "not_an_activation": "computed from parameters, buffers and constants alone, such as a cast "
+    "weight",
+    "not_floating_point": "not a floating-point tensor (or one of 8 bits, or complex, or a view "
+    "of such)",
+    "statistic": "a statistic of each token, or what else attention reads: small, and everything "
+    "depends on it",
+    "loss_intermediate": "after the last parameter, such as logits: noise would enter every "
+    "gradient",
     "input_gradient_reads_it": "the input-gradient path reads it, and prac.input_gradient is exact",
     "also_read_elsewhere": "a weight gradient reads it, but so does something that needs it exact",
-    "attention_reads_it": "the attention backward reads it, and prac.attention (query and key: prac.query_key) is exact",
+    "attention_reads_it": "the attention backward reads it, and prac.attention (query and key: "
+    "prac.query_key) is exact",
     "weight_gradient_reads_it": "only weight gradients read it, and prac.weight_gradient is exact",
     "rule": "a rule of prac.rules keeps it exact",
     "feeds_recomputed": "a matmul or a checkpointed region is computed again from it",
-    "draws_random_numbers": "a checkpointed region draws random numbers from it, which would be others the second time",
+    "draws_random_numbers": "a checkpointed region draws random numbers from it, which would be "
+    "others the second time",
     "not_read": "backward has no reader that could use an estimate",
     "excluded": "excluded by prac.include or prac.exclude",
     "too_small": "smaller than prac.min_nbytes",
@@ -48,20 +56,25 @@ REASONS = {
     "other_device": "not on the device of the graph's other stochastically rounded values",
     "not_dense": "its elements do not fill its memory",
     "not_derivable": "it does not follow from stored values without a matmul",
-    "ill_conditioned": "backward divides by it, or takes a root, a logarithm or an exponential of it, and that "
-    "of a rounding error is without bound",
-    "discontinuous": "backward rounds it, takes its sign or computes an index from it: an average of such results is wrong",
-    "unknown_operator": "backward reads it with an operator of which we do not know what it makes of an error",
-    "sentinel": "holds a constant of large magnitude, as masks do, beside which all else would decode to zero",
+    "ill_conditioned": "backward divides by it, or takes a root, a logarithm or an exponential of "
+    "it, and that of a rounding error is without bound",
+    "discontinuous": "backward rounds it, takes its sign or computes an index from it: an average "
+    "of such results is wrong",
+    "unknown_operator": "backward reads it with an operator of which we do not know what it makes "
+    "of an error",
+    "sentinel": "holds a constant of large magnitude, as masks do, beside which all else would "
+    "decode to zero",
     "replaced": "backward needs it only for what is stored in its place",
-    "stored_instead": "stored in the place of what it is computed from, and of that a rounding error would be too much",
+    "stored_instead": "stored in the place of what it is computed from, and of that a rounding "
+    "error would be too much",
     "derived": "follows from values that are stored anyway, without a matmul",
     "no_parameter": "no parameter enters the graph, such as that of a loss after a graph break: plain Inductor compiles it",
     "min_cut": "torch's min-cut decides otherwise once the other values are encoded",
     "cannot_rewrite": "the rewritten graph failed a check, so plain Inductor compiles this graph",
     "checkpointed": "inside a checkpointed region: backward computes it again",
     "memory_budget": "torch's activation_memory_budget has backward compute it again",
-    "layout_copy": "a copy of an input that Inductor makes for convolutions, in another memory layout",
+    "layout_copy": "a copy of an input that Inductor makes for convolutions, in another memory "
+    "layout",
     "offloaded": "torch's activation offloading moves it to the host",
 }
 
@@ -74,7 +87,7 @@ class Reason(NamedTuple):
 
 
 class Keep(Exception):
-    """Raised by whatever refuses to encode a value; caught where its row is made."""
+    """Refusal to encode a value, with the reason; caught where the row of the value is made."""
 
     def __init__(self, code: str, detail: str = "") -> None:
         super().__init__(f"{code}: {detail}")
@@ -124,13 +137,15 @@ class _Site:
 
 @dataclass(frozen=True, kw_only=True)
 class FactoredSite(_Site):
-    """A value that only weight gradients read: they are made from what is stored, and nothing is decoded.
+    """A value that only weight gradients read.
+
+    The gradients are made from what is stored, and nothing is decoded.
 
     Attributes:
         matrix: name of the node that readers see, (m, n) or (E, m, n), up to `transposed`.
         transposed: True when that node is the matrix transposed.
-        readers: names of the weight-gradient matmuls, and the side of each on which the value
-            stands: 0 for the left matrix (transposed), 1 for the right one.
+        readers: names of the weight-gradient matmuls, each with the side on which the value
+            stands: 0 for the left matrix (transposed), 1 for the right matrix.
     """
 
     matrix: str
@@ -140,7 +155,7 @@ class FactoredSite(_Site):
 
 @dataclass(frozen=True, kw_only=True)
 class DecodedSite(_Site):
-    """A value that backward decodes: its whole allocation.
+    """A value that backward decodes as a whole: all of its allocation.
 
     Attributes:
         layout: of the value in memory.
@@ -156,8 +171,8 @@ Site = FactoredSite | DecodedSite
 class PlannedValue:
     """One row of the report: a value that backward needs, and what becomes of it.
 
-    `allocated_by` is the node whose storage it is. `nbytes_after` is what stays stored for it; `state_nbytes`
-    lives as long as its owner.
+    `allocated_by` is the node whose storage it is. `nbytes_after` bytes stay stored for it.
+    `state_nbytes` bytes live as long as its owner.
     """
 
     name: str
@@ -177,7 +192,7 @@ class PlannedValue:
 
     @property
     def stored_as(self) -> str:
-        """Codec in short, or the decision when there is none."""
+        """The codec in short, or the decision when there is no codec."""
         return self.decision if self.codec is None else self.codec.describe()
 
 
@@ -188,11 +203,14 @@ class Plan:
     Attributes:
         values: every value that backward needs, in the order of the forward pass.
         sites: the values to encode.
-        clones: names of the forward nodes that backward computes from decoded values, in graph order.
-        statistics: names of reductions that are saved, so that backward does not compute them so.
-        owner: argument index of the parameter that owns the seed of stochastic rounding; -1 without one.
+        clones: names of the forward nodes that backward computes from decoded values, in graph
+            order.
+        statistics: names of the nodes that are saved as they are, because backward must not compute
+            them from decoded values: reductions, and masks and clones that no codec stores.
+        owner: argument index of the parameter that owns the seed of stochastic rounding; -1 without
+            a parameter.
         owner_name: its name.
-        fingerprint: identifies the joint graph; the same graph must be met again in the second phase.
+        fingerprint: identifies the joint graph. The second phase must meet the same graph.
     """
 
     values: tuple[PlannedValue, ...]

@@ -1,4 +1,4 @@
-"""Part of pass 5: the elementwise codec that the options ask for."""
+"""Part of `plan`: the elementwise codec that the options ask for."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ def quantizer(
     """How a value, or the coordinates of one, is stored in few bits.
 
     Args:
-        name: the format, one of `codecs.ELEMENTWISE`.
+        name: the format, a key of `codecs.ELEMENTWISE`.
         features: length of the quantised dimension.
         device: where the value lives.
         config: grouping and rounding.

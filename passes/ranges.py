@@ -1,7 +1,7 @@
-"""Part of pass 5, soundness: between which numbers a forward value must lie, whatever its inputs are.
+"""Part of `soundness`: between which numbers a forward value must lie, whatever its inputs are.
 
-x2 = mul(x, x)          [0, inf)
-y = add(x2, 1)          [1, inf)        so backward may divide by y, even if x is a decoded value
+x2 = mul(x, x)      [0, inf)
+y = add(x2, 1)      [1, inf)        so backward may divide by y, even if x is a decoded value
 """
 
 from __future__ import annotations
@@ -30,10 +30,11 @@ _FIXED: dict[str, Range] = {
 }
 # Results that lie where the first argument lies.
 _SAME = frozenset(
-    """aten.view aten._unsafe_view aten.reshape aten.permute aten.transpose aten.t aten.unsqueeze aten.squeeze aten.expand
-    aten.alias aten.detach aten.clone aten.slice aten.select aten.split aten.split_with_sizes aten.unbind aten.index
-    aten.gather aten.index_select aten.flip aten.roll aten.repeat aten.as_strided aten.amax aten.amin aten.mean
-    aten.max_pool2d_with_indices aten.avg_pool2d aten._to_copy prims.convert_element_type""".split()
+    """aten.view aten._unsafe_view aten.reshape aten.permute aten.transpose aten.t aten.unsqueeze
+    aten.squeeze aten.expand aten.alias aten.detach aten.clone aten.slice aten.select aten.split
+    aten.split_with_sizes aten.unbind aten.index aten.gather aten.index_select aten.flip aten.roll
+    aten.repeat aten.as_strided aten.amax aten.amin aten.mean aten.max_pool2d_with_indices
+    aten.avg_pool2d aten._to_copy prims.convert_element_type""".split()
 )
 # Results that are not negative if no argument is.
 _SUMS = frozenset(("aten.sum", "aten.cumsum", "aten.cumprod", "aten.prod", "aten.mm", "aten.bmm"))
@@ -42,27 +43,28 @@ _SUMS = frozenset(("aten.sum", "aten.cumsum", "aten.cumprod", "aten.prod", "aten
 def ranges(
     graph: fx.Graph, backward: Collection[fx.Node], decoded: Collection[fx.Node]
 ) -> Mapping[fx.Node, Range]:
-    """The range of each forward value that has one; the others may be anything.
+    """The range of each forward value that has a range; the others may be anything.
 
     Args:
         graph: the joint graph.
         backward: its nodes that depend on the tangents.
-        decoded: values that backward decodes; an error may take them to zero, so their range holds it.
+        decoded: values that backward decodes. An error may take them to zero, so their range
+            includes zero.
     """
-    found: dict[fx.Node, Range] = {}
+    known: dict[fx.Node, Range] = {}
     for node in graph.nodes:
         if node.op != "call_function" or node in backward:
             continue
-        low, high = _range(node, found)
+        low, high = _range(node, known)
         if node in decoded:
             low, high = min(low, 0.0), max(high, 0.0)
         if (low, high) != ANYTHING:
-            found[node] = low, high
-    return found
+            known[node] = low, high
+    return known
 
 
 def number(argument: object) -> float | None:
-    """The number that an argument is, also if it is a tensor filled with one; None for anything else."""
+    """The number that an argument is, or that fills a tensor; None for anything else."""
     if isinstance(argument, bool | int | float):
         return float(argument)
     if not isinstance(argument, fx.Node) or argument.op != "call_function":

@@ -1,4 +1,4 @@
-"""Pass 5a, ranks: which ranks and blocks PRAC takes for a matrix, and whether they pay."""
+"""Part of `plan`: which ranks and blocks PRAC takes for a matrix, and whether they pay."""
 
 from __future__ import annotations
 
@@ -13,17 +13,19 @@ from prac_fx.passes.plan_data import Keep
 from prac_fx.passes.quantizer import quantizer
 from prac_fx.passes.sizes import Sizes
 
-# A block narrower than this makes batched matmuls too small to be fast, and bases too small to be good.
+# A narrower block makes batched matmuls too small to be fast, and bases too small to be good.
 _MIN_BLOCK_FEATURES = 64
 _MAX_BLOCKS = 16
-# With blocks="auto": state may take at most this share of the bytes that encoding takes away, and a site may
-# cost at most this many times the FLOPs of its exact weight gradients. The second bound is above 1 because
-# blocks add noise (benchmarks/results/basis_quality.md) and other sites cost far less than 1.
+# With blocks="auto", state may take at most this share of the bytes that encoding takes away. A
+# site may cost at most this many times the FLOPs of its exact weight gradients. That bound is above
+# 1 because blocks add noise (benchmarks/results/basis_quality.md) and other sites cost far less
+# than 1.
 _MAX_STATE_SHARE = 0.5
 _MAX_RELATIVE_FLOPS = 1.1
-# With weight_gradient="auto" the noise has to buy something: PRAC is taken where it leaves at most this share of
-# the FLOPs of the exact weight gradients, and where there are features enough for a basis to be good. Adapters
-# fail both: a gradient of 8 columns costs less than encoding its input, and one of 8 rows costs nothing anyway.
+# With weight_gradient="auto" the noise has to buy something. PRAC is taken where it leaves at most
+# this share of the FLOPs of the exact weight gradients, and where there are features enough for a
+# good basis. Adapters fail both: a gradient of 8 columns costs less than encoding its input, and a
+# gradient of 8 rows costs nothing anyway.
 _WORTHWHILE_FLOPS = 0.85
 _MIN_WORTHWHILE_FEATURES = 32
 _GPU_ROW_NBYTES = 16
@@ -40,7 +42,7 @@ class Projected:
         outputs: o, columns of all weight gradients that read it; 0 when it is decoded instead.
         role: selects ranks and schedule.
         device: where it lives.
-        is_batch: a batch of independent matrices, which share one undivided basis.
+        is_batch: it is a batch of independent matrices, which share one undivided basis.
     """
 
     tokens: int | torch.SymInt
@@ -110,7 +112,7 @@ def check_tokens(
     bounds = (
         ("too_small", _min_tokens(matrix, config), False),
         ("too_few_tokens", rank + 1, True),
-        # a basis outlives the batch: with fewer tokens another time it is there all the same
+        # not always: a basis outlives the batch, and is there anyway when a batch has fewer tokens
         ("rank_saves_nothing", _tokens_for_state(matrix, codec), False),
     )
     for reason, bound, always in bounds:
@@ -122,9 +124,10 @@ def check_tokens(
 
 
 def least_tokens(matrix: Projected, rank: int, codec: Codec, config: PracConfig) -> tuple[int, int]:
-    """Tokens from which the encoding is to be used, and from which the state of as many blocks as there may be pays, too.
+    """The least tokens at which to use the encoding, and the least at which to have it.
 
-    Arguments as for `check_tokens`.
+    At the second number the state pays, too, with as many blocks as there may be. Arguments as for
+    `check_tokens`.
     """
     runs_from = max(_min_tokens(matrix, config), rank + 1)
     cheapest = with_coordinates(choose_codec(replace(matrix, tokens=1), config), config, matrix)
@@ -138,7 +141,7 @@ def _min_tokens(matrix: Projected, config: PracConfig) -> int:
 
 
 def _tokens_for_state(matrix: Projected, codec: Codec) -> int:
-    """Tokens of which the encoding saves more than the state takes."""
+    """The tokens from which on the encoding saves more than the state takes."""
     return int(codec.state_nbytes(matrix.itemsize) / _saved_per_token(matrix, codec)) + 1
 
 
@@ -152,7 +155,7 @@ def with_coordinates(codec: PracCodec, config: PracConfig, matrix: Projected) ->
     if config.coordinates == "exact":
         return codec
     assert config.coordinates is not None
-    # several blocks are stored as (B, r / B, m): the quantised dimension is the one of the directions
+    # several blocks are stored as (B, r / B, m), and the directions are what is quantised
     dim = -1 if codec.blocks == 1 else -2
     per_block = codec.rank // codec.blocks
     return QuantizedCoordinates(
@@ -161,15 +164,16 @@ def with_coordinates(codec: PracCodec, config: PracConfig, matrix: Projected) ->
 
 
 def _rank(option: float | int, n: int) -> int:
-    """Directions for n features: floor of the fraction (paper, section 5.1), or the number itself."""
+    """Directions for n features: the fraction, rounded down (paper, section 5.1), or the number."""
     return int(option * n) if isinstance(option, float) else option
 
 
 def choose_codec(matrix: Projected, config: PracConfig) -> PracCodec:
     """Ranks and blocks for a (tokens, features) matrix.
 
-    "auto" takes the fewest blocks with which encoding plus the factored weight gradients cost about the
-    FLOPs of the exact ones at most and the state stays small; failing that, the cheapest number of blocks.
+    "auto" takes the fewest blocks that meet two conditions. Encoding plus the factored weight
+    gradients cost at most about the FLOPs of the exact ones, and the state stays small. If none do,
+    "auto" takes the cheapest number of blocks.
     """
     tokens = size_hint(matrix.tokens)
     candidates = _candidates(matrix, config)
@@ -182,7 +186,10 @@ def choose_codec(matrix: Projected, config: PracConfig) -> PracCodec:
 
 
 def _candidates(matrix: Projected, config: PracConfig) -> list[PracCodec]:
-    """Codecs that fit, fewest blocks first. What is decoded, and a batch of matrices, takes one block only."""
+    """Codecs that fit, fewest blocks first.
+
+    What is decoded takes a single block, and so does a batch of matrices.
+    """
     n = matrix.features
     if matrix.is_batch or not matrix.outputs:
         counts = [1]
@@ -201,12 +208,18 @@ def _candidates(matrix: Projected, config: PracConfig) -> list[PracCodec]:
 
 
 def _rank_unit(matrix: Projected) -> int:
-    """On a GPU rows of a basis fill whole 16 bytes: matmuls take slower kernels otherwise."""
+    """The multiple that a rank should be of.
+
+    On a GPU rows of a basis fill whole 16 bytes: matmuls take slower kernels otherwise.
+    """
     return 1 if matrix.device.type == "cpu" else _GPU_ROW_NBYTES // matrix.itemsize
 
 
 def _codec(n: int, principal: int, random: int, blocks: int, unit: int) -> PracCodec:
-    """With a rank that is a multiple of `unit` in each block where random directions enough can be left out for it."""
+    """A codec whose rank in each block is a multiple of `unit`, where that is possible.
+
+    It is where enough random directions can be left out.
+    """
     r1, r2 = principal // blocks, random // blocks
     excess = (r1 + r2) % unit
     if excess < r2:
@@ -215,10 +228,11 @@ def _codec(n: int, principal: int, random: int, blocks: int, unit: int) -> PracC
 
 
 def sample_rows(r1: int, blocks: int) -> int:
-    """Rows copied out of each forward pass for the refresh of r1 principal directions in each block.
+    """Rows copied out of each forward pass to refresh r1 principal directions in each block.
 
-    Measured (benchmarks/results/basis_quality.md): twice the directions cut the gradient error by a quarter
-    against once; from four times on little is gained. Blocks are cheap to sample more for.
+    Measured (benchmarks/results/basis_quality.md): twice as many rows as directions cut the
+    gradient error by a quarter against as many. From four times as many on little is gained. To
+    sample more for blocks is cheap.
     """
     if not r1:
         return 0

@@ -1,4 +1,4 @@
-"""Part of pass 6: backward reads decoded values, and clones of what it computes from them."""
+"""Part of `rewrite`: backward reads decoded values, and clones of what it computes from them."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ class Redirection:
     Args:
         decoded: nodes that allocate encoded values.
         clones: forward nodes that backward computes again from what stands for those.
-        decode: adds the decoded value of one, before a node of the graph.
+        decode: adds the decoded value of such a node, before another node of the graph.
     """
 
     def __init__(
@@ -31,7 +31,7 @@ class Redirection:
         self._replacements: dict[fx.Node, fx.Node] = {}
 
     def redirect(self, graph: fx.Graph, backward: Collection[fx.Node]) -> None:
-        """Edit every backward node that reads an encoded value or something computed from one."""
+        """Edit every backward node that reads an encoded value or something computed from it."""
         for node in list(graph.nodes):
             if node not in backward or node.op != "call_function":
                 continue

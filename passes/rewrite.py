@@ -1,19 +1,19 @@
-"""Pass 6, rewrite: store an encoding instead of a value, and rebuild the value for its readers.
+"""The pass `rewrite`: store an encoding instead of a value, and rebuild the value for its readers.
 
 A value that backward multiplies into something else, stored as int8:
 
-    before                                      after
-    x = ...                                     x = ...
-    out = cos(x)                                coordinates, scales = encode(x)         # must be saved
-    ---- backward ----                          out = cos(x)
-    s = sin(x)                                  ---- backward ----
-    dx = mul(dy, s)                             decoded = decode(coordinates, scales)   # must be in backward
-                                                s_1 = sin(decoded)                      # must be in backward
-                                                dx = mul(dy, s_1)
+    before                  after
+    x = ...                 x = ...
+    out = cos(x)            codes, scales = encode(x)           # must be saved
+    ---- backward ----      out = cos(x)
+    s = sin(x)              ---- backward ----
+    dx = mul(dy, s)         decoded = decode(codes, scales)     # must be in backward
+                            s_again = sin(decoded)              # must be in backward
+                            dx = mul(dy, s_again)
 
-`s` is a *clone*: backward computes it from x, so it has to compute it from what stands for x. A site whose value only
-weight gradients read is decoded for them alone (source: arXiv 2602.23111, X~ = X P P^T), and the next pass, `factor`,
-removes the decoded value again.
+`s` is a *clone*: backward computes it from x, so it has to compute it from what stands for x. Where
+only weight gradients read a value, it is decoded for them alone (source: arXiv 2602.23111,
+X~ = X P P^T). The next pass, `factor`, removes the decoded value again.
 """
 
 from __future__ import annotations
@@ -45,8 +45,8 @@ def rewrite(graph: fx.Graph, plan: Plan, state: State, inline: Inliner) -> list[
     """Encode every site in forward and decode it in backward; edits `graph`.
 
     Raises:
-        CannotRewriteError: before the first edit, when a node that the plan names is not there; or when what is
-            decoded does not lie in memory as the value did.
+        CannotRewriteError: a node that the plan names is not there; this is checked before the
+            first edit. Or what is decoded does not lie in memory as the value did.
     """
     nodes = {node.name: node for node in graph.nodes}
     _check_names(plan, nodes)
@@ -60,7 +60,7 @@ def rewrite(graph: fx.Graph, plan: Plan, state: State, inline: Inliner) -> list[
     ]
     for name in plan.statistics:
         _must_save(nodes[name])
-    by_value = {one.value: one for one in encoded if isinstance(one.site, DecodedSite)}
+    by_value = {site.value: site for site in encoded if isinstance(site.site, DecodedSite)}
 
     def decode(node: fx.Node, before: fx.Node) -> fx.Node:
         return _decoded(by_value[node], before, inline)
@@ -84,7 +84,7 @@ def _check_names(plan: Plan, nodes: Mapping[str, fx.Node]) -> None:
 
 
 def _must_save(node: fx.Node) -> None:
-    if tensor_value(node) is None:  # several results: each has a node of its own
+    if tensor_value(node) is None:  # of several results each has a node of its own
         for user in node.users:
             _must_save(user)
     else:
@@ -110,7 +110,7 @@ class _Editor:
         self.channels_last = WrittenChannelsLast(graph, {value.name for value in plan.values})
 
     def factored(self, site: FactoredSite, nodes: Mapping[str, fx.Node]) -> EncodedSite:
-        """What is stored in forward; in backward the decoded value, for the weight gradients."""
+        """Add what forward stores, and in backward the decoded value for the weight gradients."""
         inline, state = self._inline, self._state.sites[site.value]
         matrix = nodes[site.matrix]
         anchor = self._after(matrix, state.basis)
@@ -152,16 +152,16 @@ class _Editor:
         return EncodedSite(site, state, value, matrix, stored, parts, tuple(decode_nodes), readers)
 
     def decoded(self, site: DecodedSite, value: fx.Node) -> EncodedSite:
-        """The encoding in forward of a value that backward decodes as a whole."""
+        """Add what forward stores of a value that backward decodes as a whole."""
         state, codec, layout = self._state.sites.get(site.value), site.codec, site.layout
         anchor = self._after(value, state.basis if state else None)
-        # what a mask compares is in memory already, and bools are slow to write and to read on a CPU
+        # what a mask compares is in memory already, and bools are slow to write and read on a CPU
         is_written = not (codec.is_lossless and _compares_encoded(value, self._encoded))
         source = value
         if is_written and value in self.channels_last:
             source = self.channels_last.write(value, self._inline, before=anchor, tag=_FORWARD)
         matrix, basis = value, [state.basis] if state else []
-        if state is not None:  # the pass that samples rows reads them, too
+        if state is not None:  # `sample` reads the rows, too
             matrix = self._inline(
                 lambda x: layout.to_rows(x).reshape(-1, layout.features),
                 [source],
@@ -252,7 +252,7 @@ def _decoded(encoded: EncodedSite, before: fx.Node, inline: Inliner) -> fx.Node:
 
 
 def _compares_encoded(mask: fx.Node, encoded: Collection[fx.Node]) -> bool:
-    """Is a mask a comparison of encoded values, or of what one elementwise operator after another makes of one of them?"""
+    """Does a mask compare encoded values, or what a chain of elementwise operators makes of one?"""
     if getattr(mask.target, "overloadpacket", None) not in _COMPARISONS:
         return False
     return all(_first_in_memory(arg, encoded) in encoded for arg in mask.all_input_nodes)
@@ -273,7 +273,7 @@ def _as_rows(flat: Tensor, rows: Tensor) -> Tensor:
 
 
 def _check_strides(value: fx.Node, decoded: fx.Node) -> None:
-    """Attention kernels, for one, depend on how their operands lie in memory."""
+    """Refuse a decoded value in another layout: attention kernels, for example, depend on it."""
     old, new = tensor_value(value), tensor_value(decoded)
     assert old is not None
     if new is None or _shape_and_strides(old) != _shape_and_strides(new):

@@ -1,15 +1,18 @@
-"""Pass 3, roles: who reads each saved value in backward.
+"""The pass `assign_roles`: who reads each saved value in backward.
 
-    role W    only weight-gradient matmuls read it. The estimate's noise stays in that one gradient.
-    role A    something else does: the input-gradient path, attention, code that backward computes again
-              from it. Noise runs on through every earlier layer.
-    role W+A  both.
+    role W    only weight-gradient matmuls read it. The estimate's noise stays in these gradients.
+    role A    something else reads it: the input-gradient path, attention, code that backward
+              computes again from it. Noise runs on through every earlier layer.
+    role W+A  both read it.
 
-A matmul in backward is a *weight gradient* when one operand is the saved value (or a reshaping view of
-it), the other depends on the tangents, and its result reaches nothing but gradients of trainable leaves,
-meeting no other activation on its way: nothing that multiplies it again depends on the step's data. What it meets must
-also be linear: a gradient that the user's own code normalises, clips or rounds inside of the graph is no longer right on
-average.
+A matmul in backward is a *weight gradient* when all of this holds:
+
+- one operand is the saved value (or a reshaping view of it), and the other depends on the tangents;
+- its result reaches nothing but gradients of trainable leaves;
+- it meets no other activation on its way: nothing that multiplies it again depends on the step's
+  data;
+- what it meets is linear. A gradient that the user's own code normalises, clips or rounds inside of
+  the graph is no longer right on average.
 """
 
 from __future__ import annotations
@@ -38,8 +41,8 @@ MATMULS: dict[object, tuple[int, int]] = {
     _aten.baddbmm.default: (1, 2),
 }
 
-# What an attention backward may read as an estimate; all else it reads (logsumexp, bias, seeds) is exact.
-# Names of the aten operators' arguments, and their positions in flex_attention_backward.
+# What an attention backward may read as an estimate; all else it reads (logsumexp, bias, seeds) is
+# exact. Names of the aten operators' arguments, and their positions in flex_attention_backward.
 _QUERY_KEY = ("query", "key")
 _ATTENTION_OPERANDS = (*_QUERY_KEY, "value", "out")
 
@@ -55,12 +58,12 @@ class Reader:
 
     Attributes:
         node: the backward node.
-        kind: "weight_gradient"; "query_key" for that of attention, "attention" for its value or result, "attention_statistic" for what
-            else it reads; "derived" when it reads something that backward first computes again from the
-            value; "other".
+        kind: "weight_gradient". "query_key" for the query or key of attention, "attention" for its
+            value or result, "attention_statistic" for what else it reads. "derived" when the node
+            reads something that backward first computes again from the value. "other".
+        operand: the node that it reads: the value or a view of it.
         side: for a weight gradient, which matrix of the matmul the value is: 0 (left, the value
             transposed) or 1 (right).
-        operand: the node it reads: the value or a view of it.
         owner: for a weight gradient, the argument index of the first leaf whose gradient it is.
     """
 
@@ -85,8 +88,8 @@ class _Gradients:
     """Which gradients a backward node contributes to.
 
     Attributes:
-        impure: nodes that reach an output which is not the gradient of a trainable leaf, or meet an
-            activation or an operator that is not linear on their way to one.
+        impure: nodes that reach an output which is not the gradient of a trainable leaf, or that
+            meet an activation or a non-linear operator on their way to an output.
         owner: for the other nodes, the smallest argument index among the leaves they reach.
     """
 
@@ -102,7 +105,7 @@ def assign_roles(
     num_fwd_outputs: int,
     trainable: Collection[int],
 ) -> tuple[ValueRole, ...]:
-    """Find every saved value's readers and its role; reads only.
+    """Find the readers of every saved value, and its role; reads only.
 
     Args:
         graph: the joint graph.
@@ -115,12 +118,12 @@ def assign_roles(
     by_storage: dict[str, list[Reader]] = {}
     readers_of: dict[fx.Node, list[Reader]] = {}
     for value in survey.saved:
-        found = _readers(value.node, classification, survey, gradients)
-        # two saved views of one storage are one value: what reads either reads it
+        readers = _readers(value.node, classification, survey, gradients)
+        # two saved views of a storage are the same value: what reads either reads it
         root = value.shares_with or value.node.name
         readers_of[value.node] = by_storage.setdefault(root, [])
         known = {(reader.node, reader.operand) for reader in readers_of[value.node]}
-        readers_of[value.node] += [r for r in found if (r.node, r.operand) not in known]
+        readers_of[value.node] += [r for r in readers if (r.node, r.operand) not in known]
     return tuple(
         ValueRole(value, _role(readers_of[value.node]), tuple(readers_of[value.node]))
         for value in survey.saved
@@ -130,7 +133,7 @@ def assign_roles(
 def _weight_gradient_reader(
     node: fx.Node, operand: fx.Node, classification: Classification, gradients: _Gradients
 ) -> Reader | None:
-    """The reader record of a weight-gradient matmul; None when `node` is not one for `operand`."""
+    """The record of a weight-gradient matmul; None when `node` is no such matmul of `operand`."""
     positions = MATMULS.get(node.target)
     if positions is None or node in gradients.impure or node not in gradients.owner:
         return None
@@ -140,7 +143,7 @@ def _weight_gradient_reader(
     other = right if left is operand else left
     if other not in classification.backward:
         return None
-    # addmm and baddbmm also read a summand; the value may not be that too
+    # addmm and baddbmm also read a summand, which may not be the value
     if positions[0] == 1 and node.args[0] is operand:
         return None
     return Reader(
@@ -206,7 +209,7 @@ def _is_linear(user: fx.Node, gradient: fx.Node, classification: Classification)
 def _readers(
     value: fx.Node, classification: Classification, survey: Survey, gradients: _Gradients
 ) -> list[Reader]:
-    """Walk from the value through whatever backward computes again from it, to the backward nodes."""
+    """Walk from the value, through whatever backward computes again from it, to its readers."""
     readers: list[Reader] = []
     pending: list[tuple[fx.Node, bool]] = [(value, True)]
     seen = {value}
@@ -233,12 +236,12 @@ def _reader(
         return Reader(node, kind, operand)
     if not is_view:
         return Reader(node, "derived", operand)
-    found = _weight_gradient_reader(node, operand, classification, gradients)
-    return found if found is not None else Reader(node, "other", operand)
+    reader = _weight_gradient_reader(node, operand, classification, gradients)
+    return reader if reader is not None else Reader(node, "other", operand)
 
 
 def attention_kind(node: fx.Node, operand: fx.Node) -> Kind:
-    """As what an attention backward reads an argument."""
+    """What an argument is to an attention backward."""
     if isinstance(node.target, torch._ops.OpOverload):
         names = [argument.name for argument in node.target._schema.arguments]
     else:

@@ -1,7 +1,8 @@
-"""Part of pass 6: the random numbers that the sites of a graph round with.
+"""Part of `rewrite`: the random numbers that the sites of a graph round with.
 
-A site has its own stretch of the table for columns. The tables for rows, one for each number of rows, are longer than
-that number: each site begins a little further on. See `prac_fx.codecs.rounding` for both.
+A site has its own stretch of the table for columns. There is a table for rows for each number of
+rows. It is longer than that number, and each site begins a little further on. See
+`prac_fx.codecs.rounding` for both kinds of table.
 """
 
 from __future__ import annotations
@@ -45,7 +46,7 @@ class RoundingNumbers:
         self._tables: dict[tuple[str, int], fx.Node] = {}
 
     def of(self, site: Site, value: fx.Node, before: fx.Node) -> tuple[fx.Node, ...]:
-        """What the codec of a site rounds `value` with: numbers for its rows and for its columns; none if it does not."""
+        """The numbers for rows and columns that a site rounds with; () if it does not round so."""
         rounding, seed = site.rounding, self._seed
         if rounding is None or seed is None:
             return ()
@@ -61,7 +62,7 @@ class RoundingNumbers:
             rows, of_columns = x.numel() // features * per_row, stretch(tables[0], column, columns)
             if len(tables) > 1:
                 return stretch(tables[1], row, rows), of_columns
-            # a symbolic number of rows: a table of its own
+            # a symbolic number of rows has a table of its own
             return row_numbers(rows + row, seed)[row : row + rows], of_columns
 
         return self._inline(

@@ -1,4 +1,4 @@
-"""Part of pass 5: the rows of the report, before anything is decided about them."""
+"""Part of `plan`: the rows of the report, before anything is decided about them."""
 
 from __future__ import annotations
 
@@ -76,9 +76,10 @@ def row_without_readers(
 
 
 def recomputed_rows(joint: JointGraph) -> list[PlannedValue]:
-    """Rows for what a checkpointed region or the memory budget has backward compute again: nothing is stored.
+    """Rows for what backward computes again for a checkpointed region or the memory budget.
 
-    Of a region these are the values that backward reads, of the budget those that torch would save without it.
+    Nothing is stored of them. Of a region these are the values that backward reads. Of the budget
+    they are the values that torch would save without it.
     """
     survey = joint.survey
     saved = {storage_of(value.node) for value in survey.saved}

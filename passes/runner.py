@@ -1,7 +1,8 @@
-"""The passes in run order, and what runs them: with times, graphs before and after, and passes left out by name.
+"""The passes in run order, and what runs them.
 
-`TORCH_LOGS="+prac_fx.passes"` logs how long each pass takes, and the graph after each pass that edits it. `TORCH_TRACE`
-keeps those graphs as artifacts. `prac.skip_passes` leaves a pass out, to find the one that a fault comes from.
+`TORCH_LOGS="+prac_fx.passes"` logs how long each pass takes, and the graph after each pass that
+edits it. `TORCH_TRACE` keeps those graphs as artifacts. `prac.skip_passes` leaves a pass out, to
+find the pass that a fault comes from.
 """
 
 from __future__ import annotations
@@ -53,20 +54,23 @@ class Arguments:
 
     @property
     def owner(self) -> int:
-        """The parameter that owns what belongs to the whole graph: the first that trains, or the first of all."""
+        """The parameter that owns what belongs to the whole graph.
+
+        It is the first that trains, or else the first of all.
+        """
         return min(self.trainable or self.parameters)
 
 
 @dataclass
 class Work:
-    """One joint graph on its way through the passes: what they are given, and what they have found out.
+    """One joint graph on its way through the passes: what they take, and what they have found out.
 
     Attributes:
         gm: the joint graph module.
         joint_inputs: its inputs as the partitioner received them.
         partition_options: keyword arguments of torch's partitioner.
         config: the user's options.
-        arguments: what is known of the graph's arguments; planning needs them.
+        arguments: what is known of the graph's arguments; planning needs it.
         blocked: names of values to keep, because encoding them failed.
         plan: made by planning, given to rewriting.
         find_state: finds the placeholders of state in the graph; rewriting needs it.
@@ -104,14 +108,15 @@ class Pass:
     graph: Callable[[Work], fx.GraphModule] | None = None
 
 
-# -- planning ------------------------------------------------------------------------------------------
+# -- planning --------------------------------------------------------------------------------------
 
 
 def merge_duplicates(gm: fx.GraphModule) -> None:
-    """Drop dead nodes and merge equal ones, as torch's partitioner does first of all, and number the rest anew.
+    """Drop dead nodes, merge equal ones, and number the rest anew.
 
-    Query, key and value then read one node, and both phases see the same graph with the same names: how many dead
-    nodes a trace leaves behind, and so how the others are numbered, may differ.
+    torch's partitioner drops and merges first of all, too. Query, key and value then read one node.
+    Both phases see the same graph with the same names. Without new numbers they may not: traces
+    leave different numbers of dead nodes behind, and the names of the others count them.
     """
     gm.graph.eliminate_dead_code()
     gm.graph = with_names_in_order(fx_graph_cse(gm.graph))
@@ -173,7 +178,7 @@ PLANNING = (
 )
 
 
-# -- rewriting -----------------------------------------------------------------------------------------
+# -- rewriting -------------------------------------------------------------------------------------
 
 
 def _check_fingerprint(work: Work) -> None:
@@ -217,7 +222,7 @@ REWRITING = (
 )
 
 
-# -- running -------------------------------------------------------------------------------------------
+# -- running ---------------------------------------------------------------------------------------
 
 Observer = Callable[[Pass, Work], None]
 _OBSERVERS: ContextVar[tuple[Observer, ...]] = ContextVar("observers", default=())
@@ -225,7 +230,7 @@ _OBSERVERS: ContextVar[tuple[Observer, ...]] = ContextVar("observers", default=(
 
 @contextlib.contextmanager
 def observed(observer: Observer) -> Iterator[None]:
-    """Context in which `observer` is called after each pass, with the pass and the work as it left it."""
+    """Context in which `observer` is called after each pass, with the pass and the work it left."""
     token = _OBSERVERS.set((*_OBSERVERS.get(), observer))
     try:
         yield
@@ -237,19 +242,20 @@ def run(passes: Sequence[Pass], work: Work) -> None:
     """Run passes in their order, without those that `prac.skip_passes` names.
 
     Raises:
-        CannotRewriteError: from a pass; the graph is not the one that was planned, or an invariant does not hold.
+        CannotRewriteError: from a pass. The graph is not the one that was planned, or an invariant
+            does not hold.
     """
-    for one in passes:
-        if one.name in work.config.skip_passes:
-            log.debug("%s: skipped", one.name)
+    for pass_ in passes:
+        if pass_.name in work.config.skip_passes:
+            log.debug("%s: skipped", pass_.name)
             continue
         start = time.perf_counter()
-        one.run(work)
-        log.debug("%s: %.1f ms", one.name, 1e3 * (time.perf_counter() - start))
-        if one.graph is not None:
-            _show(one.name, one.graph(work))
+        pass_.run(work)
+        log.debug("%s: %.1f ms", pass_.name, 1e3 * (time.perf_counter() - start))
+        if pass_.graph is not None:
+            _show(pass_.name, pass_.graph(work))
         for observer in _OBSERVERS.get():
-            observer(one, work)
+            observer(pass_, work)
 
 
 def _show(name: str, gm: fx.GraphModule) -> None:
@@ -267,4 +273,4 @@ def _show(name: str, gm: fx.GraphModule) -> None:
     )
 
 
-assert {*SKIPPABLE_PASSES} <= {"judge", *(one.name for one in REWRITING)}
+assert {*SKIPPABLE_PASSES} <= {"judge", *(pass_.name for pass_ in REWRITING)}

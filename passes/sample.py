@@ -1,12 +1,13 @@
-"""Pass 8, sample: the forward graph copies some rows of each encoded value into the site's buffer.
+"""The pass `sample`: the forward graph copies some rows of each encoded value into its buffer.
 
     positions = (arange(s) + fraction) * m / s
     rows = index(x, [positions])
     copy_(rows_buffer, rows)
 
-The refresh of a basis then needs no extra forward pass and no side channel. There is one
-position in each of s equal strata, at a fraction of it that follows the golden ratio: evenly spread for every
-number of tokens m, symbolic ones included, and not in step with the sequence length, as a fixed stride would be.
+The refresh of a basis then needs no extra forward pass and no side channel. Each of s equal strata
+has one position, at a fraction of the stratum that follows the golden ratio. The positions spread
+evenly for every number of tokens m, symbolic ones included. They are not in step with the sequence
+length, as a fixed stride would be.
 """
 
 from __future__ import annotations
@@ -25,14 +26,14 @@ _STEP = 40503  # odd, and about 2**16 times the golden ratio's fraction
 
 
 def sample_positions(count: int, tokens: int | torch.SymInt, device: torch.device) -> Tensor:
-    """`count` token positions below `tokens`, one in each of `count` equal strata; int64, (count,)."""
+    """Token positions below `tokens`, one in each of `count` equal strata; int64, (count,)."""
     number = torch.arange(count, device=device)
     place = (number << _BITS) + number * _STEP % (1 << _BITS)
     return place * tokens // (count << _BITS)
 
 
 def sample_matrix(x: Tensor, buffer: Tensor) -> Tensor:
-    """Rows of `x`, (m, n) or (E, m, n), as many as `buffer` has; positions repeat when m is smaller."""
+    """As many rows of `x`, (m, n) or (E, m, n), as `buffer` has; they repeat when m is smaller."""
     tokens = x if x.dim() == 2 else x.reshape(-1, x.shape[-1])
     return tokens[sample_positions(buffer.shape[0], tokens.shape[0], x.device)]
 

@@ -1,12 +1,13 @@
-"""Part of pass 5, soundness: which values hold numbers that stand for "nothing here".
+"""The pass `find_sentinels`: which values hold numbers that stand for "nothing here".
 
-    scores = where(mask, -1e9, scores)      one such number sets the scale of its group,
+    scores = where(mask, -1e9, scores)      a single such number sets the scale of its group,
                                             and every real score beside it decodes to zero
 
-Sources of sentinels are constants of large magnitude: written by `where` or padding, or multiplied with something that only
-depends on the step's data, as in `(1 - mask) * -10000`. A mask that is an input of the graph counts, too: a floating-point
-one that is added to scores, which are products of activations. The trail goes through elementwise operators and views, and
-ends where large numbers become bounded ones.
+Sources of sentinels are constants of large magnitude. `where` or padding writes them, or they are
+multiplied with something that depends only on the step's data, as in `(1 - mask) * -10000`. A mask
+that is an input of the graph counts, too, if it is of floating point and is added to scores, which
+are products of activations. The trail of a sentinel goes through elementwise operators and views.
+It ends where large numbers become bounded ones.
 """
 
 from __future__ import annotations
@@ -30,15 +31,17 @@ _BOTH: frozenset[Sign] = frozenset(("negative", "positive"))
 # An activation is smaller than this in magnitude; a constant beyond it is no scale factor.
 _LARGE = 1000.0
 _BOUNDED = frozenset(
-    """aten.sigmoid aten.tanh aten.erf aten.erfc aten.sin aten.cos aten.atan aten._softmax aten.softmax aten.sign aten.sgn
-    aten.rsqrt aten.reciprocal aten.eq aten.ne aten.lt aten.le aten.gt aten.ge aten.argmax aten.argmin""".split()
+    """aten.sigmoid aten.tanh aten.erf aten.erfc aten.sin aten.cos aten.atan aten._softmax
+    aten.softmax aten.sign aten.sgn aten.rsqrt aten.reciprocal aten.eq aten.ne aten.lt aten.le
+    aten.gt aten.ge aten.argmax aten.argmin""".split()
 )
 _WITHOUT_NEGATIVE = frozenset(
-    "aten.exp aten.exp2 aten.relu aten.silu aten.gelu aten.softplus aten.amax aten.max aten.clamp_min".split()
+    """aten.exp aten.exp2 aten.relu aten.silu aten.gelu aten.softplus aten.amax aten.max
+    aten.clamp_min""".split()
 )
 _EXTREMES = frozenset("aten.amax aten.max aten.amin aten.min".split())
 _WITHOUT_POSITIVE = frozenset("aten.amin aten.min aten.clamp_max".split())
-# These write or add one argument into another.
+# These write an argument into another one, or add it.
 _WRITES = frozenset(
     "aten.where aten.masked_fill aten.index_put aten.scatter aten.constant_pad_nd aten.fill".split()
 )
@@ -62,23 +65,23 @@ def sentinels(
     for node in graph.nodes:
         if node.op != "call_function" or node in backward:
             continue
-        found = _written(node, learned, data)
+        held = _written(node, learned, data)
         source = node
         for arg in node.all_input_nodes:
             more = _handed_on(node, arg, signs.get(arg, _NOTHING))
             if more:
-                found, source = found | more, origin[arg]
-        if found:
-            signs[node], origin[node] = found, source
+                held, source = held | more, origin[arg]
+        if held:
+            signs[node], origin[node] = held, source
     return origin
 
 
 def _depending(graph: fx.Graph, sources: Collection[fx.Node]) -> set[fx.Node]:
-    found = set(sources)
+    depending = set(sources)
     for node in graph.nodes:
-        if any(arg in found for arg in node.all_input_nodes):
-            found.add(node)
-    return found
+        if any(arg in depending for arg in node.all_input_nodes):
+            depending.add(node)
+    return depending
 
 
 def _handed_on(node: fx.Node, arg: fx.Node, signs: frozenset[Sign]) -> frozenset[Sign]:
@@ -128,15 +131,15 @@ def _written(
 
 
 def _signs(*numbers: float | None) -> frozenset[Sign]:
-    found: set[Sign] = set()
-    for one in numbers:
-        if one is not None and abs(one) >= _LARGE:
-            found.add("positive" if one > 0 else "negative")
-    return frozenset(found)
+    signs: set[Sign] = set()
+    for value in numbers:
+        if value is not None and abs(value) >= _LARGE:
+            signs.add("positive" if value > 0 else "negative")
+    return frozenset(signs)
 
 
 def _adds_a_mask(node: fx.Node, learned: Collection[fx.Node], data: Collection[fx.Node]) -> bool:
-    """Is an input that nobody learns added to scores, that is to a product of two activations?"""
+    """Is an input that is not learned added to scores, that is to a product of two activations?"""
     summands = [_behind(arg) for arg in node.args[:2] if isinstance(arg, fx.Node)]
     if len(summands) != 2:
         return False
@@ -164,7 +167,6 @@ def _behind(node: fx.Node) -> fx.Node:
 
 _MATMULS = ("aten.mm", "aten.bmm", "aten.baddbmm")
 _UNCHANGED = frozenset(
-    """aten.view aten._unsafe_view aten.expand aten.unsqueeze aten.squeeze aten.permute aten.slice aten.select aten.clone
-    aten._to_copy
-    prims.convert_element_type""".split()
+    """aten.view aten._unsafe_view aten.expand aten.unsqueeze aten.squeeze aten.permute aten.slice
+    aten.select aten.clone aten._to_copy prims.convert_element_type""".split()
 )

@@ -1,4 +1,4 @@
-"""Part of pass 5: the site of a value, once it is known by which codec it is stored."""
+"""Part of `plan`: the site of a value, once its codec is chosen."""
 
 from __future__ import annotations
 
@@ -48,8 +48,8 @@ class Encoding:
 
     Attributes:
         codec: how it is stored.
-        nbytes: that stay stored.
-        state_nbytes: of its basis and its sampled rows.
+        nbytes: bytes that stay stored.
+        state_nbytes: bytes of its basis and its sampled rows.
         detail: for the reader of the report.
     """
 
@@ -59,7 +59,7 @@ class Encoding:
     detail: str = ""
 
     def row(self, row: PlannedValue) -> PlannedValue:
-        """The row of the value, which says so far that it is kept."""
+        """The row of the value as encoded, made of the row that says it is kept."""
         return replace(
             row,
             decision="encode",
@@ -76,7 +76,7 @@ class Sites:
 
     Attributes:
         by_root: site of each encoded value, by the node that allocates it.
-        bounds: sizes that a decision rests on, to encode a value or to compute it again.
+        bounds: the sizes that decisions rest on, to encode a value or to compute it again.
     """
 
     def __init__(self, chooser: Chooser, sizes: Sizes) -> None:
@@ -103,10 +103,10 @@ class Sites:
         """The roots of values that only weight gradients read, and that nothing decodes."""
         return [n for n, site in self.by_root.items() if isinstance(site, FactoredSite)]
 
-    # -- elementwise codecs -----------------------------------------------------------------------
+    # -- elementwise codecs ------------------------------------------------------------------------
 
     def quantize(self, role: ValueRole, name: str, detail: str = "") -> Encoding:
-        """Store the whole allocation of a value by an elementwise codec, or a mask as bits.
+        """Store the whole allocation of a value with an elementwise codec, or a mask as bits.
 
         Args:
             role: of the value.
@@ -132,7 +132,7 @@ class Sites:
         return Encoding(codec, nbytes, detail=detail)
 
     def pack(self, mask: fx.Node) -> Encoding:
-        """Store a mask as bits that plain Inductor does not save.
+        """Store as bits a mask that plain Inductor does not save.
 
         Raises:
             Keep: it cannot be packed.
@@ -147,7 +147,7 @@ class Sites:
         return Encoding(codec, _stored_nbytes(codec, layout, value))
 
     def store_clone(self, node: fx.Node) -> Encoding:
-        """Store what backward computes from a value by the codec of the input gradient.
+        """Store what backward computes from a value, with the codec of the input gradient.
 
         Raises:
             Keep: it cannot be encoded.
@@ -179,7 +179,7 @@ class Sites:
         self._check_device(node, codec)
         return codec, layout, _stored_nbytes(codec, layout, value)
 
-    # -- PRAC ---------------------------------------------------------------------------------------
+    # -- PRAC --------------------------------------------------------------------------------------
 
     def project(self, role: ValueRole) -> Encoding:
         """Store the whole allocation of a value as coordinates, which backward decodes.
@@ -198,14 +198,15 @@ class Sites:
         return self._add_projected(role, matrix, site)
 
     def factor(self, role: ValueRole, *, only_if_worthwhile: bool = False) -> Encoding:
-        """Store a value that weight gradients alone read as coordinates, from which those are made.
+        """Store as coordinates a value that only weight gradients read; they are made from these.
 
         Args:
             role: of the value.
             only_if_worthwhile: only where that takes fewer FLOPs than exact weight gradients do.
 
         Raises:
-            Keep: the readers see different matrices, the ranks do not suit the matrix, or it is not worthwhile.
+            Keep: the readers see different matrices, the ranks do not suit the matrix, or PRAC is
+                not worthwhile.
         """
         common = _common_matrix(role.readers)
         value, root = common.value, allocating_node(role.value.node)
@@ -267,7 +268,7 @@ class Sites:
             detail,
         )
 
-    # -- checks and bounds --------------------------------------------------------------------------
+    # -- checks and bounds -------------------------------------------------------------------------
 
     def _whole_allocation(self, role: ValueRole) -> Layout:
         """The layout of a value that is to be decoded in backward."""
@@ -285,7 +286,7 @@ class Sites:
         """Is a value large enough?
 
         Raises:
-            Keep: it is not, or need not be when its size is symbolic.
+            Keep: it is too small, or it may be because its size is symbolic.
         """
         value = _tensor(node)
         if not self._sizes.reaches(value.numel(), self._least_elements(value), always=False):
@@ -293,7 +294,7 @@ class Sites:
             raise Keep("symbolic_size" if is_symbolic(value) else "too_small", shape)
 
     def _check_device(self, root: fx.Node, codec: Codec) -> None:
-        """Values that round stochastically share a seed, which lives on one device."""
+        """Refuse another device: values that round stochastically share the seed, on one device."""
         if codec.rounding is not None and self._is_elsewhere(root):
             raise Keep("other_device", str(_tensor(root).device))
 
@@ -310,7 +311,7 @@ class Sites:
         return -(-self._config.min_nbytes // value.itemsize)
 
     def _bound(self, node: fx.Node, runs_from: int, made_from: int, *, has_state: bool) -> None:
-        """Note what a decision rests on: that a value has so many elements."""
+        """Note that a decision rests on a value having so many elements."""
         value = _tensor(node)
         size: Size = value.numel()
         if not isinstance(size, int) and is_guardable(size):
@@ -353,8 +354,9 @@ class _Matrix:
 def _common_matrix(readers: Sequence[Reader]) -> _Matrix:
     """The (tokens, features) matrix that all weight-gradient readers share.
 
-    A matmul contracts over tokens. As right operand the value is (tokens, features) already, as left one
-    it is the transpose; looking through a final transposition makes both the same node.
+    A matmul contracts over tokens. As the right operand the value is (tokens, features) already. As
+    the left operand it is the transpose. Looking through a final transposition makes both the same
+    node.
     """
     seen = set()
     for reader in readers:

@@ -1,17 +1,18 @@
-"""Part of pass 5: decisions about symbolic sizes, with one guard for a whole graph.
+"""Part of `plan`: decisions about symbolic sizes, with a single guard for a whole graph.
 
-Every value has a size from which encoding it pays: `prac.min_nbytes`, or the tokens that PRAC needs. With a symbolic
-batch each such bound could be a guard. Every bound that a batch crosses would then cost one compilation, and after
-eight of them Dynamo compiles no more. So a graph has two variants at most:
+From a certain size on it pays to encode a value: `prac.min_nbytes`, or the tokens that PRAC needs.
+With a symbolic batch each such bound could be a guard. Every bound that a batch crosses would then
+cost a compilation, and after eight compilations Dynamo compiles no more. So a graph has two
+variants at most:
 
     large    made when the sizes at hand reach the bounds of nearly all bytes: with PRAC
-    small    made otherwise: without PRAC, which can take more than it saves; with quantised codecs, which never do,
-             wherever a size that this variant serves is enough
+    small    made otherwise: without PRAC, which can take more than it saves; with quantised codecs,
+             which never do, wherever a size that this variant serves is enough
 
-The bounds do not depend on the sizes at hand, so that no third variant is ever needed. The large one serves smaller sizes
-than it is made at: the bases of PRAC are there then, and have to be paid no more. Where the user promised a range of
-sizes, no guard may cut it, and the small variant serves all. A size that is known only at run time cannot be guarded
-either, and counts as too small.
+The bounds do not depend on the sizes at hand, so that no third variant is ever needed. The large
+variant serves smaller sizes than it is made at: the bases of PRAC are there then, and cost no more.
+Where the user promised a range of sizes, no guard may cut it, and the small variant serves all. A
+size that is known only at run time cannot be guarded either, and counts as too small.
 """
 
 from __future__ import annotations
@@ -32,7 +33,8 @@ from prac_fx.torch_compat import (
 
 Size = int | torch.SymInt
 
-# The guard leaves out bounds of this share of the bytes: one narrow value may need thousands of tokens.
+# The guard leaves out bounds of this share of the bytes: a single narrow value may need thousands
+# of tokens.
 _BYTES_LEFT_OUT = 0.1
 # Stands for the size at hand where a decision may not depend on it.
 _VERY_MANY = 1 << 40
@@ -44,10 +46,10 @@ class Bound:
 
     Attributes:
         size: of the value, symbolic.
-        runs_from: the least size at which to use its encoding once there is one.
-        made_from: the least size at which to have one, for which state may have to be allocated.
+        runs_from: the least size at which to use its encoding once it is there.
+        made_from: the least size at which to have an encoding, which may need new state.
         nbytes: of the value.
-        has_state: its encoding is of no use, or worse, below the bounds.
+        has_state: its encoding has state: below the bounds it is of no use, or worse.
     """
 
     size: torch.SymInt
@@ -59,13 +61,13 @@ class Bound:
 
 @dataclass(frozen=True)
 class _Group:
-    """The bounds of all sizes that are multiples of one expression, as bounds of that expression.
+    """The bounds of all sizes that are multiples of an expression, as bounds of that expression.
 
     Attributes:
         size: one of the sizes.
-        factor: what it is a multiple of the expression by.
-        runs_from: the least at which the large variant is valid.
-        made_from: the least at which it is made.
+        factor: how many times the expression that size is.
+        runs_from: the least value of the expression at which the large variant is valid.
+        made_from: the least value of it at which the large variant is made.
     """
 
     size: torch.SymInt
@@ -74,12 +76,15 @@ class _Group:
     made_from: int
 
     def reached(self, *, at_hand: bool) -> bool | torch.SymBool:
-        """Is the size large enough for the large variant to be made, or else to run?"""
+        """Is the size large enough to make the large variant (`at_hand`), or else to run it?"""
         return self.size >= self.factor * (self.made_from if at_hand else self.runs_from)
 
 
 class Sizes:
-    """Tells the planner which sizes are large enough. Here all symbolic ones that a guard could compare are."""
+    """Tells the planner which sizes are large enough.
+
+    In this class all symbolic sizes that a guard could compare are.
+    """
 
     def at_hand(self, size: Size) -> Size:
         """The size to choose between codecs by."""
@@ -91,7 +96,7 @@ class Sizes:
         Args:
             size: may be symbolic.
             bound: the least.
-            always: in every run of the compiled graph, and not only where it is about as large as now.
+            always: in every run of the compiled graph, not only where it is about as large as now.
         """
         if isinstance(size, int):
             return size >= bound
@@ -104,7 +109,7 @@ class Sizes:
 
 
 class GuardedSizes(Sizes):
-    """The sizes of one of the two variants of a graph. Making it records the guard that chooses the variant.
+    """The sizes of a variant of a graph. Making it records the guard that chooses the variant.
 
     Args:
         bounds: of all that is encoded when every size is large enough.
@@ -116,8 +121,10 @@ class GuardedSizes(Sizes):
         groups = self._groups.values()
         if not groups or has_promised_ranges():
             return
-        self._is_large = all(size_hint(one.size) >= one.factor * one.made_from for one in groups)
-        conditions = [one.reached(at_hand=not self._is_large) for one in groups]
+        self._is_large = all(
+            size_hint(group.size) >= group.factor * group.made_from for group in groups
+        )
+        conditions = [group.reached(at_hand=not self._is_large) for group in groups]
         guard_or_false(sym_and(*conditions))
 
     def at_hand(self, size: Size) -> Size:
@@ -141,12 +148,12 @@ def is_guardable(size: torch.SymInt) -> bool:
 
 
 def _largest_groups(bounds: Iterable[Bound]) -> Mapping[Hashable, _Group]:
-    """By their expression, those that hold nearly all bytes."""
+    """The groups of bounds that hold nearly all bytes, by their expression."""
     members: dict[Hashable, list[tuple[int, Bound]]] = {}
-    for one in bounds:
-        factor, expression = split_size(one.size)
-        members.setdefault(expression, []).append((factor, one))
-    nbytes = {key: sum(one.nbytes for _, one in found) for key, found in members.items()}
+    for bound in bounds:
+        factor, expression = split_size(bound.size)
+        members.setdefault(expression, []).append((factor, bound))
+    nbytes = {key: sum(bound.nbytes for _, bound in pairs) for key, pairs in members.items()}
     left, groups = (1 - _BYTES_LEFT_OUT) * sum(nbytes.values()), dict[Hashable, _Group]()
     for key in sorted(members, key=lambda key: -nbytes[key]):
         if left > 0:
@@ -157,22 +164,25 @@ def _largest_groups(bounds: Iterable[Bound]) -> Mapping[Hashable, _Group]:
 
 def _group(members: Sequence[tuple[int, Bound]]) -> _Group:
     factor, first = members[0]
-    runs_from = _of_most_bytes([(-(-one.runs_from // by), one) for by, one in members])
-    made_from = _of_most_bytes([(-(-one.made_from // by), one) for by, one in members])
+    runs_from = _of_most_bytes([(-(-bound.runs_from // by), bound) for by, bound in members])
+    made_from = _of_most_bytes([(-(-bound.made_from // by), bound) for by, bound in members])
     return _Group(first.size, factor, runs_from, made_from)
 
 
 def _of_most_bytes(bounds: Sequence[tuple[int, Bound]]) -> int:
-    """The least that reaches the bounds of nearly all bytes, and of nearly all whose encoding has state."""
-    with_state = [(bound, one) for bound, one in bounds if one.has_state]
-    return max(_reaching_most(found) for found in (bounds, with_state or bounds))
+    """The least size that reaches the bounds of nearly all bytes.
+
+    It also reaches the bounds of nearly all bytes whose encoding has state.
+    """
+    with_state = [(least, bound) for least, bound in bounds if bound.has_state]
+    return max(_reaching_most(chosen) for chosen in (bounds, with_state or bounds))
 
 
 def _reaching_most(bounds: Sequence[tuple[int, Bound]]) -> int:
-    found = sorted((bound, one.nbytes) for bound, one in bounds)
-    left = (1 - _BYTES_LEFT_OUT) * sum(nbytes for _, nbytes in found)
-    for bound, nbytes in found:
+    by_size = sorted((least, bound.nbytes) for least, bound in bounds)
+    left = (1 - _BYTES_LEFT_OUT) * sum(nbytes for _, nbytes in by_size)
+    for least, nbytes in by_size:
         left -= nbytes
         if left <= 0:
-            return bound
-    return found[-1][0]
+            return least
+    return by_size[-1][0]

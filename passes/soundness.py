@@ -1,25 +1,29 @@
-"""Part of pass 5, soundness: may backward read a decoded value where it would read the exact one?
+"""Part of `plan`: may backward read a decoded value where it would read the exact one?
 
-    stored as int8   h                                   what is small beside the largest of its group decodes to
-    clone            y = sqrt(h * h + 1e-6)              zero, so y may be .001 where it was .5
-    backward         dh = dy / y * h                     and the gradient 500 times too large, in each draw
+    stored as int8   h                          what is small beside the largest of its group
+    clone            y = sqrt(h * h + 1e-6)     decodes to zero, so y may be .001 where it was .5,
+    backward         dh = dy / y * h            and the gradient 500 times too large, in each draw
 
-The pass follows the error of each decoded value through the forward operators that backward computes again (clones),
-and through backward up to the gradients, and asks the table in `operators` about each step. What is linear keeps the
-mean right. What is smooth, kinked or a product keeps it right to first order. Anything else is a *fault*: at the operator
-where it happens, of the values whose error got there, by way of the node that backward reads.
+`judge` follows the error of each decoded value: through the forward operators that backward
+computes again (clones), and through backward up to the gradients. It asks the table in `operators`
+about each step. What is linear keeps the mean right. What is smooth, kinked or a product keeps the
+mean right to first order. Anything else is a *fault*. A fault has an operator where it happens, the
+values whose error got there, and the node that backward reads on the way.
 
 Four things are safe although their operators alone are not:
 
-* roots, logarithms and quotients of what cannot come near the singular point, whatever the error is (`ranges`);
-* exponentials of what is bounded above, and those that end in a logistic function, such as z / (1 + z) with z = exp(x):
-  decompositions of SiLU, softplus, ELU and their derivatives are made of these;
-* what attention's own backward reads as query, key, value and result. It exponentiates query times key, so these have
-  a codec of their own (`prac.query_key`), which measurements allow;
+* roots, logarithms and quotients of what cannot come near the singular point, whatever the error is
+  (`ranges`);
+* exponentials of what is bounded above, and those that end in a logistic function, such as
+  z / (1 + z) with z = exp(x). Decompositions of SiLU, softplus, ELU and their derivatives are made
+  of these (`exponentials`);
+* what attention's own backward reads as query, key, value and result. It exponentiates query times
+  key, so these have a codec of their own (`prac.query_key`), which measurements allow;
 * reductions over many elements of a gradient, such as its norm: the errors average out.
 
-Where the user has a region differentiated at the decoded value (`prac.checkpoint_inputs`), its comparisons and exponentials
-belong to that value, and only roots, quotients and roundings of single elements are faults.
+The user may have a region differentiated at the decoded value (`prac.checkpoint_inputs`). Its
+comparisons and exponentials belong to that value. Only roots, quotients and roundings of single
+elements are faults there.
 """
 
 from __future__ import annotations
@@ -55,7 +59,7 @@ from prac_fx.passes.ranges import ANYTHING, Range, number, ranges
 from prac_fx.passes.roles import attention_kind
 from prac_fx.torch_compat import has_tag_must_recompute
 
-# A smooth function of more than so many times the value turns within a rounding step.
+# A smooth function of more than this many times the value turns within a rounding step.
 _STEEPEST = 16.0
 # An exponential is smooth below the exponential of this.
 _BOUNDED_ABOVE = 1.0
@@ -66,13 +70,14 @@ Problem = Response | Literal["sentinel"]
 
 @dataclass(frozen=True)
 class Fault:
-    """An error that one operator makes too large.
+    """An error that an operator makes too large.
 
     Attributes:
         source: the node that allocates the decoded value.
         operator: the operator that does not tolerate its error.
         problem: what the table says of the operator, or that it wrote a sentinel.
-        read: the forward node that backward reads: the value or a view of it, or a clone that the error has got to.
+        read: the forward node that backward reads: the value or a view of it, or a clone that the
+            error has got to.
         in_forward: the operator is in a clone, so backward could read a stored `read` instead.
     """
 
@@ -90,7 +95,8 @@ class Verdict:
     Attributes:
         faults: empty when the gradients are right to first order.
         read: allocating nodes of the decoded values that backward reads at all.
-        curved: for those whose gradients are right to first order only: an operator that is not linear.
+        curved: an operator that is not linear, for each value whose gradients are right to first
+            order only.
     """
 
     faults: tuple[Fault, ...]
@@ -100,16 +106,16 @@ class Verdict:
 
 @dataclass(frozen=True)
 class _Noise:
-    """The error in one node, sources as bits.
+    """The error in a node. Sets of sources are bits of a number.
 
     Attributes:
-        sources: whose errors are in it.
-        broken: those of them that an operator has made too large.
-        gain: how many times the error of a source, as far as constants tell; 0 in a gradient.
-        form: what it is an exponential of, if that is still to be bounded.
-        exponential: the operator that made it one.
+        sources: the decoded values whose errors are in it.
+        broken: those of them whose error an operator has made too large.
+        gain: how many times the error of a source it is, as far as constants tell; 0 in a gradient.
+        form: whether the node is an exponential that is still to be bounded, or one plus it.
+        exponential: the operator that made it an exponential.
         read: the clone with the exponential that backward read.
-        averaged: a reduction over many elements.
+        averaged: it is a reduction over many elements.
         curved: those of the sources whose mean is right to first order only.
     """
 
@@ -145,7 +151,7 @@ def judge(
 
 
 class _Walk:
-    """One walk over the graph, in order."""
+    """A walk over the graph, in order."""
 
     def __init__(
         self,
@@ -192,7 +198,7 @@ class _Walk:
             yield self.decoded[lowest.bit_length() - 1]
             bits ^= lowest
 
-    # -- one operator -----------------------------------------------------------------------------------------
+    # -- one operator ------------------------------------------------------------------------------
 
     def _pass_on(self, node: fx.Node, noisy: list[fx.Node]) -> None:
         """Work out the error of a node from those of its arguments."""
@@ -232,7 +238,7 @@ class _Walk:
     ) -> None:
         given = [self.noise[arg] for arg in args]
         gain = 0.0 if node in self.backward else self._gain(node, args)
-        pending = next((one for one in given if one.form != "plain"), None)
+        pending = next((noise for noise in given if noise.form != "plain"), None)
         exponential = read = None
         if form != "plain":
             exponential = node if pending is None else pending.exponential
@@ -247,7 +253,7 @@ class _Walk:
                     self.broken_by.setdefault((node, source), self.broken_by[arg, source])
 
     def _read(self, arg: fx.Node) -> None:
-        """Backward reads a value or a clone; what is broken in it is a fault, and once is enough."""
+        """Note that backward reads a value or a clone. What is broken in it is a fault, once."""
         given = self.noise[arg]
         if arg in self.backward:
             return
@@ -258,7 +264,10 @@ class _Walk:
             self.faults[Fault(source, culprit, problem, arg, is_clone)] = None
 
     def _fault(self, node: fx.Node, arg: fx.Node, response: Response, bits: int) -> int:
-        """An operator does not tolerate the errors of these sources in an argument."""
+        """Note that an operator does not tolerate the errors of these sources in an argument.
+
+        Returns the sources, which are broken now.
+        """
         given = self.noise[arg]
         is_pending = given.form != "plain" and given.exponential is not None
         culprit = given.exponential if is_pending and given.exponential else node
@@ -273,7 +282,10 @@ class _Walk:
         return bits
 
     def _curve(self, node: fx.Node, arg: fx.Node, response: Response, others: int) -> int:
-        """Note that gradients are right to first order only. Products of different values are right on average."""
+        """Note that gradients are right to first order only, and return the sources.
+
+        Products of different values are right on average.
+        """
         is_power = operator_name(node) in POWERS or len(list(positions(node, arg))) > 1
         given = self.noise[arg]
         sources = given.sources & ~given.broken
@@ -285,7 +297,8 @@ class _Walk:
     def _divides(self, node: fx.Node, arg: fx.Node) -> int:
         """The sources that an exact divisor of an argument follows from, element by element.
 
-        Where they are small, so is the divisor, and what is right to first order only is off by as much more.
+        Where they are small, so is the divisor. What is right to first order only is then off by as
+        much more.
         """
         name = operator_name(node)
         if name == "aten.div" and node.args[0] is arg:
@@ -304,19 +317,19 @@ class _Walk:
         )
 
     def _behind(self, node: fx.Node) -> int:
-        """The sources behind a forward node, by elementwise operators and views alone."""
+        """The sources behind a forward node, through elementwise operators and views alone."""
         bits, pending, seen = 0, [node], {node}
         while pending:
-            one = pending.pop()
-            if one in self.bits:
-                bits |= self.bits[one]
-            elif is_cheap(one):
-                fresh = [arg for arg in one.all_input_nodes if arg not in seen]
+            current = pending.pop()
+            if current in self.bits:
+                bits |= self.bits[current]
+            elif is_cheap(current):
+                fresh = [arg for arg in current.all_input_nodes if arg not in seen]
                 seen.update(fresh)
                 pending += fresh
         return bits
 
-    # -- responses ---------------------------------------------------------------------------------------------
+    # -- responses ---------------------------------------------------------------------------------
 
     def _response(self, node: fx.Node, arg: fx.Node) -> Response:
         """What the operator makes of an error in one argument, everything considered."""
@@ -327,8 +340,8 @@ class _Walk:
         if "attention" in str(node.target):
             return self._attention(node, arg)
         row = operator_of(node)
-        found: list[Response] = [row.response(position) for position in positions(node, arg)]
-        response = max(found, key=_SEVERITY.__getitem__)
+        responses: list[Response] = [row.response(position) for position in positions(node, arg)]
+        response = max(responses, key=_SEVERITY.__getitem__)
         if response == "size_only":
             return response
         if is_rounded(node):
@@ -356,7 +369,10 @@ class _Walk:
         return "exponential" if is_statistic and not has_tag_must_recompute(arg) else "product"
 
     def _is_average(self, node: fx.Node, arg: fx.Node) -> bool:
-        """Is the argument, or the result, an average over many elements in which single errors do not count?"""
+        """Is the argument, or the result, an average over many elements?
+
+        Single errors do not count in such an average.
+        """
         if self.noise[arg].averaged:
             return True
         is_gradient = arg in self.backward
@@ -369,7 +385,7 @@ class _Walk:
         return (is_gradient or has_tag_must_recompute(node)) and is_reduction(node)
 
     def _stays_away(self, node: fx.Node, arg: fx.Node, row: Operator) -> bool:
-        """Does the argument keep its distance from where the operator is singular, whatever its error?"""
+        """Does the argument stay away from where the operator is singular, whatever its error?"""
         low, high = self._range(arg)
         if row.regular_from is None:
             return False
@@ -384,12 +400,12 @@ class _Walk:
         factor = constant_factor(node)
         return gain if factor is None else gain * abs(factor)
 
-    # -- exponentials ------------------------------------------------------------------------------------------
+    # -- exponentials ------------------------------------------------------------------------------
 
     def _with_exponentials(
         self, node: fx.Node, responses: dict[fx.Node, Response]
     ) -> tuple[Form, dict[fx.Node, Response]]:
-        """The form of the result, and the responses as that changes them."""
+        """The form of the result, and the responses given that form."""
         if "exponential" in responses.values() and operator_name(node) in EXPONENTIALS:
             (arg,) = responses
             is_bounded = self._range(arg)[1] <= _BOUNDED_ABOVE
@@ -404,7 +420,10 @@ class _Walk:
         return form or "plain", {arg: told if arg in pending else r for arg, r in responses.items()}
 
     def _form(self, node: fx.Node) -> Form | None:
-        """The form that an operator makes of exponentials; None if it is none that may end in something bounded."""
+        """The form that an operator makes of exponentials.
+
+        None if no such form may end in something bounded.
+        """
         name = operator_name(node)
         forms = [self._form_of(argument) for argument in node.args]
         if has_tag_must_recompute(node):
@@ -446,12 +465,15 @@ _INVERSES = ("aten.reciprocal", "aten.rsqrt")
 
 
 def _reads_bits(node: fx.Node) -> bool:
-    """`view(dtype)`: the same bits as other numbers."""
+    """Is it `view(dtype)`, which reads the same bits as other numbers?"""
     return str(node.target) == "aten.view.dtype"
 
 
 def _power(node: fx.Node, arg: fx.Node) -> Response:
-    """A whole power is a product; any other is singular at zero, and so is an error in the exponent."""
+    """The response of a power: a whole power is a product, and any other is singular at zero.
+
+    An error in the exponent is singular, too.
+    """
     exponent = number(node.args[1])
     if arg is not node.args[0] or exponent is None:
         return "singular"
@@ -461,13 +483,16 @@ def _power(node: fx.Node, arg: fx.Node) -> Response:
 
 
 def _is_derivative(node: fx.Node) -> bool:
-    """Is it an operator that autograd calls, linear in the gradient? Those of ATen are when they say so."""
+    """Is it an operator that autograd calls, which is linear in the gradient?
+
+    Operators of ATen are when their names say so.
+    """
     name = operator_name(node)
     return not name.startswith(("aten.", "prims.")) or "backward" in name
 
 
 def _belongs_to_region(node: fx.Node, response: Response) -> bool:
-    """In a region that is computed again from the decoded value, is this right for that value?"""
+    """Is the response right for the decoded value, in a region that is computed again from it?"""
     if response == "exponential":
         return True
     value = tensor_value(node)

@@ -1,9 +1,9 @@
-"""Pass 2, survey: run torch's own partitioner to see what plain Inductor would save for backward.
+"""The pass `survey`: run torch's partitioner to see what plain Inductor saves for backward.
 
-The partitioner copies nodes into its two graphs and keeps their names, so the joint graph stays whole
-and a saved value is found in it again by name. Source: torch._functorch.partitioners,
-`min_cut_rematerialization_partition`, which also honours checkpoint tags, `activation_memory_budget` and
-`enable_activation_offloading`.
+The partitioner copies nodes into its two graphs and keeps their names. So the joint graph stays
+whole, and the name of a saved value finds its node there. Source: torch._functorch.partitioners,
+`min_cut_rematerialization_partition`. It also honours checkpoint tags, `activation_memory_budget`
+and `enable_activation_offloading`.
 """
 
 from __future__ import annotations
@@ -28,16 +28,17 @@ from prac_fx.torch_compat import (
 
 @dataclass(frozen=True)
 class SavedValue:
-    """One tensor that the forward graph hands to the backward graph.
+    """A tensor that the forward graph hands to the backward graph.
 
     Attributes:
         node: its node in the joint graph; in the forward graph if the partitioner has made it.
-        nbytes: bytes of its storage that the step allocates for it; 0 for inputs, and for the second and
-            further values on one storage.
-        is_input: it is an argument of the graph or a view of one.
-        is_output: it is a forward output or shares storage with one.
+        nbytes: bytes of its storage that the step allocates for it; 0 for inputs, and for the
+            second and further values on the same storage.
+        is_input: it is an argument of the graph, or a view of an argument.
+        is_output: it is a forward output, or shares storage with an output.
         shares_with: name of the earlier saved value on the same storage.
-        is_offloaded: torch moves it to the host until backward, so it takes no memory of its device.
+        is_offloaded: torch moves it to the host until backward, so it takes no memory of its
+            device.
     """
 
     node: fx.Node
@@ -71,7 +72,7 @@ class Survey:
 def survey(
     gm: fx.GraphModule, joint_inputs: Sequence[object], partition_options: Mapping[str, Any]
 ) -> Survey:
-    """Partition and report what is saved; `gm` must already be free of common subexpressions."""
+    """Partition, and say what is saved; `gm` must be free of common subexpressions already."""
     unbudgeted: frozenset[str] = frozenset()
     if has_memory_budget(gm):
         with without_memory_budget(gm):
@@ -89,7 +90,7 @@ def _partition(
     fw, bw = partition_drawing_once(gm, joint_inputs, **partition_options)
     recomputed = {node.name for node in bw.graph.nodes if node.op == "call_function"}
     forward = {node.name for node in fw.graph.nodes}
-    # where a checkpointed region draws random numbers, the partitioner replaces the node in both graphs
+    # the partitioner replaces a node in both graphs where a checkpointed region draws numbers
     recomputed |= {
         node.name
         for node in gm.graph.nodes

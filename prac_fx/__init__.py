@@ -1,4 +1,7 @@
-"""prac_fx: activation compression for training as a compiler pass, `torch.compile(model, backend="prac")`."""
+"""prac_fx: activation compression for training, as a compiler pass.
+
+`torch.compile(model, backend="prac")` uses it.
+"""
 
 from prac_fx._version import __version__
 from prac_fx.compiler.dynamo_backend import backend

@@ -1,4 +1,4 @@
-"""Options of the "prac" backend: one frozen dataclass."""
+"""Options of the "prac" backend: a frozen dataclass."""
 
 from __future__ import annotations
 
@@ -21,8 +21,8 @@ from prac_fx.option_checks import (
     rules,
 )
 
-# How the saved values of each part may be stored. "auto" takes PRAC where it saves FLOPs and computes the
-# value again from stored ones where that is free.
+# How the saved values of each part may be stored. "auto" takes PRAC where it saves FLOPs. It
+# computes the value again from stored values where that is free.
 QUANTIZED = tuple(ELEMENTWISE)
 PARTS: Mapping[str, tuple[str, ...]] = {
     "weight_gradient": ("auto", "prac", "recompute", *QUANTIZED, "exact"),
@@ -239,8 +239,8 @@ class PracConfig:
             if tail > self.refresh_every:
                 raise PracOptionError(
                     f"prac.tail_every={tail} contradicts prac.refresh_every="
-                    f"{self.refresh_every}: a new principal basis needs a new tail, so tail_every is at "
-                    "most refresh_every"
+                    f"{self.refresh_every}: a new principal basis needs a new tail, so tail_every "
+                    "is at most refresh_every"
                 )
 
     def for_role(self, name: str, role: ProjectedRole) -> Any:
@@ -250,14 +250,15 @@ class PracConfig:
 
     @property
     def is_biased(self) -> bool:
-        """True when PRAC has no random part (PAC): its gradients are biased."""
+        """Has PRAC no random part (PAC), so that its gradients are biased?"""
         return any(self.for_role("random", role) == 0 for role in PROJECTED_ROLES)
 
     def cache_key(self) -> str:
-        """Text that is equal exactly for configurations that compile alike."""
+        """Text that is the same for two configurations if and only if they compile alike."""
         return repr(dataclasses.replace(self, report=None))
 
-    # not the generated ones: principal=1 is one direction and principal=1.0 all of them, yet 1 == 1.0
+    # not the generated methods, because 1 == 1.0: principal=1 is a single direction, and
+    # principal=1.0 is all of them
     def __eq__(self, other: object) -> bool:
         if not isinstance(other, PracConfig):
             return NotImplemented

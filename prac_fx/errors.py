@@ -7,7 +7,8 @@ import warnings
 
 from prac_fx.torch_compat import ShortenTraceback
 
-# The objects that a warning was given for once, by their id: kept, so that no other object gets this id.
+# The objects for which a warning was given once, by their id. They are kept, so that no other
+# object gets this id.
 _WARNED_FOR: dict[tuple[int, str], object] = {}
 
 
@@ -16,10 +17,11 @@ class PracError(Exception):
 
 
 class PracOptionError(PracError, ShortenTraceback, ValueError):
-    """An option is unknown, ill-typed, out of range, or contradicts another one.
+    """An option is unknown, ill-typed, out of range, or contradicts another option.
 
-    Raised before any tracing of ours. It is also a `ShortenTraceback`, which Dynamo re-raises
-    as it is instead of wrapping it in `BackendCompilerFailed`: the user sees this message first.
+    It is raised before any tracing of ours. It is also a `ShortenTraceback`, which Dynamo raises
+    again as it is, instead of wrapping it in `BackendCompilerFailed`. So the user sees this message
+    first.
     """
 
     def __init__(self, message: str) -> None:
@@ -30,8 +32,8 @@ class CannotRewriteError(PracError):
     """The joint graph cannot be rewritten; the graph itself is still usable by plain Inductor.
 
     Attributes:
-        value: name of the node that allocates the value at fault, which a plan can leave as it is; empty when it is
-            none in particular.
+        value: name of the node that allocates the value at fault, which a plan can leave as it is;
+            empty when no value in particular is at fault.
     """
 
     def __init__(self, message: str, value: str = "") -> None:
@@ -52,7 +54,10 @@ class ReportError(PracError):
 
 
 class VerifyError(PracError):
-    """The gradient noise cannot be measured: no module, nothing to train, no loss, or too few draws."""
+    """The gradient noise cannot be measured.
+
+    There is no module, nothing to train, no loss, or too few draws.
+    """
 
 
 class PracWarning(UserWarning):
@@ -60,19 +65,22 @@ class PracWarning(UserWarning):
 
 
 def one_line(error: BaseException) -> str:
-    """Type and first line of an error, or of the one that Dynamo has wrapped."""
+    """Type and first line of an error, or of the error that Dynamo has wrapped in it."""
     inner = getattr(error, "inner_exception", error)
     text = str(inner).strip().partition("\n")[0]
     return f"{type(inner).__name__}: {text}" if text else type(inner).__name__
 
 
 def warn(message: str, once_for: object = None) -> None:
-    """A `PracWarning` at the line of the user's code that led here; Python's filters decide what becomes of it.
+    """Give a `PracWarning` at the line of the user's code that led here.
+
+    Python's filters decide what becomes of it.
 
     Args:
         message: what to say.
-        once_for: an object, such as the options of a `torch.compile` call, for which this is said only once. Python's own
-            memory of what it has shown does not last: compiling a graph clears it.
+        once_for: an object for which this is said only once, such as the options of a
+            `torch.compile` call. Python's own memory of what it has shown does not last: compiling
+            a graph clears it.
     """
     key = id(once_for), message
     if key in _WARNED_FOR:
@@ -83,7 +91,7 @@ def warn(message: str, once_for: object = None) -> None:
 
 
 def _users_level() -> int:
-    """How many frames above `warn` the user's code is: torch and this package call each other."""
+    """How many frames the user's code is above `warn`: torch and this package call each other."""
     level, frame = 1, sys._getframe(1)
     while frame.f_back is not None and _package(frame.f_globals) in ("torch", "prac_fx"):
         level, frame = level + 1, frame.f_back

@@ -1,4 +1,7 @@
-"""Checks of single options. Each raises a `PracOptionError` that names the option, the value and what is allowed."""
+"""Checks of single options.
+
+Each raises a `PracOptionError` that names the option, the value and what is allowed.
+"""
 
 from __future__ import annotations
 
@@ -22,7 +25,7 @@ def check_choice(name: str, value: object, allowed: Sequence[str]) -> None:
 
 
 def per_role(name: str, value: object, roles: Sequence[str]) -> object:
-    """One value as it is; one per role as pairs, which can be hashed."""
+    """A single value as it is; a value per role as pairs, which can be hashed."""
     if not isinstance(value, Mapping | tuple | list):
         return value
     try:
@@ -74,7 +77,7 @@ def check_int(
     )
     if alternative:
         allowed += f", or {alternative}"
-    # bool is an int in Python, and never what is meant here
+    # a bool is an int in Python, but it is never meant here
     ok = isinstance(value, int) and not isinstance(value, bool) and value >= minimum
     if not ok or (maximum is not None and value > maximum):  # type: ignore[operator]
         raise PracOptionError(f"{PREFIX}{name}={value!r}: expected {allowed}")
@@ -92,7 +95,7 @@ def check_rank(name: str, value: object) -> None:
 
 
 def check_rank_sum(principal: float, random: float) -> None:
-    """Do both ranks together leave something, and no more than there is?"""
+    """Are both ranks together above zero, and no more than all directions?"""
     both = f"prac.principal={principal!r} and prac.random={random!r}"
     if principal == 0 and random == 0:
         raise PracOptionError(f"{both}: at least one of them must be above 0")
@@ -113,7 +116,7 @@ def json_path(name: str, value: object) -> str | None:
 
 
 def globs(name: str, value: object) -> tuple[str, ...]:
-    """One text, or several, as a tuple."""
+    """A text, or several, as a tuple."""
     patterns = [value] if isinstance(value, str) else value
     if not isinstance(patterns, list | tuple) or not all(
         isinstance(p, str) and p for p in patterns

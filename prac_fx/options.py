@@ -1,4 +1,4 @@
-"""Reading options: ours and Inductor's, out of one mapping."""
+"""Reading options: ours and Inductor's, from the same mapping."""
 
 from __future__ import annotations
 
@@ -16,10 +16,12 @@ def split_options(options: Mapping[str, Any] | None) -> tuple[PracConfig, dict[s
     """Split the `options` of `torch.compile` into our configuration and Inductor's.
 
     Returns:
-        The configuration from the `prac.*` keys, and the remaining keys, checked against Inductor's.
+        The configuration from the `prac.*` keys, and the remaining keys, checked against
+        Inductor's.
 
     Raises:
-        PracOptionError: unknown key (with the nearest known one), ill-typed or contradictory value.
+        PracOptionError: an unknown key (with the nearest known key), or an ill-typed or
+            contradictory value.
     """
     fields = {field.name for field in dataclasses.fields(PracConfig)}
     ours: dict[str, Any] = {}
@@ -71,7 +73,8 @@ def _inductor_key(key: str, name: str, fields: set[str]) -> str:
     known = inductor_config.get_config_copy()
     if name == "custom_partitioner_fn":
         raise PracOptionError(
-            'options: "custom_partitioner_fn" contradicts backend="prac", which is a partitioner itself'
+            'options: "custom_partitioner_fn" contradicts backend="prac", which is a partitioner '
+            "itself"
         )
     if name not in known:
         if name in fields or name == "prac":

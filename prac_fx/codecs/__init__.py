@@ -1,9 +1,11 @@
 """Codecs: how a saved value is stored and what backward does with it.
 
-A codec is one file, with a frozen dataclass that is a `Codec`, and one line of `ELEMENTWISE` below if options may name it.
+A codec is a file of its own, with a frozen dataclass that is a `Codec`. If options may name it, it
+has a line in `ELEMENTWISE` below.
 
-`PracCodec` stores a value in a subspace and makes weight gradients without decoding it; `QuantizedCoordinates` stores
-its coordinates in few bits. `QuantCodec` stores each element in fewer bits, `BitCodec` packs masks.
+`PracCodec` stores a value in a subspace, and makes weight gradients without decoding it.
+`QuantizedCoordinates` stores its coordinates in few bits. `QuantCodec` stores each element in fewer
+bits. `BitCodec` packs masks.
 """
 
 from collections.abc import Callable, Mapping
@@ -27,8 +29,9 @@ __all__ = [
 ]
 
 
-# Those that options may choose for any value that is decoded whole. Each is called with the features of a row, the largest
-# group of them that may share a scale, and by keyword `stochastic`, `zero_point` and `word_bits` (as in `QuantCodec`).
+# The codecs that options may choose for any value that is decoded as a whole. Each is called with
+# the features of a row and the largest group of them that may share a scale, and by keyword with
+# `stochastic`, `zero_point` and `word_bits` (as in `QuantCodec`).
 ELEMENTWISE: Mapping[str, Callable[..., Codec]] = {
     "int8": partial(QuantCodec, "int8"),
     "int4": partial(QuantCodec, "int4"),

@@ -1,4 +1,4 @@
-"""What passes and run time ask a codec; they never ask for its class."""
+"""What passes and run time ask of a codec; they never ask for its class."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ class SubspaceShape:
         features: n, divisible by `blocks`.
         principal: r1, divisible by `blocks`.
         random: r2, divisible by `blocks`.
-        blocks: B, number of feature blocks with a basis of their own.
+        blocks: B, the number of feature blocks; each has a basis of its own.
         sample_rows: s, tokens copied out of each forward pass for the refresh of the basis.
     """
 
@@ -55,7 +55,7 @@ class SubspaceShape:
         return (self.blocks, self.features // self.blocks, self.rank // self.blocks)
 
     def flops(self, tokens: int, outputs: int) -> int:
-        """FLOPs of encoding one matrix once, and of weight gradients with `outputs` columns in all."""
+        """FLOPs of encoding a matrix once and of weight gradients with `outputs` columns in all."""
         encode = 2 * tokens * self.features * self.rank // self.blocks
         small = 2 * tokens * self.rank * outputs
         project = 2 * self.features * self.rank * outputs // self.blocks
@@ -65,11 +65,12 @@ class SubspaceShape:
 class Codec(ABC):
     """How a saved value is stored, and what backward does with what is stored.
 
-    A codec is a frozen dataclass: it is part of a plan and of the key of torch's compile cache. Its methods on tensors are
-    traced into the joint graph as ordinary aten operators, so they may not depend on the data.
+    A codec is a frozen dataclass: it is part of a plan and of the key of torch's compile cache. Its
+    methods on tensors are traced into the joint graph as ordinary aten operators. So what they do
+    may not depend on the data.
 
-    A value arrives as rows of `features` elements, (m, n). What `encode` stores has m rows, too, unless
-    `weight_gradient` is all that reads it.
+    A value arrives as rows of `features` elements, (m, n). What `encode` stores has m rows, too,
+    unless only `weight_gradient` reads it.
     """
 
     features: int
@@ -77,7 +78,7 @@ class Codec(ABC):
     @property
     @abstractmethod
     def name(self) -> str:
-        """What the options and the report call it."""
+        """The name by which the options and the report call the codec."""
 
     @abstractmethod
     def describe(self) -> str:
@@ -88,7 +89,7 @@ class Codec(ABC):
     @property
     @abstractmethod
     def is_unbiased(self) -> bool:
-        """Is the mean of what `decode` returns, over the random numbers, what was encoded?"""
+        """Does `decode` return, on average over the random numbers, what was encoded?"""
 
     @property
     def is_lossless(self) -> bool:
@@ -97,19 +98,22 @@ class Codec(ABC):
 
     @property
     def is_coarse(self) -> bool:
-        """Are its errors so large that a curved function of them has a bias to speak of?"""
+        """Are its errors so large that a curved function of a decoded value has a notable bias?"""
         return False
 
     @property
     def coordinates(self) -> str | None:
-        """How the coordinates in its subspace are stored; None for as they are, or without a subspace."""
+        """How the coordinates in its subspace are stored.
+
+        None when they are stored as they are, or when there is no subspace.
+        """
         return None
 
     # -- what it needs ----------------------------------------------------------------------------
 
     @property
     def rounding(self) -> Rounding | None:
-        """The random numbers that `encode` takes last, for rows and for columns; None for none."""
+        """How many random numbers `encode` takes last, for rows and for columns; None for none."""
         return None
 
     @property
@@ -121,10 +125,14 @@ class Codec(ABC):
 
     @abstractmethod
     def encode(self, x: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, ...]:
-        """What is stored of x, (m, n), given the basis if it needs one and the numbers if it rounds."""
+        """What is stored of x, (m, n).
+
+        The other arguments are the basis, if the codec has a subspace, and the numbers, if it
+        rounds.
+        """
 
     def unpack(self, stored: Sequence[Tensor], dtype: torch.dtype) -> tuple[Tensor, ...]:
-        """What all readers in backward share, made once of what is stored.
+        """What all readers in backward share, made once from what is stored.
 
         Args:
             stored: what `encode` returned.
@@ -139,24 +147,24 @@ class Codec(ABC):
         Args:
             parts: what `unpack` returned.
             dtype: that of x.
-            *basis: the one it was encoded with, if any.
+            *basis: the basis that x was encoded with, if any.
         """
 
     def weight_gradient(self, parts: Sequence[Tensor], dy: Tensor, *basis: Tensor) -> Tensor:
-        """x^T dy without x, (n, o), of dy, (m, o). Only codecs with a subspace are asked."""
+        """x^T dy, (n, o), without x; dy is (m, o). Only codecs with a subspace are asked."""
         raise NotImplementedError(f"{self.name} has to be decoded")
 
     def weight_gradient_transposed(
         self, parts: Sequence[Tensor], dy_t: Tensor, *basis: Tensor
     ) -> Tensor:
-        """dy^T x without x, (o, n), of dy^T, (o, m). Only codecs with a subspace are asked."""
+        """dy^T x, (o, n), without x; dy^T is (o, m). Only codecs with a subspace are asked."""
         raise NotImplementedError(f"{self.name} has to be decoded")
 
     # -- bytes ------------------------------------------------------------------------------------
 
     @abstractmethod
     def stored_nbytes(self, rows: int, itemsize: int) -> int:
-        """Bytes stored for so many rows of elements of `itemsize` bytes."""
+        """Bytes stored for this many rows of elements of `itemsize` bytes."""
 
     def state_nbytes(self, itemsize: int) -> int:
         """Bytes that live as long as the parameter that owns them."""

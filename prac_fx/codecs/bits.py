@@ -1,7 +1,7 @@
 """The codec for masks: eight bools to a byte, lossless.
 
-Layout: of n bools, padded with zeros to 8 w, byte j holds the elements j, j + w, ..., j + 7 w, lowest bit first, so
-that each eighth of a row is read in order.
+Layout: n bools are padded with zeros to 8 w. Byte j holds the elements j, j + w, ..., j + 7 w, the
+lowest bit first. So each eighth of a row is read in order.
 """
 
 from __future__ import annotations
@@ -61,11 +61,11 @@ class BitCodec(Codec):
         return self.name
 
     def encode(self, x: Tensor, *numbers: Any, **_: Any) -> tuple[Tensor, ...]:
-        """Eight to a byte.
+        """Pack eight bools to a byte.
 
         Args:
             x: (..., n), bool.
-            numbers: as for the codecs that round; none are needed.
+            *numbers: none are needed; codecs that round take some.
 
         Returns:
             One tensor, (..., w), uint8.

@@ -1,14 +1,15 @@
 """The PRAC codec: coordinates in a principal plus a random subspace.
 
-Source: arXiv 2602.23111, section 4. With P = [Q1, sqrt(k) Q2] a value X (m tokens, n features) is stored as
-C = X P and stands for X~ = C P^T = X P P^T. A weight gradient X~^T dY = P (C^T dY) never needs X~ itself.
-`rac` is the case r1 = 0, `pac` the case r2 = 0 (biased).
+Source: arXiv 2602.23111, section 4. With P = [Q1, sqrt(k) Q2] a value X (m tokens, n features) is
+stored as C = X P and stands for X~ = C P^T = X P P^T. A weight gradient X~^T dY = P (C^T dY) never
+needs X~ itself. `rac` is the case r1 = 0, `pac` the case r2 = 0 (biased).
 
-Letters: m tokens, n features, r = r1 + r2 coordinates, B blocks (n and r are divided by B within a block),
-o outputs, E a batch of independent matrices (experts) that share one basis.
+Letters: m tokens, n features, r = r1 + r2 coordinates, B blocks (n and r are divided by B within a
+block), o outputs, E a batch of independent matrices (experts) that share one basis.
 
-Layout of the coordinates: B = 1 stores C, shape (..., m, r). B > 1 stores the transposes block by block, shape
-(B, r / B, m), because then both the encoding and the weight gradient are plain batched matmuls without a copy.
+Layout of the coordinates: B = 1 stores C, shape (..., m, r). B > 1 stores the transposes block by
+block, shape (B, r / B, m). Then both the encoding and the weight gradient are plain batched matmuls
+without a copy.
 """
 
 from __future__ import annotations
@@ -27,7 +28,10 @@ from prac_fx.codecs.subspace import tail_scale
 
 @dataclass(frozen=True)
 class PracCodec(SubspaceShape, Codec):
-    """A value as coordinates in a principal plus a random subspace; the fields are those of `SubspaceShape`."""
+    """A value as coordinates in a principal plus a random subspace.
+
+    The fields are those of `SubspaceShape`.
+    """
 
     @property
     def scale(self) -> float:
@@ -48,7 +52,7 @@ class PracCodec(SubspaceShape, Codec):
 
     @property
     def is_unbiased(self) -> bool:
-        """Without a random part (`pac`) what lies outside of the principal subspace is lost."""
+        """Without a random part (`pac`), what lies outside of the principal subspace is lost."""
         return self.random > 0
 
     @property
@@ -66,8 +70,9 @@ class PracCodec(SubspaceShape, Codec):
             basis: `basis_shape`, dtype of `x`.
 
         Returns:
-            One tensor, (m, r), (E, m, r), or (B, r / B, m); dtype of `x`. Finite as long as the norm of each
-            token, times sqrt(k), is within the range of float32 (float16 included).
+            One tensor, (m, r), (E, m, r), or (B, r / B, m); dtype of `x`. It is finite as long as
+            the norm of each token, times sqrt(k), is within the range of float32. This holds for
+            float16, too.
         """
         basis = self._guarded(basis)
         if self.blocks == 1:
@@ -133,7 +138,7 @@ class PracCodec(SubspaceShape, Codec):
 
     def _gradient_transposed(self, dy_t: Tensor, coordinates: Tensor, basis: Tensor) -> Tensor:
         if self.blocks > 1:
-            # this way round the blocks of the result lie where they belong, without a copy
+            # the blocks of this result lie where they belong, without a copy
             return self._gradient(dy_t.mT, coordinates, basis).mT
         unguard = self._unguard(dy_t.dtype)
         if dy_t.dim() == 2:
@@ -146,10 +151,10 @@ class PracCodec(SubspaceShape, Codec):
         return basis if unguard == 1.0 else basis * (1.0 / unguard)
 
     def _unguard(self, dtype: torch.dtype) -> float:
-        """Power of two by which float16 coordinates are stored smaller than they are.
+        """The power of two that float16 coordinates are divided by when they are stored.
 
-        A coordinate is at most |x| sqrt(k), and |x| at most sqrt(n) times the largest feature: in float16
-        that can overflow where x itself does not. Other dtypes have the range.
+        A coordinate is at most |x| sqrt(k), and |x| is at most sqrt(n) times the largest feature.
+        In float16 that can overflow where x itself does not. Other dtypes have the range.
         """
         if dtype != torch.float16:
             return 1.0
@@ -159,7 +164,7 @@ class PracCodec(SubspaceShape, Codec):
     # -- sizes and costs --------------------------------------------------------------------------
 
     def stored_nbytes(self, rows: int, itemsize: int) -> int:
-        """Bytes stored for so many tokens."""
+        """Bytes stored for this many tokens."""
         return rows * self.rank * itemsize
 
     def state_nbytes(self, itemsize: int) -> int:

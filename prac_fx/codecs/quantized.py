@@ -1,17 +1,21 @@
 """Codecs that store a value in 8 or 4 bits per element, with a scale for each group of elements.
 
-Letters: n features (length of the quantised dimension), k groups of g elements (k g >= n, the rest is padding),
-m the size behind the quantised dimension when that is not the last.
+Letters: n features (length of the quantised dimension), k groups of g elements (k g >= n, the rest
+is padding), m the size behind the quantised dimension when that is not the last.
 
-Rounding: x / scale goes to floor(x / scale + u) with u uniform in (0, 1) (see `rounding`), whose mean is x / scale.
-For this to be exact no value may be clipped, and both sides must use the same scale to the last bit. So each
-group stores its largest absolute value (with `zero_point` its largest and smallest value) in the dtype of x, which
-is exact, and both sides make the scale out of that. A scale rounded to bfloat16 would do neither: a compiler may
-leave out a cast to bfloat16 and back, and then one side would use what the other never sees.
+Rounding: x / scale goes to floor(x / scale + u) with u uniform in (0, 1) (see `rounding`). The mean
+of that is x / scale. For this to be exact, no value may be clipped, and both sides must use the
+same scale to the last bit. So each group stores its largest absolute value in the dtype of x, which
+is exact. With `zero_point` it stores its largest and its smallest value. Both sides make the scale
+from these. A scale rounded to bfloat16 would meet neither condition. A compiler may leave out a
+cast to bfloat16 and back, and then one side would use what the other never sees.
 
-Layout: p codes make a word, of 32 bits on a CPU and 8 on a GPU (see `words`). Word i of a group holds its elements
-i, i + g / p, i + 2 g / p and so on, so each p-th of a group is read in order. Encoding runs over (..., k, g) or (..., k, g / p), reduction and pointwise alike, and what the reduction returns is stored as it is,
-so that a compiler can make it one loop over the groups; decoding is pointwise.
+Layout: p codes make a word, of 32 bits on a CPU and of 8 on a GPU (see `words`). Word i of a group
+holds its elements i, i + g / p, i + 2 g / p and so on, so each p-th of a group is read in order.
+
+Loops: encoding runs over (..., k, g) or (..., k, g / p), in its reduction and in its pointwise
+part. What the reduction returns is stored as it is. So a compiler can make a single loop over the
+groups of it. Decoding is pointwise.
 """
 
 from __future__ import annotations
@@ -34,14 +38,14 @@ Format = Literal["int8", "int4"]
 _SYMMETRIC_LEVELS = {"int8": 127, "int4": 7}
 _OFFSET_LEVELS = {"int8": 255, "int4": 15}
 _BITS = {"int8": 8, "int4": 4}
-_VECTORS = (16, 8)  # words of 32 bits that CPUs read at once (AVX-512, AVX2)
+_VECTORS = (16, 8)  # how many words of 32 bits CPUs read at once (AVX-512, AVX2)
 _MARGIN = 1 - 2.0**-18  # keeps a code in range whatever float32 rounds, and u < 1 - 2^-18
 _SMALLEST = 2.0**-110  # span of a group, so that its reciprocal times the levels is finite
 
 
 @dataclass(frozen=True)
 class QuantCodec(Codec):
-    """Format and grouping of one site.
+    """Format and grouping of a site.
 
     Attributes:
         format: how an element is stored.
@@ -77,12 +81,12 @@ class QuantCodec(Codec):
 
     @property
     def is_unbiased(self) -> bool:
-        """Is the mean of what `decode` returns, over the seeds, what was encoded?"""
+        """Rounding to nearest has a bias."""
         return self.stochastic
 
     @property
     def is_coarse(self) -> bool:
-        """With 4 bits, 7 levels either side of zero."""
+        """With 4 bits there are only 7 levels on either side of zero."""
         return _BITS[self.format] <= 4
 
     @property
@@ -104,9 +108,14 @@ class QuantCodec(Codec):
     def group_size(self) -> int:
         """g, a multiple of p up to `group`.
 
-        Of the sizes that are fast (`_fast_sizes`) the largest that divides n, down to a quarter of `group`, else the one that takes
-        fewest bytes, with up to a sixteenth of padding. Where there is none, the largest divisor of n, down to half of `group`, else
-        groups as equal as can be.
+        It is the first of these that there is:
+
+        1. the largest fast size (`_fast_sizes`) that divides n, down to a quarter of `group`;
+        2. the fast size that takes fewest bytes, with up to a sixteenth of padding;
+        3. the largest divisor of n, down to half of `group`;
+        4. the size that makes groups as equal as can be.
+
+        Where some sizes are faster than others, 1 and 2 try the faster sizes first.
         """
         n, most, unit = self.features, min(self.group, self.features), self._unit
         for sizes in self._fast_sizes():
@@ -126,14 +135,16 @@ class QuantCodec(Codec):
     def _fast_sizes(self) -> list[list[int]]:
         """Sizes of groups that compiled code handles at full speed, faster ones first."""
         unit, group = self._unit, self.group
-        if self.word_bits == 32:  # of a CPU, in whole vectors
-            return [list(range(unit * one, group + 1, unit * one)) for one in _VECTORS]
-        # of a GPU, a word for each thread: their number is a power of two, of which most have work
+        if self.word_bits == 32:  # on a CPU, whole vectors
+            return [list(range(unit * count, group + 1, unit * count)) for count in _VECTORS]
+        # on a GPU each thread has a word; the threads are a power of two, and most should have work
         words = range(max(1, min(group, self.features) // (4 * unit)), group // unit + 1)
-        return [[unit * one for one in words if 8 * one >= 5 * (1 << (one - 1).bit_length())]]
+        return [
+            [unit * count for count in words if 8 * count >= 5 * (1 << (count - 1).bit_length())]
+        ]
 
     def _row_nbytes(self, size: int) -> int:
-        """Bytes of a row in groups of that size, with scales of float32."""
+        """Bytes of a row in groups of this size, with scales of float32."""
         return math.ceil(self.features / size) * (size * _BITS[self.format] // 8 + 4)
 
     def describe(self) -> str:
@@ -144,7 +155,7 @@ class QuantCodec(Codec):
     # -- tensors ----------------------------------------------------------------------------------
 
     def numbers(self, x: Tensor, seed: Tensor) -> tuple[Tensor, Tensor]:
-        """What `encode` rounds x with, if no other value has the same seed, an int64 scalar."""
+        """What `encode` rounds x with, if no other value has the same seed (an int64 scalar)."""
         rows = row_numbers(x.numel() // self.features, seed)
         return rows, column_numbers(self.padded_features, seed)
 
@@ -156,19 +167,21 @@ class QuantCodec(Codec):
         Args:
             x: (..., n), or (..., n, m) for `dim` -2; any float dtype.
             rows: for stochastic rounding, `rounding.row_numbers`, one for each (...) or (..., m).
-            columns: likewise `rounding.column_numbers`, `padded_features` that no other value of a step rounds with.
+            columns: likewise `rounding.column_numbers`, `padded_features` of them. No other value
+                of a step rounds with these.
 
         Returns:
             words: (..., k g / p), or the same with m behind; int32 or uint8.
-            largest: of the absolute values of each group, (..., k) or (..., k, m), dtype of x. With `zero_point`, of
-                the values themselves, and the smallest as a third tensor.
+            largest: of the absolute values of each group, (..., k) or (..., k, m), dtype of x. With
+                `zero_point`, of the values themselves; the smallest is a third tensor.
 
         Raises:
             ValueError: rounding is stochastic and there are no numbers.
         """
         if self.is_unbiased and (rows is None or columns is None):
             raise ValueError("stochastic rounding needs random numbers")
-        # a CPU's compiler compares each index of padded values with the end, so there the last group is one by itself
+        # a CPU's compiler compares each index of padded values with the end, so the last group is
+        # encoded by itself there
         whole = self.features // self.group_size * self.group_size
         if self._padding and self.word_bits == 8:
             whole = 0
@@ -185,8 +198,9 @@ class QuantCodec(Codec):
     def decode(self, parts: Sequence[Tensor], dtype: torch.dtype, *basis: Tensor) -> Tensor:
         """What stands for x, in the shape that was encoded.
 
-        Nothing in a group with an infinity or NaN in it is finite. All of any other is, except in float32 and float64
-        where the largest value is within 1e-5 of the largest number, and with `zero_point` where the difference of
+        Nothing in a group with an infinity or NaN in it is finite. In other groups everything is
+        finite, but for an exception in float32 and float64: where the largest value is within 1e-5
+        of the largest number. With `zero_point` there is another exception: where the difference of
         the largest and the smallest value is.
 
         Args:
@@ -209,7 +223,10 @@ class QuantCodec(Codec):
         return values.to(dtype).contiguous()
 
     def stored_nbytes(self, rows: int, itemsize: int) -> int:
-        """Bytes stored for `rows` times n elements (`rows` is the product of all other sizes) of `itemsize` bytes."""
+        """Bytes stored for `rows` times n elements of `itemsize` bytes.
+
+        `rows` is the product of all other sizes.
+        """
         codes = self.padded_features * _BITS[self.format] // 8
         bounds = self.groups * (2 if self.zero_point else 1)
         return rows * (codes + bounds * itemsize)
@@ -218,7 +235,7 @@ class QuantCodec(Codec):
 
     @property
     def _unit(self) -> int:
-        """p, elements that are stored together; g is a multiple of it."""
+        """p, the number of elements that share a word; g is a multiple of it."""
         return self.word_bits // _BITS[self.format]
 
     @property
@@ -241,7 +258,7 @@ class QuantCodec(Codec):
         return levels[self.format]
 
     def _padded(self, x: Tensor) -> Tensor:
-        """Whole groups out of `_padding` elements less."""
+        """x with `_padding` elements more, which make its groups whole."""
         if not self.zero_point:
             return torch.constant_pad_nd(x, [0, 0] * (-1 - self.dim) + [0, self._padding])
         # zeros would widen the range of the group
@@ -271,9 +288,11 @@ class QuantCodec(Codec):
     def _by_place(
         self, parts: Tensor, rows: Tensor | None, columns: Tensor | None
     ) -> Iterator[tuple[Tensor, ...]]:
-        """The parts with the numbers to round them with: all at once for words of 32 bits, else one place after another.
+        """The parts, each with the numbers to round it with.
 
-        A compiler for a GPU would write the codes of all places down before it packs them; so each place starts from x.
+        For words of 32 bits there is a single part of all places, else a part for each place. A
+        compiler for a GPU would write the codes of all places down before it packs them. So each
+        place starts from x.
         """
         whole, at = self.word_bits == 32, self._at
         pieces = (parts,) if whole else parts.chunk(self._unit, at)
@@ -290,27 +309,30 @@ class QuantCodec(Codec):
             yield piece, rows, own
 
     def _bounds(self, parts: Tensor) -> list[Tensor]:
-        """What is stored besides the codes, each (..., k, 1 [, m]); NaN if there is one in the group."""
+        """What is stored besides the codes, each (..., k, 1 [, m]); NaN if the group has a NaN."""
         if not self.zero_point:
             return [self._extreme(parts.abs(), torch.amax)]
         return [self._extreme(parts, torch.amax), self._extreme(parts, torch.amin)]
 
     def _extreme(self, parts: Tensor, of: Callable[..., Tensor]) -> Tensor:
-        """Of each group: by halves over the places, so that the loop over the rest is that of packing."""
+        """The extreme of each group.
+
+        It goes by halves over the places, so that the loop over the rest is the loop of packing.
+        """
         while parts.shape[self._at] > 1:
             halves = (2, parts.shape[self._at] // 2)
             parts = of(split(parts, self._at, halves), self._at - 1)
         return of(parts.squeeze(self._at), self.dim, keepdim=True)
 
     def _span(self, bounds: list[Tensor]) -> tuple[Tensor | None, Tensor]:
-        """What code zero stands for (None: zero), and the distance from there to the largest code."""
+        """What code zero stands for (None for zero), and its distance to the largest code."""
         largest, *others = bounds
         if not others:
             return None, largest.clamp_min(_SMALLEST)
         return others[0], (largest - others[0]).clamp_min(_SMALLEST)
 
     def _rounded(self, scaled: Tensor, *numbers: Tensor) -> Tensor:
-        """Codes, as numbers from zero up; rounded to nearest without numbers of rows and columns."""
+        """Codes, as numbers from zero up; rounded to nearest if there are no random numbers."""
         rounded = (scaled + uniform(*numbers)).floor() if numbers else scaled.round()
         return rounded + self._bias
 
@@ -322,7 +344,7 @@ class QuantCodec(Codec):
         return packed(codes[0], bits, self._at)
 
     def _numbers(self, codes: Tensor) -> Tensor:
-        """What the codes stand for, before scaling, by group and place in a word, (..., k, p, g / p [, m])."""
+        """What the codes stand for before scaling, by group and place, (..., k, p, g / p [, m])."""
         codes = split(codes, self.dim, (self.groups, self.group_size // self._unit))
         return unpacked(codes, _BITS[self.format], self.dim) - self._bias
 

@@ -1,4 +1,4 @@
-"""Two codecs one after the other: coordinates in a subspace, stored in 8 or 4 bits."""
+"""Two codecs in a row: coordinates in a subspace, stored in 8 or 4 bits."""
 
 from __future__ import annotations
 

@@ -1,27 +1,32 @@
-"""Uniform numbers for stochastic rounding, out of a few numbers for each row and each column of a value.
+"""Uniform numbers for stochastic rounding, from a few numbers for each row and column of a value.
 
-The element at (row, column) rounds with u = frac(a[row] + m[row] b[column]): a and b are uniform on the multiples of
-2^-16, m is odd. A rotation modulo 1 (Cranley and Patterson 1976), by another step in each row. What that gives:
+The element at (row, column) rounds with u = frac(a[row] + m[row] b[column]). Here a and b are
+uniform on the multiples of 2^-16, and m is odd. This is a rotation modulo 1 (Cranley and Patterson
+1976), by another step in each row. It has these properties:
 
-- u is exactly uniform, also given all other numbers: b[column] alone makes it so, because multiplying with an odd
-  number permutes the grid. So what is rounded has the right mean, whatever it is multiplied with.
-- Any two elements of a value are independent, and so are all elements of a row and all elements of a column. So any
-  weighted sum of rounding errors has the variance of independent roundings, and each element of a weight gradient
-  X^T dY, a sum down a column, has their whole distribution.
-- m keeps two columns from having the same phase difference in all rows: otherwise errors of values that are much the
-  same everywhere would be matrices of low rank.
+- u is exactly uniform, also given all other numbers. b[column] alone makes it so, because a product
+  with an odd number permutes the grid. So what is rounded has the right mean, whatever it is
+  multiplied with.
+- Any two elements of a value are independent. So are all elements of a row, and all elements of a
+  column. So any weighted sum of rounding errors has the variance of independent roundings. Each
+  element of a weight gradient X^T dY is a sum down a column, and has their whole distribution.
+- m keeps two columns from having the same phase difference in all rows. Otherwise the errors of
+  values that are much the same everywhere would be matrices of low rank.
 
-An element costs a few float operations, where a hash of its own would cost some twenty integer ones, in kernels that
-are otherwise a handful of instructions.
+An element costs a few float operations. A hash for each element would cost some twenty integer
+operations, in kernels that are otherwise a handful of instructions.
 
-The numbers themselves are a hash of their index and a seed tensor. No generator state is read or moved. All of it is
-arithmetic on 32-bit words in int64, with multipliers below 2^31: no product reaches 2^63, because signed overflow is
-undefined in the C++ that compilers emit.
+The numbers themselves are a hash of their index and a seed tensor. No generator state is read or
+moved. All of it is arithmetic on 32-bit words in int64, with multipliers below 2^31. No product
+reaches 2^63, because signed overflow is undefined in the C++ that compilers emit.
 
-Values share tables, but no two of them the same stretch: columns have stretches of their own, those of rows may overlap.
-Compilers fuse kernels that read the very same memory, and would put off the encoding of every layer until the last one.
-A stretch is a view in another dtype than its table's, which Inductor hands to kernels as a buffer of its own. So kernels
-of layers that are alike have the same code, and are compiled once; an offset would be a constant in each.
+Values share tables, but no two values have the same stretch. Columns have stretches of their own,
+and stretches of rows may overlap. Compilers fuse kernels that read the very same memory. They would
+put off the encoding of every layer until that of the last layer.
+
+A stretch is a view in another dtype than its table's, which Inductor hands to kernels as a buffer
+of its own. So kernels of layers that are alike have the same code, and are compiled once. An offset
+would be a constant in each kernel.
 """
 
 from __future__ import annotations
@@ -32,17 +37,19 @@ from torch import Tensor
 _MASK = 0xFFFF_FFFF
 _SHIFTS = (16, 15, 16)
 _MULTIPLIERS = ((0x7FEB352D, 0x5C6BF5A7, 0x68E31DA5), (0x6C8E9CF5, 0x7A3D70A5, 0x53C5E9B7))
-# A stretch begins at a multiple of so many numbers: kernels count on buffers that begin at a multiple of 16 bytes.
+# A stretch begins at a multiple of this many numbers: kernels count on buffers that begin at a
+# multiple of 16 bytes.
 STRETCH_ALIGNMENT = 4
-_ODD = 0x3F  # m is twice those bits plus one, below 2^7
+_ODD = 0x3F  # m is twice these bits plus 1, below 2^7
 
 
 def row_numbers(count: int, seed: Tensor) -> Tensor:
     """m + a for each row: the whole part is the multiplier, the fraction the offset.
 
     Args:
-        count: how many, below 2^31; may be symbolic. More of them begin with the same ones.
-        seed: int64 scalar of random bits, others in every step (`prac_fx.runtime.rounding_seed.step_number`).
+        count: how many, below 2^31; may be symbolic. A larger count begins with the same numbers.
+        seed: int64 scalar of random bits, which differ in every step
+            (`prac_fx.runtime.rounding_seed.step_number`).
 
     Returns:
         Multiples of 2^-16 plus 2^-17, float32, shape (count,).
@@ -62,12 +69,12 @@ def column_numbers(count: int, seed: Tensor) -> Tensor:
 
 
 def as_table(numbers: Tensor) -> Tensor:
-    """An even count of `row_numbers` or `column_numbers` to take stretches of: int64, shape (count / 2,)."""
+    """`row_numbers` or `column_numbers`, an even count, as a table: int64, shape (count / 2,)."""
     return numbers.view(torch.int64)
 
 
 def stretch(table: Tensor, start: int, count: int) -> Tensor:
-    """Numbers of a table from `start`, a multiple of `STRETCH_ALIGNMENT`: float32, shape (count,)."""
+    """Numbers of a table from `start`, a multiple of `STRETCH_ALIGNMENT`; float32, (count,)."""
     words = table[start // 2 : (start + count + 1) // 2]
     return words.view(torch.float32)[:count]
 
@@ -78,7 +85,7 @@ def aligned(count: int) -> int:
 
 
 def uniform(rows: Tensor, columns: Tensor) -> Tensor:
-    """u for each element, in (0, 1): 2^16 different numbers with mean 1/2.
+    """u for each element, in (0, 1): one of 2^16 numbers, with mean 1/2.
 
     Args:
         rows: `row_numbers`, in a shape that broadcasts against `columns`.
@@ -93,12 +100,18 @@ def uniform(rows: Tensor, columns: Tensor) -> Tensor:
 
 
 def _written_down(numbers: Tensor) -> Tensor:
-    """A strided view needs memory to look at, so compilers store the table instead of hashing for each element."""
+    """Have compilers store the table: a strided view needs memory to look at.
+
+    Otherwise they would compute the hash anew for each element.
+    """
     return numbers.as_strided(numbers.shape, (1,))
 
 
 def _hash(count: int, seed: Tensor, table: int) -> Tensor:
-    """A 32-bit word for each index: a bijection, keyed by seed and table (xor-shift and multiply, as in MurmurHash3)."""
+    """A 32-bit word for each index: a bijection with seed and table as its key.
+
+    It shifts, xors and multiplies, as MurmurHash3 does.
+    """
     index = torch.arange(count, dtype=torch.int64, device=seed.device)
     words = index ^ ((seed ^ table) & _MASK)
     key = (seed >> 31) & _MASK

@@ -1,12 +1,12 @@
 """Subspace numerics on plain tensors: principal basis, random tail basis, and their scaled union.
 
-Source: Li, Zhang, Fang, "PRAC", arXiv 2602.23111: principal basis Q1 and tail basis Q2 of section 4,
-scale k = (n - r1) / r2 of Theorem 6, error of Theorem 15. Differs in two ways. Q1 comes from warm-started
-subspace iteration on a sample of rows instead of an SVD of the whole activation. Features may be cut into
-B blocks, each with a basis of its own; B = 1 is the paper's.
+Source: Li, Zhang, Fang, "PRAC", arXiv 2602.23111: principal basis Q1 and tail basis Q2 of section
+4, scale k = (n - r1) / r2 of Theorem 6, error of Theorem 15. This code differs in two ways. Q1
+comes from warm-started subspace iteration on a sample of rows, instead of an SVD of the whole
+activation. Features may be cut into B blocks, each with a basis of its own; B = 1 is the paper's.
 
-Letters used in shapes: n features of one block, r1 principal directions, r2 tail directions, r = r1 + r2,
-B blocks, s sampled rows. A leading "..." is either nothing (B = 1) or (B,).
+Letters used in shapes: n features of a block, r1 principal directions, r2 tail directions,
+r = r1 + r2, B blocks, s sampled rows. A leading "..." is either nothing (B = 1) or (B,).
 """
 
 from __future__ import annotations
@@ -21,10 +21,11 @@ from typing import ParamSpec, TypeVar
 import torch
 from torch import Tensor
 
-# Share of the mean squared row norm that keeps old directions alive where a sample says nothing about
-# them: fewer rows than directions, or rank-deficient rows.
+# Share of the mean squared row norm that keeps old directions alive where a sample says nothing
+# about them: fewer rows than directions, or rank-deficient rows.
 _TIE_BREAK = 1e-2
-# How far from orthonormal a basis may look. Rounding to bfloat16 gives 0.02, matmuls in reduced precision no more.
+# How far from orthonormal a basis may look. Rounding to bfloat16 gives 0.02, and matmuls in reduced
+# precision give no more.
 _TOLERANCE = 0.05
 _PROBES = 4
 
@@ -33,12 +34,19 @@ _R = TypeVar("_R")
 
 
 def _without_autocast(function: Callable[_P, _R]) -> Callable[_P, _R]:
-    """Under the user's autocast a basis would be made in half precision: QR fails there, or float16 overflows."""
+    """The function, run without the user's autocast.
+
+    Under autocast a basis would be made in half precision: QR fails there, or float16 overflows.
+    """
 
     @functools.wraps(function)
     def in_full_precision(*args: _P.args, **kwargs: _P.kwargs) -> _R:
-        of = (*args, *kwargs.values())
-        kinds = {one.device.type for one in of if isinstance(one, Tensor | torch.Generator)}
+        arguments = (*args, *kwargs.values())
+        kinds = {
+            argument.device.type
+            for argument in arguments
+            if isinstance(argument, Tensor | torch.Generator)
+        }
         with contextlib.ExitStack() as stack:
             for kind in filter(torch.amp.is_autocast_available, kinds):
                 stack.enter_context(torch.autocast(kind, enabled=False))
@@ -48,7 +56,7 @@ def _without_autocast(function: Callable[_P, _R]) -> Callable[_P, _R]:
 
 
 def tail_scale(n: int, r1: int, r2: int) -> float:
-    """k = (n - r1) / r2, the factor that makes the estimator unbiased (Theorem 6); 1.0 when r2 = 0."""
+    """k = (n - r1) / r2, which makes the estimator unbiased (Theorem 6); 1.0 when r2 = 0."""
     return (n - r1) / r2 if r2 else 1.0
 
 
@@ -99,11 +107,11 @@ def refresh_principal(rows: Tensor, q1: Tensor, iterations: int = 1) -> Tensor |
     Args:
         rows: (s, B * n) sampled tokens, any floating dtype.
         q1: (..., n, r1) the old basis, float32 or float64; orthonormal columns.
-        iterations: one is enough when warm; more after a cold start.
+        iterations: 1 is enough when warm; more after a cold start.
 
     Returns:
-        (..., n, r1), dtype of `q1`; None when the rows hold no information (not finite, or all zero),
-        in which case the caller keeps the old basis.
+        (..., n, r1), dtype of `q1`. None when the rows hold no information (not finite, or all
+        zero): the caller then keeps the old basis.
     """
     x = _split_blocks(rows, q1)
     largest = x.abs().amax()
@@ -136,15 +144,16 @@ def join_basis(q1: Tensor, q2: Tensor) -> Tensor:
 def is_basis(p: Tensor, r1: int) -> bool:
     """Is this P = [Q1, sqrt(k) Q2] of orthonormal columns [Q1, Q2], up to rounding?
 
-    Source: Freivalds 1977. The Gram matrix of the columns has to give some vectors of random signs back, which costs
-    far less than the matrix. On a GPU the answer waits for the device.
+    Source: Freivalds 1977. The Gram matrix of the columns has to give some vectors of random signs
+    back. That costs far less than to make the matrix. On a GPU the answer waits for the device.
 
     Args:
         p: (..., n, r1 + r2), any floating dtype. With r2 = 0 it is Q1 alone.
         r1: how many of the columns are principal directions.
 
     Returns:
-        False for a number that is not finite, for a zero or missing direction, and for wrong lengths.
+        False for a number that is not finite, for a zero or missing direction, and for wrong
+        lengths.
     """
     n, r = p.shape[-2:]
     if r == 0:
@@ -182,8 +191,8 @@ def working_dtype(dtype: torch.dtype) -> torch.dtype:
 def seeded_generator(device: torch.device, *key: object) -> torch.Generator:
     """A fresh generator whose seed is a hash of `key`: draws depend on nothing else.
 
-    Counter-based on purpose: a draw is named by (seed, site, draw number), so resuming needs only
-    numbers, and the user's random stream is never read or advanced.
+    It is counter-based on purpose. A draw is named by (seed, site, draw number), so resuming needs
+    only numbers. The user's random stream is never read or advanced.
     """
     digest = hashlib.blake2b(repr(key).encode(), digest_size=8).digest()
     generator = torch.Generator(device=device)

@@ -1,11 +1,15 @@
 """Codes of 4 or 8 bits in words of 8 or 32 bits.
 
-On a CPU words of 32 bits, because Inductor's C++ reads those at full speed and nothing smaller (see `_read_as_floats`).
-On a GPU bytes: a kernel that reduces a group to its scale can then write the codes of the group too, one thread an
-element, where words of four codes would take a kernel of their own, and a float32 copy of the value between the two.
+On a CPU words have 32 bits, because Inductor's C++ reads those at full speed and nothing smaller
+(see `_read_as_floats`).
 
-Layout: of codes c_0 .. c_(p - 1) that share a word, p = word bits / bits, c_0 has the lowest bits. Which codes share one is
-the caller's choice; it takes those that lie g / p apart, so that each p-th of a group is read in order.
+On a GPU words are bytes. A kernel that reduces a group to its scale can then write the codes of the
+group, too, with a thread for each element. Words of four codes would take a kernel of their own,
+and a float32 copy of the value between the two kernels.
+
+Layout: codes c_0 .. c_(p - 1) share a word, with p = word bits / bits, and c_0 has the lowest bits.
+Which codes share a word is the caller's choice. It takes those that lie g / p apart, so that each
+p-th of a group is read in order.
 """
 
 from __future__ import annotations
@@ -30,14 +34,14 @@ def packed(codes: Tensor, bits: int, dim: int) -> Tensor:
     Args:
         codes: whole numbers in [0, 2^bits), float32 or float64.
         bits: 4 or 8.
-        dim: negative; the dimension of p, the place in the word, which is left out of the result.
+        dim: negative; the dimension of the place in the word, p long. The result is without it.
 
     Returns:
         int32.
     """
     half = 16
     parts = split(codes, dim, (2, half // bits))
-    # codes of half a word are put together as floats, which is exact and cheaper than converting each
+    # codes of half a word are summed as floats, which is exact and cheaper than to convert each
     weights = (1 << _places(half, bits, dim, codes.device)).to(codes.dtype)
     halves = (parts * weights).sum(dim).to(torch.int32)
     return (halves << _places(32, half, dim, codes.device)).sum(dim, dtype=torch.int32)
@@ -65,7 +69,8 @@ def unpacked(words: Tensor, bits: int, dim: int) -> Tensor:
     Args:
         words: what `packed` returned.
         bits: the same.
-        dim: negative; a dimension of p, the place in the word, is inserted before this one.
+        dim: negative; before this dimension a new one is inserted, of the place in the word, p
+            long.
 
     Returns:
         int32, in [0, 2^bits).
@@ -94,9 +99,10 @@ def _places(stop: int, step: int, dim: int, device: torch.device) -> Tensor:
 def _read_as_floats(words: Tensor) -> Tensor:
     """The same words, which compiled code for a CPU loads as float32.
 
-    Inductor's C++ copies each vector of integers through a buffer (`Vectorized<int>::loadu` with a count), which costs
-    eight times as much as the rest of a decode; vectors of floats it loads directly. A view as bytes comes in between,
-    and shapes between the views, or torch would see that the two views as words cancel.
+    Inductor's C++ copies each vector of integers through a buffer (`Vectorized<int>::loadu` with a
+    count). That costs eight times as much as the rest of a decode. It loads vectors of floats
+    directly. A view as bytes comes in between, and shapes between the views. Without them torch
+    would see that the two views as words cancel.
     """
     if words.device.type != "cpu":
         return words

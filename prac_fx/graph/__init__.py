@@ -1,1 +1,5 @@
-"""What all rooms know about FX graphs: editing them, where a node comes from, how a tensor lies in memory, bytes and FLOPs."""
+"""What all rooms know about FX graphs.
+
+How to edit them, where a node comes from, how a tensor lies in memory, and how many bytes and FLOPs
+there are.
+"""

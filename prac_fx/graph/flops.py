@@ -18,7 +18,8 @@ from prac_fx.graph.nbytes import size_hint
 from prac_fx.graph.origin import origin_of
 
 _aten = torch.ops.aten
-# torch registers formulas for the attention operators of other devices only: formula and number of operands it takes
+# torch registers formulas only for the attention operators of other devices: here are the formula
+# and the number of operands that it takes
 _CPU_ATTENTION: dict[Any, tuple[Any, int]] = {
     _aten._scaled_dot_product_flash_attention_for_cpu: (sdpa_flop_count, 3),
     _aten._scaled_dot_product_flash_attention_for_cpu_backward: (sdpa_backward_flop_count, 4),
@@ -26,24 +27,30 @@ _CPU_ATTENTION: dict[Any, tuple[Any, int]] = {
 
 
 def graph_flops(graph: fx.Graph) -> Counter[str]:
-    """FLOPs of what torch.utils.flop_counter counts, by module path; a multiplication with an addition is two."""
-    found: Counter[str] = Counter()
+    """FLOPs of what torch.utils.flop_counter counts, by module path.
+
+    A multiplication with an addition counts as two.
+    """
+    by_module: Counter[str] = Counter()
     for node in graph.nodes:
         flops = _node_flops(node) if node.op == "call_function" else 0
         if flops:
-            found[_module_of(node)] += flops
-    return found
+            by_module[_module_of(node)] += flops
+    return by_module
 
 
 def _module_of(node: fx.Node) -> str:
-    """Of a node that a pass has inserted, the module of what it is computed from."""
+    """The module of a node.
+
+    A node that a pass inserted has the module of what it is computed from.
+    """
     pending, seen = [node], {node}
     while pending:
-        one = pending.pop(0)
-        module = origin_of(one).module
+        current = pending.pop(0)
+        module = origin_of(current).module
         if module:
             return module
-        new = [each for each in one.all_input_nodes if each not in seen]
+        new = [arg for arg in current.all_input_nodes if arg not in seen]
         pending += new
         seen.update(new)
     return ""
@@ -62,7 +69,7 @@ def _node_flops(node: fx.Node) -> int:
 
 
 def _of_plain_sizes(node: Any) -> Any:
-    """What a node stands for, a tensor of symbolic sizes as one of plain sizes."""
+    """What a node stands for; a tensor of symbolic sizes gets plain sizes."""
     value = node.meta.get("val")
     if isinstance(value, tuple | list):
         return tuple(_plain(part) for part in value)

@@ -1,4 +1,4 @@
-"""Editing joint graphs: inline plain-tensor code as aten nodes, with the metadata that torch needs."""
+"""Editing joint graphs: tensor code becomes aten nodes, with the metadata that torch needs."""
 
 from __future__ import annotations
 
@@ -21,12 +21,13 @@ from prac_fx.torch_compat import (
     storage_key,
 )
 
-# What an inlined node takes over from the node it belongs to. "custom" holds annotations of the user's that have to
-# cover every node, such as torch.autograd.graph.region_activation_memory_budget.
+# What an inlined node takes over from the node it belongs to. "custom" holds annotations of the
+# user's that have to cover every node, such as
+# torch.autograd.graph.region_activation_memory_budget.
 _INHERITED = ("stack_trace", "nn_module_stack", "seq_nr", "custom")
 
-# Operators that hand on the same elements in another shape. Deliberately without slice, select and
-# expand, which hand on fewer or repeated ones.
+# Operators that hand on the same elements in another shape. Slice, select and expand are left out
+# on purpose: they hand on fewer elements, or repeated ones.
 _aten = torch.ops.aten
 RESHAPING_VIEWS = frozenset(
     {
@@ -47,7 +48,7 @@ RESHAPING_VIEWS = frozenset(
 
 
 def tensor_value(node: fx.Node) -> Tensor | None:
-    """The fake tensor a node stands for; None when it is not one tensor."""
+    """The fake tensor that a node stands for; None when it is not a single tensor."""
     value = node.meta.get("val")
     return value if isinstance(value, Tensor) else None
 
@@ -60,14 +61,17 @@ def without_views(node: fx.Node) -> fx.Node:
 
 
 def allocating_node(node: fx.Node) -> fx.Node:
-    """The node whose storage `node` is a view of, of whatever kind the view is; or itself."""
+    """The node whose storage `node` is a view of, by any kind of view; or itself."""
     while (source := _viewed(node)) is not None:
         node = source
     return node
 
 
 def _viewed(node: fx.Node) -> fx.Node | None:
-    """The argument that a node is a view of; the parts of a split are views of it, and it is one of its argument."""
+    """The argument that a node is a view of.
+
+    The parts of a split are views of the split, and the split is a view of its argument.
+    """
     if node.op != "call_function":
         return None
     if node.target is operator.getitem:
@@ -80,7 +84,7 @@ def _viewed(node: fx.Node) -> fx.Node | None:
 
 
 def storage_of(node: object) -> int | None:
-    """Storage identity of the tensor a node stands for; None for anything without storage."""
+    """Identity of the storage of the tensor that a node stands for; None without storage."""
     value = tensor_value(node) if isinstance(node, fx.Node) else None
     return None if value is None else _storage(value)
 
@@ -94,7 +98,7 @@ def _storage(value: Tensor) -> int | None:
 
 @dataclass(frozen=True)
 class Inlined:
-    """What one call of an `Inliner` added.
+    """What a call of an `Inliner` added.
 
     Attributes:
         nodes: all new nodes, in order.
@@ -116,9 +120,10 @@ LABEL = "prac_fx_part_of"
 
 
 class Inliner:
-    """Copies traced tensor code into one graph, tracing each distinct shape only once.
+    """Copies traced tensor code into a graph, and traces each distinct shape only once.
 
-    Example: `inline(codec.encode, [x, basis], before=output)` adds what `codec.encode` does as aten nodes.
+    Example: `inline(codec.encode, [x, basis], before=output)` adds what `codec.encode` does as aten
+    nodes.
     """
 
     def __init__(self, graph: fx.Graph) -> None:
@@ -147,13 +152,13 @@ class Inliner:
             like: node whose source location the new nodes carry.
             key: identifies the function in the trace cache, together with the arguments' shapes.
             name: of the results; further ones are numbered.
-            label: for whoever prints the graph: what all of the new nodes are together.
+            label: what all of the new nodes are together, for whoever prints the graph.
         """
         values = [arg.meta["val"] for arg in args]
         cache_key = (key, tuple(map(_signature, values)))
         traced = self._traced.get(cache_key)
         if traced is None:
-            # a plain function around it: make_fx counts a bound method's `self` as an argument
+            # the lambda is there because make_fx counts the `self` of a bound method as an argument
             trace = make_fx(
                 lambda *tensors: function(*tensors), decomposition_table=inductor_decompositions()
             )
@@ -207,8 +212,8 @@ def _signature(value: Tensor) -> object:
 def fake_result(node: fx.Node) -> Any:
     """What a call_function node returns for the fake values of its arguments.
 
-    Run anew for each copy of a traced graph: sharing the first copy's value would make all copies look
-    like views of one storage.
+    It is computed anew for each copy of a traced graph. If all shared the value of the first copy,
+    they would look like views of the same storage.
     """
     args, kwargs = fx.node.map_arg((node.args, node.kwargs), lambda arg: arg.meta["val"])
     fakes = [arg.meta["val"] for arg in node.all_input_nodes]
@@ -236,14 +241,14 @@ def with_names_in_order(graph: fx.Graph) -> fx.Graph:
 
 
 def erase_dead(nodes: Sequence[fx.Node]) -> None:
-    """Erase those of `nodes` that nothing reads any more, last first."""
+    """Erase those of `nodes` that nothing reads any more, from the last to the first."""
     for node in reversed(nodes):
         if not node.users:
             node.graph.erase_node(node)
 
 
 def last_two_swapped(node: fx.Node) -> fx.Node | None:
-    """The node that `node` transposes in its last two dimensions; None if it does something else."""
+    """The node whose last two dimensions `node` swaps; None if it does something else."""
     if node.op != "call_function" or not node.args or not isinstance(node.args[0], fx.Node):
         return None
     value = tensor_value(node)

@@ -9,7 +9,7 @@ from torch import Tensor
 
 
 def size_hint(size: int | torch.SymInt) -> int:
-    """A whole number for a size: itself, or for a symbolic size the value it had while tracing."""
+    """A whole number for a size: a symbolic size gives the value that it had while tracing."""
     if isinstance(size, int):
         return size
     hint: Any = size.node.hint
@@ -17,7 +17,7 @@ def size_hint(size: int | torch.SymInt) -> int:
 
 
 def is_symbolic(value: Tensor) -> bool:
-    """True when a dimension of the tensor is not a plain number."""
+    """Does the tensor have a dimension that is not a plain number?"""
     return not all(isinstance(size, int) for size in value.shape)
 
 
@@ -27,7 +27,7 @@ def value_nbytes(value: Tensor) -> int:
 
 
 def storage_nbytes(value: Tensor) -> int:
-    """Bytes of the whole storage behind a tensor: what stays allocated while a view of it is held."""
+    """Bytes of the storage behind a tensor: what stays allocated while a view of it is held."""
     try:
         return size_hint(value.untyped_storage().nbytes())
     except NotImplementedError:

@@ -40,7 +40,7 @@ _CONTAINERS = ("__dict__", "_modules", "_parameters", "_buffers")
 
 def origin_of(node: fx.Node) -> Origin:
     """Origin of a joint-graph node from the metadata that Dynamo and AOTAutograd left on it."""
-    # a view that AOTAutograd made for backward knows no module; the value it is a view of does
+    # a view that AOTAutograd made for backward knows no module, but the viewed value does
     if not node.meta.get("nn_module_stack"):
         node = _known(without_views(node))
     path, kind = _module_stack(node) or ("", "")
@@ -53,7 +53,10 @@ def origin_of(node: fx.Node) -> Origin:
 
 
 def _known(node: fx.Node) -> fx.Node:
-    """The nearest node up the graph that knows where it comes from: what passes of torch add does not."""
+    """The nearest node up the graph that knows where it comes from.
+
+    A node that a pass of torch added does not know.
+    """
     known = ("nn_module_stack", "fwd_nn_module_stack", "stack_trace")
     while not any(node.meta.get(key) for key in known) and node.all_input_nodes:
         node = node.all_input_nodes[0]
@@ -63,7 +66,8 @@ def _known(node: fx.Node) -> fx.Node:
 def _module_stack(node: fx.Node) -> tuple[str, str] | None:
     """Dynamo's name of the innermost module that a node belongs to, and its class.
 
-    A node of backward belongs to the module of the forward node that it differentiates, where autograd left a note of it.
+    A node of backward belongs to the module of the forward node that it differentiates, if autograd
+    left a note of that node.
     """
     stack = node.meta.get("nn_module_stack") or node.meta.get("fwd_nn_module_stack")
     if not stack:
@@ -88,5 +92,8 @@ def clean_path(source: str) -> str:
 
 
 def any_layer(path: str) -> str:
-    """A module path with `*` for the numbers of layers: `model.layers.3.mlp` becomes `model.layers.*.mlp`."""
+    """A module path with `*` for the numbers of layers.
+
+    `model.layers.3.mlp` becomes `model.layers.*.mlp`.
+    """
     return _LAYER_NUMBER.sub("*", path)

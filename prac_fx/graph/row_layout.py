@@ -1,4 +1,4 @@
-"""How a dense tensor lies in memory, and how to see it as rows of features whatever its strides are."""
+"""How a dense tensor lies in memory, and how to see it as rows of features with any strides."""
 
 from __future__ import annotations
 
@@ -9,14 +9,14 @@ from torch import Tensor
 
 from prac_fx.graph.nbytes import size_hint
 
-# Fewer features than this in the last dimension are joined with the next one: a scale for each handful of
-# elements would cost too much.
+# With fewer features than this, the last dimension is joined with the next: a scale for each
+# handful of elements would cost too much.
 _NARROW = 32
 
 
 @dataclass(frozen=True)
 class Layout:
-    """A permutation of the dimensions to memory order, and which last ones count as features.
+    """A permutation of the dimensions to memory order, and which of the last count as features.
 
     Attributes:
         order: the dimensions by descending stride.
@@ -38,9 +38,10 @@ class Layout:
             x: a tensor of this layout.
             is_written: have compiled code write `x` to memory, with the strides of this layout.
 
-        Made with as_strided, of which Inductor takes care as of an output: it computes `x` once, into memory. Plain
-        Inductor does so with every value that it saves; where it did not, whoever reads `x` would compute it again,
-        in another precision, and the forward pass would no longer be the same to the bit.
+        The view is made with as_strided. Inductor treats what as_strided reads as it treats an
+        output: it computes `x` once, into memory. Plain Inductor does so with every value that it
+        saves. Without that, each reader would compute `x` again, in another precision, and the
+        forward pass would no longer be the same to the bit.
         """
         outer = self.order[: len(self.order) - len(self.inner)]
         if not is_written:
@@ -61,8 +62,8 @@ class Layout:
 def layout_of(value: Tensor) -> Layout | None:
     """The layout of a (fake) tensor; None when it cannot be seen as rows of features.
 
-    That is when it has no dimensions, when its elements do not fill its storage exactly once, or when the size of
-    its innermost dimension is symbolic.
+    It cannot when it has no dimensions, when its elements do not fill its storage exactly once, or
+    when the size of its innermost dimension is symbolic.
     """
     if not value.dim():
         return None

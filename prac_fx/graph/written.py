@@ -1,8 +1,9 @@
-"""An operator that leaves a value as it is and has Inductor write it to memory as plain Inductor does with what it saves.
+"""An operator that has Inductor write a value to memory as plain Inductor writes what it saves.
 
-Where a graph has convolutions, Inductor lets tensors of four dimensions lie channels last, whatever their strides were
-while tracing: what it saves, too, but never what `as_strided` reads. A forward pass whose values lie in another way sums
-them in another order, and its result is not the same to the bit.
+The operator leaves the value as it is. Where a graph has convolutions, Inductor lets tensors of
+four dimensions lie channels last, whatever their strides were while tracing. That goes for what it
+saves, too, but never for what `as_strided` reads. A forward pass whose values lie in another way
+sums them in another order, and its result is not the same to the bit.
 """
 
 from __future__ import annotations
@@ -34,7 +35,11 @@ _written = torch.ops.prac_fx.written.default
 
 @register_lowering(_written, type_promotion_kind=None)
 def _write(x: Any) -> Any:
-    """As `GraphLowering.run_node` (torch._inductor.graph) does with the outputs of a graph that users do not see."""
+    """Write a value to memory.
+
+    `GraphLowering.run_node` (torch._inductor.graph) does so with those outputs of a graph that
+    users do not see.
+    """
     value: Any = V.graph.current_node.args[0]
     strides = value.meta["val"].stride()
     if value in V.graph.nodes_prefer_channels_last:
@@ -49,8 +54,8 @@ class WrittenChannelsLast:
 
     Args:
         graph: the joint graph.
-        saved: names of what plain Inductor saves. Where that is a view of a value, and no convolution makes the value,
-            Inductor leaves the value as it was traced.
+        saved: names of what plain Inductor saves. Where that is a view of a value, and no
+            convolution makes the value, Inductor leaves the value as it was traced.
     """
 
     def __init__(self, graph: fx.Graph, saved: Collection[str]) -> None:
@@ -66,10 +71,10 @@ class WrittenChannelsLast:
         return value in self._values
 
     def write(self, value: fx.Node, inline: Inliner, *, before: fx.Node, tag: str) -> fx.Node:
-        """Add the node of a value in memory, and return one to read rows from with `as_strided`.
+        """Add the node of a value in memory, and return a node to read rows from with `as_strided`.
 
-        That is a copy in the strides of the trace: packing rows of the one that lies channels last takes longer than
-        a copy and packing rows of that.
+        The returned node is a copy in the strides of the trace. To copy and to pack rows of the
+        copy takes less time than to pack rows of what lies channels last.
         """
         nodes = [value]
         for name in ("written", "copied"):
@@ -88,7 +93,7 @@ class WrittenChannelsLast:
         return nodes[2]
 
     def redirect(self) -> None:
-        """Have whatever reads these values read them from memory, as it reads what plain Inductor saves."""
+        """Have the readers of these values read them from memory, as they read what is saved."""
         for value, written in self._in_memory.items():
             for user in set(value.users) - {written}:
                 user.replace_input_with(value, written)

@@ -19,7 +19,7 @@ from prac_fx.config import PracConfig
 from prac_fx.graph.nbytes import format_nbytes
 
 # A model has hundreds of parameters; the table shows those with the largest errors, the data all of them.
-_MOST_ROWS = 40
+_MAX_ROWS = 40
 # A gradient this much smaller per element than the typical one is rounding error of an exact zero.
 _ZERO = 1e-6
 # 97.5% quantiles of Student's t with 1, 2, ... degrees of freedom.
@@ -121,8 +121,8 @@ class NoiseReport:
         """The table, about 110 columns wide at most."""
         noisy = [one for one in self.parameters if one.error_norm > 0]
         shown = noisy
-        if len(noisy) > _MOST_ROWS:
-            shown = sorted(noisy, key=_table_order)[:_MOST_ROWS]
+        if len(noisy) > _MAX_ROWS:
+            shown = sorted(noisy, key=_table_order)[:_MAX_ROWS]
         counts = []
         if len(shown) < len(noisy):
             counts.append(f"shown: the {len(shown)} largest errors of {len(noisy)}")

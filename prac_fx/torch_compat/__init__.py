@@ -1,7 +1,8 @@
 """The only folder that imports private parts of torch.
 
-Every name below was exercised by the test-suite on torch 2.11.0 and 2.13.0 (CPU builds). Nothing else
-in prac_fx or passes may import from a module whose path has a leading underscore.
+The test-suite has run every name below with torch 2.11.0 and 2.13.0 (CPU builds). Nothing else in
+prac_fx or passes may import from a module whose path has a leading underscore. `patches` has all
+changes of torch's behaviour.
 """
 
 from torch._dynamo.exc import ShortenTraceback
@@ -69,7 +70,6 @@ from prac_fx.torch_compat.partitioner import (
     is_random_state,
     offloaded_node,
     rename_node,
-    saving_what_must_be_saved,
     without_autograd_cache,
     without_memory_budget,
 )
@@ -79,6 +79,7 @@ from prac_fx.torch_compat.patches import (
     drawing_once,
     loop_split_where,
     peak_estimate,
+    saving_what_must_be_saved,
 )
 from prac_fx.torch_compat.tensors import (
     autograd_references,

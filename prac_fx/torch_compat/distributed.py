@@ -11,21 +11,22 @@ from torch.nn.parallel import DistributedDataParallel
 def fsdp_parameters() -> list[Any]:
     """Every parameter of this process that `fully_shard` (or its `replicate`) manages.
 
-    Source: `FSDPParam` (torch.distributed.fsdp._fully_shard._fsdp_param). What is used of it: `sharded_param`, the
-    parameter that the module shows between steps; `_unsharded_param`, the one that forward and backward see, made
-    once by the first all-gather; `mesh_info`, this process's place among the data-parallel ones.
+    Source: `FSDPParam` (torch.distributed.fsdp._fully_shard._fsdp_param). Three of its attributes
+    are used. `sharded_param` is the parameter that the module shows between steps.
+    `_unsharded_param` is the parameter that forward and backward see; the first all-gather makes
+    it, once. `mesh_info` is the place of this process among the data-parallel ones.
     """
-    found = []
+    parameters = []
     states = {id(ref()): ref() for ref in composable_state._module_state_mapping.values()}
     for state in states.values():
         groups = getattr(state, "_fsdp_param_groups", None)
-        if groups is None:  # torch before 2.13 has at most one
+        if groups is None:  # torch before 2.13 has at most one group
             groups = [getattr(state, "_fsdp_param_group", None)]
-        found += [parameter for group in groups if group for parameter in group.fsdp_params]
-    return found
+        parameters += [parameter for group in groups if group for parameter in group.fsdp_params]
+    return parameters
 
 
 def active_data_parallel_group() -> Any:
-    """The process group of the DistributedDataParallel whose forward is running; None outside of one."""
+    """Process group of the DistributedDataParallel whose forward runs now; None if none runs."""
     running: Any = DistributedDataParallel._get_active_ddp_module()  # type: ignore[no-untyped-call]
     return None if running is None else running.process_group

@@ -18,28 +18,33 @@ from torch.fx.experimental.symbolic_shapes import StrictMinMaxConstraint
 
 
 def causes(error: BaseException | None) -> Iterator[BaseException]:
-    """An error and what it was made from, which Inductor keeps as `inner_exception` (torch._inductor.exc)."""
+    """An error and the errors that it was made from.
+
+    Inductor keeps the cause of an error as `inner_exception` (torch._inductor.exc).
+    """
     while error is not None:
         yield error
         error = error.__cause__ or getattr(error, "inner_exception", None)
 
 
 def raise_signal(error: BaseException) -> None:
-    """Raise what tells Dynamo how to go on with a frame, if an error is such a signal or was made from one.
+    """Raise the signal to Dynamo that an error is, or that it was made from; else do nothing.
 
-    Some are raised while a backend compiles: `TensorifyScalarRestartAnalysis` has Dynamo trace the frame again with a
-    number as a constant. Source: torch._dynamo.exc, `call_user_compiler` (torch._dynamo.output_graph).
+    Such a signal tells Dynamo how to go on with a frame. Some are raised while a backend compiles:
+    `TensorifyScalarRestartAnalysis` has Dynamo trace the frame again with a number as a constant.
+    Source: torch._dynamo.exc, `call_user_compiler` (torch._dynamo.output_graph).
     """
-    for one in causes(error):
-        if isinstance(one, RestartAnalysis | SkipFrame):
-            raise one
+    for cause in causes(error):
+        if isinstance(cause, RestartAnalysis | SkipFrame):
+            raise cause
 
 
 def without_recompile_limit() -> Any:
     """Context in which Dynamo compiles the same code for as many backends as there are.
 
-    Each backend counts as another recompilation. At the limit (`torch._dynamo.config.recompile_limit`, 8) Dynamo runs the
-    code eagerly from then on, with a warning.
+    Each backend counts as another recompilation. At the limit
+    (`torch._dynamo.config.recompile_limit`, 8) Dynamo warns, and runs the code eagerly from then
+    on.
     """
     unlimited = 10**6
     return dynamo_config.patch(recompile_limit=unlimited, accumulated_recompile_limit=unlimited)
@@ -67,29 +72,29 @@ def tracing_fake_mode(example_inputs: Sequence[object]) -> FakeTensorMode:
 
 
 def argument_index(placeholder: fx.Node) -> int | None:
-    """Position, among the Dynamo graph's placeholders, of a joint-graph primal.
+    """Position of a joint-graph primal among the placeholders of Dynamo's graph.
 
-    Source: `torch._functorch._aot_autograd.descriptors` (PlainAOTInput.idx). A DTensor reaches the joint graph as
-    its local tensor, which stands for it. None for synthetic bases and other tensor subclasses, which have no
-    such position.
+    Source: `torch._functorch._aot_autograd.descriptors` (PlainAOTInput.idx). A DTensor reaches the
+    joint graph as its local tensor, which stands for it. None for synthetic bases and for other
+    tensor subclasses, which have no such position.
     """
     return _plain_index(placeholder.meta.get("desc"))
 
 
 def gradient_argument_index(description: object) -> int | None:
-    """Position of the argument whose gradient a joint-graph output is, from the output's descriptor."""
+    """Position of the argument whose gradient a joint-graph output is, by its descriptor."""
     return _plain_index(getattr(_of_dtensor(description), "grad_of", None))
 
 
 def result_index(description: object) -> int | None:
-    """Position, among the results of Dynamo's graph, of a joint-graph output, from the output's descriptor."""
+    """Position of a joint-graph output among the results of Dynamo's graph, by its descriptor."""
     if type(description).__name__ != "PlainAOTOutput":
         return None
     return cast(int, description.idx)  # type: ignore[attr-defined]
 
 
 def _of_dtensor(description: Any) -> Any:
-    """What is said of a DTensor, from what is said of its local tensor."""
+    """The descriptor of a DTensor, given that of its local tensor; any other as it is."""
     is_local = getattr(description, "attr", None) == "_local_tensor"
     return description.base if is_local else description
 
@@ -102,7 +107,7 @@ def _plain_index(description: object) -> int | None:
 
 
 def placeholder_source_name(placeholder: fx.Node) -> str:
-    """Dynamo's name of where an argument comes from, such as `L['self']._parameters['weight']`."""
+    """Dynamo's name for the source of an argument, such as `L['self']._parameters['weight']`."""
     source = getattr(placeholder, "_dynamo_source", None)
     if source is None:
         return ""
@@ -115,14 +120,16 @@ def copy_dynamo_graph(
 ) -> fx.GraphModule:
     """Copy Dynamo's graph for a compiler that takes ownership of it, with placeholders appended.
 
-    Dynamo reads its own graph again after the backend returns, so it must stay as it is. Tensors and
-    parameters held as attributes are shared, nested graph modules (bodies of higher-order operators)
-    are copied. `_dynamo_source` and the module's source tables are not copied by fx and are restored.
+    Dynamo reads its own graph again after the backend returns, so that graph must stay as it is.
+    Tensors and parameters held as attributes are shared. Nested graph modules (bodies of
+    higher-order operators) are copied. fx does not copy `_dynamo_source` and the module's source
+    tables, so they are restored.
 
     Args:
         gm: the graph module that Dynamo handed to the backend.
-        extra_inputs: (name, fake tensor) of each placeholder to append, in order. They are marked as
-            static inputs without guards, so that CUDA graphs treat their addresses as fixed.
+        extra_inputs: (name, fake tensor) of each placeholder to append, in order. The placeholders
+            are marked as static inputs without guards, so that CUDA graphs treat their addresses
+            as fixed.
     """
     graph = fx.Graph()
     copies: dict[fx.Node, fx.Node] = {}
@@ -154,13 +161,13 @@ def copy_dynamo_graph(
 
 
 def has_promised_ranges() -> bool:
-    """Does the graph have to serve a whole range of sizes that the user gave, by `mark_dynamic(..., min=, max=)`?
+    """Did the user promise a range of sizes, by `mark_dynamic(..., min=, max=)`?
 
-    Dynamo raises an error when a guard takes a part of such a range away. Source: `_automatic_dynamic`
-    (torch._dynamo.variables.builder).
+    The graph then has to serve the whole range: Dynamo raises an error when a guard takes a part of
+    it away. Source: `_automatic_dynamic` (torch._dynamo.variables.builder).
     """
     context = TracingContext.try_get()
     by_tensor: Any = {} if context is None else context.tensor_to_context
-    symbolic = by_tensor.values()
-    constraints = (c for one in symbolic for c in getattr(one, "constraint_sizes", ()))
+    contexts = by_tensor.values()
+    constraints = (c for context in contexts for c in getattr(context, "constraint_sizes", ()))
     return any(isinstance(c, StrictMinMaxConstraint) and not c.warn_only for c in constraints)

@@ -1,4 +1,4 @@
-"""Inductor: its options, and a graph that it lowers and schedules without writing code."""
+"""Inductor: its options, and how it lowers and schedules a graph without writing code."""
 
 from __future__ import annotations
 
@@ -40,10 +40,11 @@ def inductor_patches(mode: str | None, options: Mapping[str, Any]) -> dict[str, 
 
 
 def gpu_fusion_patches() -> dict[str, Any]:
-    """Config patches with which a GPU's kernel that reads a matmul's result encodes it, too.
+    """Config patches with which the GPU kernel that reads a matmul's result also encodes it.
 
-    The encoding loops over groups, the reader over the model's shapes. Inductor finds that both read the same memory where it
-    normalises loops, or, in later versions, tries other indices; the option that does so is not there before.
+    The encoding loops over groups, and the reader loops over the model's shapes. Inductor sees that
+    both read the same memory where it normalises loops. Later versions see it because they try
+    other indices; earlier ones lack the option that does so.
     """
     if hasattr(inductor_config, "loop_reindexing_after_fusion"):
         return {}
@@ -63,12 +64,13 @@ def lower_and_schedule(
     read: Callable[[GraphLowering], _Result],
     **options: Any,
 ) -> _Result:
-    """Let Inductor lower, fuse and order a graph, look at the result, and stop before code is written.
+    """Let Inductor lower, fuse and order a graph, read the result, and stop before code is written.
 
     Source: `GraphLowering.codegen` (torch._inductor.graph), whose first two steps these are.
 
     Args:
-        gm: a forward or backward graph as AOTAutograd hands it to Inductor, which takes ownership of it.
+        gm: a forward or backward graph as AOTAutograd hands it to Inductor, which takes ownership
+            of it.
         example_inputs: its inputs.
         read: called with the lowered graph, its scheduler in place, under Inductor's handlers.
         **options: of `compile_fx_inner`.
@@ -86,9 +88,9 @@ def lower_and_schedule(
         raise _Scheduled
 
     settings = {
-        # a cached graph would not be lowered
+        # Inductor does not lower a graph that it finds in its cache
         "fx_graph_cache": False,
-        # searching for the fastest kernels would run them
+        # a search for the fastest kernels would run them
         "max_autotune": False,
         "max_autotune_gemm": False,
         # Inductor copies its configuration for its logs, and a partitioner may hold fake tensors
@@ -110,9 +112,11 @@ def lower_and_schedule(
 
 
 def _report_output_strides(graph: GraphLowering) -> None:
-    """Tell AOTAutograd the strides of a forward graph's outputs, which the backward graph is then lowered for.
+    """Tell AOTAutograd the strides of a forward graph's outputs.
 
-    As `set_tracing_context_output_strides` (torch._inductor.output_code) does for a compiled graph. Symbolic ones are not told.
+    The backward graph is lowered for these strides.
+    `set_tracing_context_output_strides` (torch._inductor.output_code) does so for a compiled graph.
+    Symbolic strides are left out.
     """
     context = TracingContext.try_get()
     if context is None or context.output_strides is None or context.output_strides:
@@ -120,20 +124,22 @@ def _report_output_strides(graph: GraphLowering) -> None:
     for output in graph.graph_outputs:
         layout = output.maybe_get_layout() if isinstance(output, inductor_ir.IRNode) else None
         strides = list(getattr(layout, "stride", None) or [])
-        is_plain = bool(strides) and all(isinstance(one, int | sympy.Integer) for one in strides)
+        is_plain = bool(strides) and all(
+            isinstance(stride, int | sympy.Integer) for stride in strides
+        )
         context.output_strides.append(tuple(map(int, strides)) if is_plain else None)
 
 
 def inplace_decisions() -> Any:
     """Context in which Inductor's scheduler decides which outputs take over the memory of an input.
 
-    As `Scheduler.codegen_extern_call` does for kernels that it does not write itself.
+    `Scheduler.codegen_extern_call` does so for kernels that Inductor does not write itself.
     """
     return V.set_kernel_handler(Kernel(increase_kernel_count=False))
 
 
 def results_of(operator: Any) -> Iterator[Any]:
-    """Buffers of the schedule that hold the tensors of an operator with several results, each once for each reader."""
+    """The scheduled buffers of an operator's several results, each as often as it has readers."""
     for user in operator.users:
         parts = user.node.get_outputs() if hasattr(user.node, "get_outputs") else []
         yield from (part for part in parts if isinstance(part.node, inductor_ir.MultiOutput))

@@ -1,6 +1,11 @@
-"""Behaviour of torch that ours differs from while our own graphs are compiled, and only then.
+"""Changes of torch's behaviour, which hold while our own graphs are compiled and only then.
 
-Each function says what torch does, since when, where that is reported, and how one learns that it can go.
+Each patch states four facts:
+
+- Cause: what torch does, and where.
+- Upstream: where that is reported.
+- Versions: which releases of torch do it.
+- Can go: how to learn that torch has changed and the patch is of no use any more.
 """
 
 from __future__ import annotations
@@ -14,12 +19,15 @@ from unittest.mock import patch
 
 import torch
 import torch.fx as fx
+from torch._functorch import config as functorch_config
 from torch._functorch import partitioners
+from torch._functorch.partitioners import MinCutOptions, solve_min_cut
 from torch._inductor import fx_utils as inductor_fx_utils
 from torch._inductor import inductor_prims
 from torch._inductor.codegen import wrapper as inductor_wrapper
 from torch._inductor.codegen.cpp import CppScheduling
 from torch._inductor.codegen.wrapper import EfficientPeakEstimate
+from torch.utils._ordered_set import OrderedSet
 from torch.utils.checkpoint import CheckpointPolicy
 
 from prac_fx.torch_compat.partitioner import _REGION_BUDGET, _nodes_of, _region_budget
@@ -28,16 +36,19 @@ from prac_fx.torch_compat.tensors import storage_key
 
 @contextmanager
 def drawing_once(is_draw: Callable[[fx.Node], bool]) -> Iterator[None]:
-    """Context in which the partitioner has backward compute no random draw again that forward has made.
+    """Context in which the partitioner lets backward repeat no random draw that forward has made.
 
-    Below an activation memory budget of 1 `choose_saved_values_set` (torch._functorch.partitioners) takes three operators
-    alone for random (`random_ops` of `get_default_op_list`) and not Inductor's seeds; its knapsack may choose even those
-    three; at 0 it saves nothing but inputs. Backward then draws other numbers, and gradients are wrong:
-    https://github.com/pytorch/pytorch/issues/190758, torch 2.11 to 2.13. Once torch has mended it,
-    `tests/test_random_numbers.py::test_torch_draws_anew_within_a_budget` fails and this can go.
+    Cause: within an activation memory budget below 1, `choose_saved_values_set`
+    (torch._functorch.partitioners) takes only three operators for random (`random_ops` of
+    `get_default_op_list`). Inductor's seeds are not among them. Its knapsack may choose even
+    those three. At a budget of 0 it saves nothing but inputs. Backward then draws other numbers,
+    and gradients are wrong.
+    Upstream: https://github.com/pytorch/pytorch/issues/190758
+    Versions: torch 2.11 to 2.13.
+    Can go: once `tests/test_random_numbers.py::test_torch_draws_anew_within_a_budget` fails.
 
     Args:
-        is_draw: must a node not be computed again, because it draws?
+        is_draw: says of a node whether it draws, and so must not be computed again.
     """
     choose = partitioners.choose_saved_values_set
 
@@ -53,18 +64,52 @@ def drawing_once(is_draw: Callable[[fx.Node], bool]) -> Iterator[None]:
         finally:
             for node, meta in untagged.items():
                 node.meta = meta
-        # where that is all there is to save, torch lists the operator in place of its results
-        saved = [one for node in saved for one in (_results(node) if node in untagged else [node])]
+        # torch lists the operator in place of its results where nothing else is to be saved
+        saved = [
+            result for node in saved for result in (_results(node) if node in untagged else [node])
+        ]
         return list(dict.fromkeys([*saved, *_results_needed_again(draws, saved, node_info)]))
 
     with patch.object(partitioners, "choose_saved_values_set", choose_without_draws):
         yield
 
 
+@contextmanager
+def saving_what_must_be_saved() -> Iterator[None]:
+    """Context in which the tag MUST_SAVE alone decides what the partitioner has to save.
+
+    Anything else may be computed again, whatever the activation memory budget is.
+
+    Cause: `choose_saved_values_set` (torch._functorch.partitioners) ends in the two cuts below. In
+    between, it chooses what to compute again so that a share of the memory is saved. Here the
+    tags have chosen, and the budget would be spent a second time.
+    Upstream: not reported.
+    Versions: torch 2.11 to 2.13.
+    Can go: no test tells. It can go when
+    `tests/passes/test_chains.py::test_activation_memory_budget_is_met_once` passes without it.
+    """
+
+    def choose(graph: fx.Graph, node_info: Any, memory_budget: float = 1) -> list[fx.Node]:
+        reductions = functorch_config.ban_recompute_reductions
+        options = MinCutOptions(False, False, False, False, ban_if_reduction=reductions)
+        _, banned = solve_min_cut(graph, node_info, options)
+        again = [
+            node
+            for node in banned
+            if node.op == "call_function"
+            and node.meta.get("recompute") is not CheckpointPolicy.MUST_SAVE
+        ]
+        saved, _ = solve_min_cut(graph, node_info, options, OrderedSet(again))
+        return saved
+
+    with patch.object(partitioners, "choose_saved_values_set", choose):
+        yield
+
+
 def _results_needed_again(
     draws: Sequence[fx.Node], saved: Sequence[fx.Node], node_info: Any
 ) -> list[fx.Node]:
-    """What forward has drawn and backward would draw again, given what is saved."""
+    """The draws of forward that backward would repeat, given what is saved."""
     in_backward = _with_inputs(node_info.required_bw_nodes, stop=saved)
     in_forward = _with_inputs([*node_info.required_fw_nodes, *saved])
     again = [node for node in draws if node in in_backward and node in in_forward]
@@ -72,20 +117,20 @@ def _results_needed_again(
 
 
 def _with_inputs(nodes: Iterable[fx.Node], stop: Iterable[fx.Node] = ()) -> set[fx.Node]:
-    """Nodes and what they are computed from, except for what `stop` provides."""
+    """The nodes and all that they are computed from, without what `stop` provides."""
     provided = set(stop)
-    found: set[fx.Node] = set()
+    reached: set[fx.Node] = set()
     pending = list(nodes)
     while pending:
         node = pending.pop()
-        if node not in found and node not in provided:
-            found.add(node)
+        if node not in reached and node not in provided:
+            reached.add(node)
             pending += node.all_input_nodes
-    return found
+    return reached
 
 
 def _results(node: fx.Node) -> list[fx.Node]:
-    """The node itself, or, of an operator with several results, the nodes that stand for each of them."""
+    """The node itself; for an operator with several results, the node of each result."""
     if not isinstance(node.meta.get("val", ()), tuple | list):
         return [node]
     return [result for user in node.users for result in _results(user)]
@@ -94,10 +139,14 @@ def _results(node: fx.Node) -> list[fx.Node]:
 def annotate_seeds_with_budget(gm: fx.GraphModule) -> None:
     """Give Inductor's seeds the memory budget of the region that reads them.
 
-    `fuse_seed_creation_pass` (torch._inductor.fx_passes.replace_random) makes one node for all seeds, without the annotation
-    of `torch.autograd.graph.region_activation_memory_budget`. The partitioner refuses a graph in which a forward operator
-    lacks it, and so every model with dropout (torch 2.13). Once torch has mended that,
-    `tests/test_random_numbers.py::test_torch_refuses_dropout_in_a_region_with_a_budget` fails and this can go.
+    Cause: `fuse_seed_creation_pass` (torch._inductor.fx_passes.replace_random) makes one node for
+    all seeds. That node lacks the annotation of
+    `torch.autograd.graph.region_activation_memory_budget`. The partitioner refuses a graph in
+    which a forward operator lacks it, and so it refuses every model with dropout.
+    Upstream: not reported.
+    Versions: torch 2.13. Earlier versions have no budgets of regions.
+    Can go: once
+    `tests/test_random_numbers.py::test_torch_refuses_dropout_in_a_region_with_a_budget` fails.
     """
     for node in (node for module in gm.modules() for node in _nodes_of(module)):
         if node.target in _SEEDS and _region_budget(node) is None:
@@ -115,7 +164,10 @@ _SEEDS = [
 
 
 class _Replaced:
-    """A function or class of torch's that is another one inside of a context, for the threads that are in there."""
+    """A function or class of torch's that ours replaces within a context.
+
+    Only the threads within the context see ours.
+    """
 
     def __init__(self, owner: Any, name: str) -> None:
         self._owner, self._name = owner, name
@@ -125,7 +177,7 @@ class _Replaced:
 
     @contextmanager
     def by(self, ours: Callable[..., Any]) -> Iterator[None]:
-        """Context in which `ours(torchs)` stands for what torch has; contexts of several threads may overlap."""
+        """Context in which `ours(torchs)` replaces torch's; threads may overlap."""
         self._enter()
         token = self._ours.set(ours)
         try:
@@ -156,20 +208,24 @@ class _Replaced:
 
 
 _REPLACED_ESTIMATE = _Replaced(inductor_wrapper, "EfficientPeakEstimate")
-
-
 _REPLACED_SPLIT = _Replaced(CppScheduling, "try_loop_split")
-
-
 _REPLACED_STORAGE = _Replaced(inductor_fx_utils, "get_storage")
 
 
 def comparing_sparse_results() -> AbstractContextManager[None]:
     """Context in which Inductor may replace what a sparse tensor is computed from.
 
-    Once its patterns have replaced a node, `FakeTensorUpdater` (torch._inductor.fx_utils, torch 2.11 to 2.13) compares
-    the results of the nodes after it by their storage, and a sparse one, such as the gradient of
-    `nn.Embedding(sparse=True)`, has none: it raises NotImplementedError. Here each counts as another one.
+    Each sparse tensor counts as one with a storage of its own.
+
+    Cause: after Inductor's patterns have replaced a node, `FakeTensorUpdater`
+    (torch._inductor.fx_utils) compares the results of later nodes by their storage. A sparse
+    tensor has none, such as the gradient of `nn.Embedding(sparse=True)`. The comparison raises
+    NotImplementedError.
+    Upstream: not reported.
+    Versions: torch 2.11 to 2.13.
+    Can go: no test tells. It can go when
+    `tests/test_fallbacks.py::test_sparse_gradients_are_those_of_eager_code_up_to_rounding` passes
+    without it.
     """
 
     def get_storage(value: torch.Tensor) -> int:
@@ -179,20 +235,36 @@ def comparing_sparse_results() -> AbstractContextManager[None]:
 
 
 def peak_estimate(estimate: type[EfficientPeakEstimate]) -> AbstractContextManager[None]:
-    """Context in which Inductor decides about the reuse of buffers by another estimate of a graph's peak.
+    """Context in which Inductor takes another estimate of a graph's peak when it reuses buffers.
 
-    Source: `AllocateLine.should_reuse_buffer` (torch._inductor.codegen.wrapper).
+    Cause: `AllocateLine.should_reuse_buffer` (torch._inductor.codegen.wrapper) asks the estimate
+    whether a free buffer may be kept. torch's estimate is far too high for graphs that encode and
+    decode, so the peak grows (prac_fx/compiler/peak_aware_reuse.py).
+    Upstream: not reported.
+    Versions: torch 2.11 to 2.13.
+    Can go: once
+    `tests/test_peak_aware_reuse.py::test_torchs_own_estimate_lets_the_peak_grow` fails because
+    the peak does not grow.
+
+    Args:
+        estimate: the class that stands for `EfficientPeakEstimate`.
     """
     return _REPLACED_ESTIMATE.by(lambda torchs: estimate)
 
 
 def loop_split_where(allowed: Callable[[Sequence[Any]], bool]) -> AbstractContextManager[None]:
-    """Context in which Inductor's C++ backend splits a loop only where it may.
+    """Context in which Inductor's C++ backend splits a loop only where `allowed` says so.
 
-    Source: `CppScheduling.try_loop_split` (torch._inductor.codegen.cpp).
+    Cause: `CppScheduling.try_loop_split` (torch._inductor.codegen.cpp) drops the remainder of a
+    loop whose length the divisor does not divide. The end of each row stays uninitialised
+    (prac_fx/compiler/loop_split.py).
+    Upstream: not reported.
+    Versions: torch 2.11 to 2.13.
+    Can go: once `tests/test_loop_split.py::test_no_step_is_lost` fails because a split that we
+    do not allow keeps every step.
 
     Args:
-        allowed: called with fused scheduler nodes.
+        allowed: says of fused scheduler nodes whether their loops may be split.
     """
 
     def guarded(torchs: Callable[..., Any]) -> Callable[..., Any]:

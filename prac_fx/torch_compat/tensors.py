@@ -22,11 +22,11 @@ def storage_key(value: torch.Tensor) -> int:
 def existing_storages() -> dict[int, StorageWeakRef]:
     """The storages of all tensors that there are, by `storage_key`.
 
-    As long as its reference is kept, no new storage gets the key of one.
+    No new storage gets the key of one of these as long as its reference is kept.
     """
     storages = {}
     for tensor in gc.get_objects():
-        # not isinstance: it asks a proxy what it stands for
+        # issubclass, because isinstance asks a proxy what it stands for
         if issubclass(type(tensor), torch.Tensor) and torch._C._has_storage(tensor):
             try:
                 storages[storage_key(tensor)] = StorageWeakRef(tensor.untyped_storage())  # type: ignore[no-untyped-call]
@@ -36,21 +36,27 @@ def existing_storages() -> dict[int, StorageWeakRef]:
 
 
 def autograd_references(value: torch.Tensor) -> int:
-    """How many hold the memory of a tensor: 1 when only its Python object does, more while a pending backward does.
+    """How many owners a tensor's memory has: 1 for its Python object, more for a pending backward.
 
-    A backward holds the C++ tensor, or, through a saved-tensors hook, an alias of it.
+    A backward holds the C++ tensor. Through a saved-tensors hook it holds an alias of it.
     """
     owners: int = value._use_count()  # type: ignore[attr-defined]
-    # one of the storage's owners is the tensor, one the storage object that this line makes
+    # two of the storage's owners are the tensor and the storage object that this line makes
     return owners + torch._C._storage_Use_Count(value.untyped_storage()._cdata) - 2
 
 
 def has_saved_tensors_hooks() -> bool:
-    """Do hooks (`torch.autograd.graph.saved_tensors_hooks`, `save_on_cpu`) see what a forward pass saves now?"""
+    """Do hooks see what a forward pass saves now?
+
+    Such are `torch.autograd.graph.saved_tensors_hooks` and `save_on_cpu`.
+    """
     return torch._C._autograd._top_saved_tensors_default_hooks(True) is not None
 
 
 def split_size(size: torch.SymInt) -> tuple[int, sympy.Expr]:
-    """The largest whole number that divides a symbolic size whatever its symbols are, and the rest as an expression."""
+    """The largest whole factor of a symbolic size, and the rest of it as an expression.
+
+    The factor divides the size whatever its symbols are.
+    """
     factor, rest = sympy.expand(size.node.expr).primitive()
     return int(factor), rest

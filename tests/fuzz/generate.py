@@ -14,7 +14,7 @@ from tests.fuzz.operators import MAKERS, Builder, Draft, Maker, final_linear, lo
 from tests.fuzz.programs import HEADER, HELPERS, Input, Program, Statement, load
 
 POLICIES = ("linear", "balanced", "max", "paper")
-_MOST_ELEMENTS = 40_000
+_MAX_ELEMENTS = 40_000
 _LARGEST = 300.0
 
 
@@ -176,7 +176,7 @@ def load_tokens_shape(builder: Builder) -> tuple[int, ...]:
 
 
 def _is_sound(value: Tensor) -> bool:
-    if value.dim() > 4 or not 0 < value.numel() <= _MOST_ELEMENTS:
+    if value.dim() > 4 or not 0 < value.numel() <= _MAX_ELEMENTS:
         return False
     if not value.is_floating_point() or (value.numel() > 1 and value.dim() == 0):
         return False

@@ -1,4 +1,4 @@
-"""Pass 1: forward values, backward values, crossing values, activations."""
+"""The pass `classify`: forward values, backward values, crossing values, activations."""
 
 from __future__ import annotations
 
