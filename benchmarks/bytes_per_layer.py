@@ -161,7 +161,7 @@ def _flops(node: fx.Node) -> int:
 
 def measure(build: Callable[[int], Built], policy: str | None, budget: float) -> dict[str, float]:
     """Bytes in h, state in h and FLOPs of one layer."""
-    found: list[tuple[int, int, int]] = []
+    measured: list[tuple[int, int, int]] = []
     for layers in (1, 2):
         torch.manual_seed(0)
         torch._dynamo.reset()
@@ -174,8 +174,8 @@ def measure(build: Callable[[int], Built], policy: str | None, budget: float) ->
             held = held_nbytes(loss, all_tensors(model, inputs.values()))
             loss.backward()  # compiles the backward graph, if that has waited
         state = sum(s.nbytes() for p in model.parameters() for s in subspaces_of(p).values())
-        found.append((held, state, backend.flops))
-    held, state, flops = (two - one for one, two in zip(*found, strict=True))
+        measured.append((held, state, backend.flops))
+    held, state, flops = (of_two - of_one for of_one, of_two in zip(*measured, strict=True))
     unit = BATCH * SEQUENCE * HIDDEN * 2
     return {"saved_h": held / unit, "state_h": state / unit, "backward_flops": flops}
 

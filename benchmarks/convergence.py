@@ -149,8 +149,10 @@ def train(run: Run, training: Training, device: torch.device) -> dict[str, Any]:
     compiled = torch.compile(model, backend=backend, options=options)
     of_model = optimizers(model, run.optimizer, training.rate)
     schedules = [
-        torch.optim.lr_scheduler.LambdaLR(one, lambda step: learning_rate(step, training.steps))
-        for one in of_model
+        torch.optim.lr_scheduler.LambdaLR(
+            optimizer, lambda step: learning_rate(step, training.steps)
+        )
+        for optimizer in of_model
     ]
     losses, norms, held, begin = [], [], 0, time.perf_counter()
     for number in range(training.steps):
@@ -163,10 +165,10 @@ def train(run: Run, training: Training, device: torch.device) -> dict[str, Any]:
             part_loss.backward()
             loss += part_loss.detach()
         norms.append(nn.utils.clip_grad_norm_(model.parameters(), training.clip))
-        for one, schedule in zip(of_model, schedules, strict=True):
-            one.step()
+        for optimizer, schedule in zip(of_model, schedules, strict=True):
+            optimizer.step()
             schedule.step()
-            one.zero_grad()
+            optimizer.zero_grad()
         losses.append(loss)
     seconds = time.perf_counter() - begin
     losses = torch.stack(losses).tolist()
@@ -204,15 +206,15 @@ def run(settings: Settings) -> Iterator[dict[str, Any]]:
     training = TRAININGS[settings.size]
     path = settings.output / "convergence.json"
     rows = _read(path, training)
-    for one in runs_in_order():
-        if settings.only and one.variant not in settings.only:
+    for planned in runs_in_order():
+        if settings.only and planned.variant not in settings.only:
             continue
         # one run is not enough for a comparison, however long it takes
         if settings.out_of_time and len(rows) > 1:
             break
-        if not one.is_in(rows):
-            rows.append(train(one, training, settings.device))
-            print(one, round(rows[-1]["validation_loss"], 4), flush=True)
+        if not planned.is_in(rows):
+            rows.append(train(planned, training, settings.device))
+            print(planned, round(rows[-1]["validation_loss"], 4), flush=True)
             yield _figures(training, rows, settings)
     yield _figures(training, rows, settings)
 

@@ -44,8 +44,8 @@ def run(settings: Settings) -> Iterator[dict[str, Any]]:
         if "ratio" in row:
             models.setdefault(row["model"], []).append(row)
     points = {name: _points(rows) for name, rows in models.items()}
-    for name, found in points.items():
-        _draw(name, found, settings)
+    for name, model_points in points.items():
+        _draw(name, model_points, settings)
     yield {
         "source": record["command"],
         "measured_on": record["machine"],
@@ -76,11 +76,11 @@ def _points(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
     return points
 
 
-def dominates(one: dict[str, Any], other: dict[str, Any], memory: str) -> bool:
-    """Is `one` at least as good in gradient, memory and time, and better in memory or time beyond noise?"""
-    if _QUALITY[one["gradient"]] < _QUALITY[other["gradient"]]:
+def dominates(point: dict[str, Any], other: dict[str, Any], memory: str) -> bool:
+    """Is `point` at least as good in gradient, memory and time, and better in memory or time beyond noise?"""
+    if _QUALITY[point["gradient"]] < _QUALITY[other["gradient"]]:
         return False
-    bytes_, time = one[memory] - other[memory], one["time"] - other["time"]
+    bytes_, time = point[memory] - other[memory], point["time"] - other["time"]
     no_worse = bytes_ <= _MEMORY_NOISE and time <= _TIME_NOISE
     return no_worse and (bytes_ < -_MEMORY_NOISE or time < -_TIME_NOISE)
 

@@ -35,8 +35,8 @@ class Target:
         what = f"{self.model}, {self.method}: {name} at most {self.most:.2f}"
         for row in rows:
             if (row["model"], row["method"]) == (self.model, self.method) and self.key in row:
-                found = row[self.key] / unit
-                return f"{what}: {found:.2f}, {'met' if found <= self.most else 'NOT MET'}"
+                figure = row[self.key] / unit
+                return f"{what}: {figure:.2f}, {'met' if figure <= self.most else 'NOT MET'}"
         return f"{what}: not measured"
 
 

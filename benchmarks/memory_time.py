@@ -111,12 +111,12 @@ def _without_repeats(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
 
 
 def _compile_times(shape: Shape, settings: Settings) -> dict[str, Any]:
-    found = {}
+    seconds = {}
     model, inputs = build(shape, settings.device, settings.dtype)
     for name in COMPILE_TIMED[settings.size]:
         if not settings.out_of_time:
-            found[name] = first_steps(METHODS[name], model, inputs)
-    return {"model": shape.name, "methods": found}
+            seconds[name] = first_steps(METHODS[name], model, inputs)
+    return {"model": shape.name, "methods": seconds}
 
 
 def _compare(shape: Shape, names: Sequence[str], settings: Settings) -> list[dict[str, Any]]:
@@ -131,10 +131,10 @@ def _compare(shape: Shape, names: Sequence[str], settings: Settings) -> list[dic
         if settings.out_of_time:
             rows[-1]["error"] = NOT_RUN
             continue
-        found = _prepare(method, model, inputs)
-        rows[-1] |= found["row"]
-        if "step" in found:
-            steps[method.name] = found["step"]
+        prepared = _prepare(method, model, inputs)
+        rows[-1] |= prepared["row"]
+        if "step" in prepared:
+            steps[method.name] = prepared["step"]
             print(shape.name, method.name, format_nbytes(rows[-1]["saved_nbytes"]), flush=True)
     for row in rows:
         if row["method"] in steps:
@@ -166,13 +166,17 @@ def _prepare(method: Method, model: nn.Module, inputs: Mapping[str, Tensor]) -> 
 def _memory(step: Step, model: nn.Module, inputs: Mapping[str, Tensor]) -> dict[str, int]:
     model.zero_grad()
     _release()
-    steps = {id(one): one.steps for one in _subspaces(model)}
-    found = step_allocations(lambda: step(inputs), next(model.parameters()).device)
+    steps = {id(subspace): subspace.steps for subspace in _subspaces(model)}
+    allocated = step_allocations(lambda: step(inputs), next(model.parameters()).device)
     # methods may share states; this one's are those that have counted its step
-    state = sum(one.nbytes() for one in _subspaces(model) if steps.get(id(one)) != one.steps)
+    state = sum(
+        subspace.nbytes()
+        for subspace in _subspaces(model)
+        if steps.get(id(subspace)) != subspace.steps
+    )
     return {
-        "saved_nbytes": found.saved_nbytes,
-        "peak_nbytes": found.peak_nbytes,
+        "saved_nbytes": allocated.saved_nbytes,
+        "peak_nbytes": allocated.peak_nbytes,
         "state_nbytes": state,
     }
 
@@ -258,15 +262,15 @@ def _table(rows: list[dict[str, Any]]) -> str:
     return f"{table}\n\n{NOT_RUN}: {', '.join(not_run)}." if not_run else table
 
 
-def _compile_table(found: dict[str, Any]) -> str:
-    methods = found["methods"]
+def _compile_table(times: dict[str, Any]) -> str:
+    methods = times["methods"]
     plain = methods[BASELINE.name]
     lines = [
         [name, *(f"{row[key]:.1f} s ({row[key] / plain[key]:.2f})" for key in ("cold_s", "warm_s"))]
         for name, row in methods.items()
     ]
     table = tabulate(lines, headers=["method", "cold", "warm"], tablefmt="github")
-    return f"## First step of {found['model']}\n\nWith empty caches, and compiled again with full ones.\n\n{table}"
+    return f"## First step of {times['model']}\n\nWith empty caches, and compiled again with full ones.\n\n{table}"
 
 
 def _paper_table(models: dict[str, list[dict[str, Any]]]) -> str:
@@ -277,16 +281,16 @@ def _paper_table(models: dict[str, list[dict[str, Any]]]) -> str:
         by_method = {row["method"]: row for row in rows if "ratio" in row}
         if name in PAPER_TOTALS:
             totals = [
-                f"{by_method[one]['total_nbytes'] / 1e9:.1f}" if one in by_method else ""
-                for one in shown
+                f"{by_method[method]['total_nbytes'] / 1e9:.1f}" if method in by_method else ""
+                for method in shown
             ]
             lines.append([name, "GB", *map(str, PAPER_TOTALS[name]), *totals])
         if name in PAPER_HOURS and "eager" in by_method:
             exact, prac = PAPER_HOURS[name]
             eager = by_method["eager"]["step_s"]
             times = [
-                f"{by_method[one]['step_s'] / eager:.2f}" if one in by_method else ""
-                for one in shown
+                f"{by_method[method]['step_s'] / eager:.2f}" if method in by_method else ""
+                for method in shown
             ]
             lines.append([name, "time", "1.00", f"{prac / exact:.2f}", *times])
     headers = ["model", "", "paper, exact", "paper, PRAC", *shown]

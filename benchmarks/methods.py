@@ -72,15 +72,15 @@ _CHUNKED = {"auto_chunker.enable": True}
 _OFFLOAD = {"enable_activation_offloading": True}
 
 
-def _compositions(one: Method, budget: bool = True) -> list[Method]:
+def _compositions(method: Method, budget: bool = True) -> list[Method]:
     """A method with a chunked loss, block by block, and with the memory budget that costs no FLOPs."""
     changes: dict[str, dict[str, Any]] = {
-        "chunked loss": {"options": {**one.options, **_CHUNKED}},
+        "chunked loss": {"options": {**method.options, **_CHUNKED}},
         "per block": {"per_block": True},
     }
     if budget:
         changes["budget 0.99"] = {"functorch": {"activation_memory_budget": 0.99}}
-    return [replace(one, name=f"{one.name}, {what}", **how) for what, how in changes.items()]
+    return [replace(method, name=f"{method.name}, {what}", **how) for what, how in changes.items()]
 
 
 BASELINE = Method("inductor")
@@ -109,7 +109,7 @@ ABLATIONS = (
 
 
 def _by_name(name: str) -> Method:
-    return next(one for one in (*POLICIES, *ABLATIONS) if one.name == name)
+    return next(method for method in (*POLICIES, *ABLATIONS) if method.name == name)
 
 
 # a tight budget has most of the forward pass computed again, here from inputs that are stored as int8
@@ -191,5 +191,8 @@ def blocks_of(model: nn.Module) -> nn.ModuleList:
 
 def _save_matmuls(_: Any, operator: Any, *args: Any, **kwargs: Any) -> CheckpointPolicy:
     name = str(operator)
-    saved = any(f".{one}." in name or f".{one}" in name for one in _SAVED_OPERATORS)
+    saved = any(
+        f".{saved_operator}." in name or f".{saved_operator}" in name
+        for saved_operator in _SAVED_OPERATORS
+    )
     return CheckpointPolicy.MUST_SAVE if saved else CheckpointPolicy.PREFER_RECOMPUTE

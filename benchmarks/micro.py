@@ -100,13 +100,13 @@ def _loads(
     shape: tuple[int, ...], machine: _Machine, settings: Settings
 ) -> dict[str, dict[str, float]]:
     """Seconds of the smallest kernel there is, by what it reads: what loads cost that codecs cannot do without."""
-    found = {}
+    loads = {}
     for dtype in (torch.float32, torch.int32, torch.int8):
         x = torch.ones(shape, dtype=dtype, device=settings.device)
         kernel = torch.compile(lambda x: x + 1)
         seconds = machine.time(functools.partial(kernel, x))
-        found[str(dtype).removeprefix("torch.")] = {"seconds": seconds, "nbytes": 2 * x.nbytes}
-    return found
+        loads[str(dtype).removeprefix("torch.")] = {"seconds": seconds, "nbytes": 2 * x.nbytes}
+    return loads
 
 
 def _quantised(name: str, x: Tensor, machine: _Machine) -> dict[str, Any]:
@@ -140,7 +140,7 @@ def _projected(blocks: int, x: Tensor, dy: Tensor, machine: _Machine) -> dict[st
     exact = torch.compile(lambda x, dy: x.mT.mm(dy), dynamic=False)
     (stored,) = encode(x, basis)
     encode_flops = codec.flops(tokens, 0)
-    found = {
+    row = {
         "encode": machine.against_floor(
             lambda: encode(x, basis), x.nbytes + stored.nbytes + basis.nbytes, encode_flops
         ),
@@ -151,10 +151,10 @@ def _projected(blocks: int, x: Tensor, dy: Tensor, machine: _Machine) -> dict[st
         ),
         "exact_seconds": machine.time(lambda: exact(x, dy)),
     }
-    found["exact_over_factored"] = found["exact_seconds"] / (  # type: ignore[operator]
-        found["encode"]["seconds"] + found["gradient"]["seconds"]  # type: ignore[index]
+    row["exact_over_factored"] = row["exact_seconds"] / (  # type: ignore[operator]
+        row["encode"]["seconds"] + row["gradient"]["seconds"]  # type: ignore[index]
     )
-    return found
+    return row
 
 
 def body(record: dict[str, Any]) -> str:
@@ -164,9 +164,11 @@ def body(record: dict[str, Any]) -> str:
         shape = f"{row['tokens']} x {row['features']} -> {row['outputs']}"
         line = [row["codec"], shape, f"{row['copy_gb_per_s']} GB/s"]
         for part in ("encode", "decode", "gradient"):
-            found = row.get(part)
+            figures = row.get(part)
             line.append(
-                f"{found['seconds'] * 1e3:.3f} ms, {found['times_floor']:.1f}" if found else ""
+                f"{figures['seconds'] * 1e3:.3f} ms, {figures['times_floor']:.1f}"
+                if figures
+                else ""
             )
         exact = row.get("exact_over_factored")
         lines.append([*line, f"{exact:.2f}" if exact else ""])
@@ -186,8 +188,8 @@ def body(record: dict[str, Any]) -> str:
         "saves for one reader. Above 1, PRAC is faster. Several readers (query, key, value) share one encoding."
     )
     loads = ", ".join(
-        f"{name} {one['seconds'] * 1e3:.3f} ms for {one['nbytes'] / 1e6:.1f} MB"
-        for name, one in record["loads"].items()
+        f"{name} {load['seconds'] * 1e3:.3f} ms for {load['nbytes'] / 1e6:.1f} MB"
+        for name, load in record["loads"].items()
     )
     where = (
         f"What loads cost: `x + 1`, compiled, by the type of x: {loads}. For a CPU, Inductor copies each vector of integers through "

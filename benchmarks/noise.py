@@ -206,8 +206,8 @@ def _noise(
 
 
 def _minibatch(rows: Sequence[dict[str, Any]]) -> float | None:
-    found = [row["fresh"]["minibatch"] for row in rows if row["fresh"]["minibatch"] is not None]
-    return found[0] if found else None
+    scales = [row["fresh"]["minibatch"] for row in rows if row["fresh"]["minibatch"] is not None]
+    return scales[0] if scales else None
 
 
 def _draw(rows: Sequence[dict[str, Any]], settings: Settings) -> None:
@@ -242,14 +242,14 @@ def body(record: dict[str, Any]) -> str:
     for row in sorted(record["rows"], key=lambda row: list(VARIANTS).index(row["variant"])):
         line = [row["variant"], f"{row['saved']:.2f}"]
         for age in ("fresh", "stale"):
-            found = row.get(age)
+            noise = row.get(age)
             line += (
                 [
-                    f"{found['error']:.3f}",
-                    f"{found['bias']:+.3f} +- {found['bias_margin']:.3f}",
-                    f"{found['cosine']:.4f}",
+                    f"{noise['error']:.3f}",
+                    f"{noise['bias']:+.3f} +- {noise['bias_margin']:.3f}",
+                    f"{noise['cosine']:.4f}",
                 ]
-                if found
+                if noise
                 else ["", "", ""]
             )
         lines.append(line)

@@ -44,21 +44,21 @@ def run(settings: Settings) -> Iterator[dict[str, Any]]:
 
 def _sized(size: str) -> list[Shape]:
     """Each model at three sizes: as it is, with more tokens, and wider with a large vocabulary."""
-    found = []
+    sized = []
     for shape in shapes(size):
         if shape.family not in _FAMILIES:
             continue
         if size == "paper" or shape.hidden >= 512:
-            found.append(shape)
+            sized.append(shape)
             continue
         wide = {"hidden": 512, "intermediate": 4 * 512, "heads": 8, "batch": 2 * shape.batch}
         vocabulary = shape.vocabulary if shape.family == "vit" else 8192
-        found += [
+        sized += [
             shape,
             replace(shape, batch=4 * shape.batch),
             replace(shape, **wide, vocabulary=vocabulary),  # type: ignore[arg-type]
         ]
-    return found
+    return sized
 
 
 def _compare(shape: Shape, settings: Settings) -> list[dict[str, Any]]:
@@ -109,8 +109,8 @@ def _measure(
         compiled(**inputs).loss.backward()
     model.zero_grad()
     device = next(model.parameters()).device
-    found = step_allocations(lambda: compiled(**inputs).loss, device)
-    return found.saved_nbytes, found.peak_nbytes
+    allocated = step_allocations(lambda: compiled(**inputs).loss, device)
+    return allocated.saved_nbytes, allocated.peak_nbytes
 
 
 def _error(row: dict[str, Any], what: str, without: int = 0) -> float:

@@ -21,8 +21,8 @@ def picture(path: Path, columns: int = 1, width: float = 8) -> Iterator[Any]:
         figure, axes = pyplot.subplots(
             1, columns, figsize=(width, 4.5), layout="constrained", squeeze=False
         )
-        for one in axes[0]:
-            one.spines[["top", "right"]].set_visible(False)
+        for panel in axes[0]:
+            panel.spines[["top", "right"]].set_visible(False)
         yield list(axes[0])
         figure.savefig(path, metadata={"Date": None})
         pyplot.close(figure)

@@ -106,7 +106,7 @@ def _step(model: nn.ModuleList, optimizer: torch.optim.Optimizer, x: Tensor) -> 
 def _measure(steps: int, seconds: Sequence[float], device: torch.device) -> Window:
     gc.collect()
     objects = gc.get_objects()
-    tensors = sum(issubclass(type(one), Tensor) for one in objects)
+    tensors = sum(issubclass(type(value), Tensor) for value in objects)
     lower = statistics.quantiles(seconds, n=4)[0]
     return Window(steps, _held_nbytes(device), tensors, len(objects), lower)
 
@@ -122,17 +122,17 @@ def _held_nbytes(device: torch.device) -> int:
 def growth(windows: Sequence[Window], memory_only: bool = False) -> list[str]:
     """What grew after the warm-up, in words; empty when nothing did."""
     start, last = windows[WARM_UP], windows[-3:]
-    found = []
+    grown = []
     tensors = min(window.tensors for window in last)
     if tensors > start.tensors:
-        found.append(f"tensors: {start.tensors} -> {tensors}")
+        grown.append(f"tensors: {start.tensors} -> {tensors}")
     nbytes = min(window.nbytes for window in last)
     if nbytes > start.nbytes + MOST_NBYTES:
-        found.append(f"memory: {format_nbytes(start.nbytes)} -> {format_nbytes(nbytes)}")
+        grown.append(f"memory: {format_nbytes(start.nbytes)} -> {format_nbytes(nbytes)}")
     seconds = min(window.seconds for window in last)
     if not memory_only and seconds > start.seconds * MOST_TIME:
-        found.append(f"time of a step: {start.seconds * 1e3:.2f} ms -> {seconds * 1e3:.2f} ms")
-    return found
+        grown.append(f"time of a step: {start.seconds * 1e3:.2f} ms -> {seconds * 1e3:.2f} ms")
+    return grown
 
 
 def body(windows: Sequence[Window], grown: Sequence[str]) -> str:

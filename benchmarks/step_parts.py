@@ -74,7 +74,7 @@ def _of_model(shape: Shape, settings: Settings) -> dict[str, Any]:
     return {
         "model": shape.name,
         "shape": shape.describe(),
-        "methods": {name: _summary(found) for name, found in recorded.items()},
+        "methods": {name: _summary(records) for name, records in recorded.items()},
     }
 
 
@@ -84,12 +84,12 @@ def _record(step: Step, model: nn.Module, inputs: Mapping[str, Tensor]) -> dict[
     activities = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if on_gpu else [])]
     with profile(activities=activities) as recorder:
         seconds = train_step(step, model, inputs)
-    found: dict[str, float] = defaultdict(float)
+    by_name: dict[str, float] = defaultdict(float)
     for event in recorder.events():
         if on_gpu == (event.device_type.name == "CUDA"):
             own = event.self_device_time_total if on_gpu else event.self_cpu_time_total
-            found[re.sub(r"^graph_\d+_", "", event.name)] += own / 1e6
-    return {**found, "": seconds}
+            by_name[re.sub(r"^graph_\d+_", "", event.name)] += own / 1e6
+    return {**by_name, "": seconds}
 
 
 def part_of(name: str) -> str:
@@ -122,10 +122,10 @@ def body(record: dict[str, Any]) -> str:
         methods = model["methods"]
         plain = methods[BASELINE.name]
         lines = [
-            [part, *(_cell(found["parts"][part], plain, part) for found in methods.values())]
+            [part, *(_cell(summary["parts"][part], plain, part) for summary in methods.values())]
             for part in plain["parts"]
         ]
-        lines.append(["step", *(f"{1e3 * found['step_s']:.1f}" for found in methods.values())])
+        lines.append(["step", *(f"{1e3 * summary['step_s']:.1f}" for summary in methods.values())])
         table = tabulate(
             lines, headers=["part", *methods], tablefmt="github", disable_numparse=True
         )

@@ -61,7 +61,7 @@ def run(args: argparse.Namespace, device: torch.device) -> None:
     weights = get_model_state_dict(fresh)
     load({"model": weights, "prac": prac_fx.CheckpointState(fresh)}, checkpoint_id=folder[0])
     set_model_state_dict(fresh, weights)
-    following = [train(one, data[-1:], device)[0] for one in (model, fresh)]
+    following = [train(net, data[-1:], device)[0] for net in (model, fresh)]
     if dist.get_rank() == 0:
         print(f"loss {losses[0]:.3f} -> {losses[-1]:.3f}, going on and resumed: {following}")
 

@@ -72,7 +72,10 @@ def main(argv: Sequence[str] | None = None) -> None:
             fresh = Run(args.width, args.layers)
             fresh.load(path, with_ours)
             losses[name] = fresh.train(after)
-    rows = [[name, *found[:3], found == losses["going on"]] for name, found in losses.items()]
+    rows = [
+        [name, *run_losses[:3], run_losses == losses["going on"]]
+        for name, run_losses in losses.items()
+    ]
     print(tabulate(rows, ["", "loss", "", "", "bit for bit the same"], floatfmt=".9f"))
 
 

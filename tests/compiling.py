@@ -49,8 +49,8 @@ def step(compiled: Callable[..., Any], model: nn.Module, *args: Any, **kwargs: A
 
 def subspace_of(parameter: nn.Parameter, slot: int = 0) -> Subspace:
     """The one subspace that a parameter owns for a slot."""
-    (found,) = [s for key, s in subspaces_of(parameter).items() if key.slot == slot]
-    return found
+    (subspace,) = [s for key, s in subspaces_of(parameter).items() if key.slot == slot]
+    return subspace
 
 
 def projection(subspace: Subspace) -> Tensor:

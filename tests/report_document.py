@@ -43,8 +43,8 @@ def document(**changes: Any) -> Document:
         "options": {"policy": "balanced", "seed": 0},
         "graphs": 1,
         "totals": {
-            "saved_before_nbytes": sum(one["nbytes_before"] for one in values),
-            "saved_after_nbytes": sum(one["nbytes_after"] for one in values),
+            "saved_before_nbytes": sum(row["nbytes_before"] for row in values),
+            "saved_after_nbytes": sum(row["nbytes_after"] for row in values),
             "state_nbytes": 0,
             "parameters_nbytes": 4000,
             "buffers_nbytes": 0,
@@ -194,7 +194,7 @@ def _timeline(forward: tuple[tuple[str, int], ...]) -> Timeline:
 def _peak(timeline: Timeline, side: Any, values: list[Value]) -> Peak:
     event = max(range(len(timeline["nbytes"])), key=timeline["nbytes"].__getitem__)
     live: list[Any] = [
-        _live(one["name"], one["category"], one["module"], one[side]) for one in values if one[side]
+        _live(row["name"], row["category"], row["module"], row[side]) for row in values if row[side]
     ]
     live += [
         _live("softmax", "temporary", "", MIB),

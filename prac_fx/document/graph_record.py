@@ -205,7 +205,16 @@ def recorded_graphs(records: Iterable[GraphRecord]) -> list[RecordedGraph]:
         RecordedGraph(
             compilations[-1],
             # before its first call a graph has met no module yet
-            max(1, len({one for record in compilations for one in record.instances.identities})),
+            max(
+                1,
+                len(
+                    {
+                        identity
+                        for record in compilations
+                        for identity in record.instances.identities
+                    }
+                ),
+            ),
         )
         for compilations in by_key.values()
     ]

@@ -119,7 +119,7 @@ class NoiseReport:
 
     def __str__(self) -> str:
         """The table, about 110 columns wide at most."""
-        noisy = [one for one in self.parameters if one.error_norm > 0]
+        noisy = [parameter for parameter in self.parameters if parameter.error_norm > 0]
         shown = noisy
         if len(noisy) > _MOST_ROWS:
             shown = sorted(noisy, key=_table_order)[:_MOST_ROWS]
@@ -142,8 +142,8 @@ class NoiseReport:
         return "\n\n".join(text for text in paragraphs if text)
 
 
-def _table_order(one: ParameterNoise) -> float:
-    return 0.0 if one.zero_gradient else -one.error
+def _table_order(parameter: ParameterNoise) -> float:
+    return 0.0 if parameter.zero_gradient else -parameter.error
 
 
 @dataclass(frozen=True)
@@ -292,28 +292,33 @@ def _parameter_table(rows: Sequence[ParameterNoise]) -> str:
     return tabulate(table, headers, tablefmt="simple", disable_numparse=True)
 
 
-def _parameter_row(one: ParameterNoise) -> list[str]:
-    row = [_shortened(one.name, 38), f"{one.gradient_norm:.3g}"]
-    if one.zero_gradient:
+def _parameter_row(parameter: ParameterNoise) -> list[str]:
+    row = [_shortened(parameter.name, 38), f"{parameter.gradient_norm:.3g}"]
+    if parameter.zero_gradient:
         return [*row, "zero gradient"]
-    bias = f"{_percent(one.bias, sign='+')} +- {_percent(one.bias_margin)}"
-    row += [_percent(one.error), bias, _percent(one.bias_norm), f"{one.cosine:.4f}"]
-    return row if one.minibatch is None else [*row, _percent(one.minibatch)]
+    bias = f"{_percent(parameter.bias, sign='+')} +- {_percent(parameter.bias_margin)}"
+    row += [
+        _percent(parameter.error),
+        bias,
+        _percent(parameter.bias_norm),
+        f"{parameter.cosine:.4f}",
+    ]
+    return row if parameter.minibatch is None else [*row, _percent(parameter.minibatch)]
 
 
 def _cause_table(causes: Sequence[ValueNoise]) -> str:
     headers = ("value", "stored as", "count", "before", "after", "error", "most in")
     table = [
         (
-            _shortened(one.module, 24),
-            one.stored_as,
-            str(one.count),
-            format_nbytes(one.nbytes_before),
-            format_nbytes(one.nbytes_after),
-            _percent(one.error),
-            _shortened(one.worst_parameter, 23),
+            _shortened(cause.module, 24),
+            cause.stored_as,
+            str(cause.count),
+            format_nbytes(cause.nbytes_before),
+            format_nbytes(cause.nbytes_after),
+            _percent(cause.error),
+            _shortened(cause.worst_parameter, 23),
         )
-        for one in causes
+        for cause in causes
     ]
     return tabulate(table, headers, tablefmt="simple", disable_numparse=True)
 

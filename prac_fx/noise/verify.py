@@ -78,7 +78,7 @@ def verify(
     config, patches = read_options(options)
     model = getattr(model, "_orig_mod", model)  # what `torch.compile(model)` wraps
     _check(model, steps)
-    measured, others = _Inputs(args, kwargs), [_as_inputs(one) for one in batches or ()]
+    measured, others = _Inputs(args, kwargs), [_as_inputs(batch) for batch in batches or ()]
     backend = Variants(config, patches, by_value)
     stepper = _Stepper(_copied(model), loss_fn, backend)
 
@@ -160,7 +160,11 @@ def _copied(model: nn.Module) -> nn.Module:
 
 
 def _subspaces(model: nn.Module) -> list[Subspace]:
-    return [one for parameter in model.parameters() for one in subspaces_of(parameter).values()]
+    return [
+        subspace
+        for parameter in model.parameters()
+        for subspace in subspaces_of(parameter).values()
+    ]
 
 
 def _fix(subspaces: Sequence[Subspace]) -> None:
@@ -180,7 +184,11 @@ def _warm_up(stepper: _Stepper, measured: _Inputs, others: Sequence[_Inputs]) ->
         """Run these; is every basis one that came from rows?"""
         for inputs in batches:
             stepper.gradients(inputs, ALL)
-        return all(one.refreshes for one in _subspaces(stepper.model) if one.rows is not None)
+        return all(
+            subspace.refreshes
+            for subspace in _subspaces(stepper.model)
+            if subspace.rows is not None
+        )
 
     source = "the model's own"
     has_own = bool(_subspaces(stepper.model))
@@ -190,9 +198,13 @@ def _warm_up(stepper: _Stepper, measured: _Inputs, others: Sequence[_Inputs]) ->
             # the other batches have other shapes, and so bases of their own
             source = f"from {_WARM_UP} passes on this batch"
             steps(*repeat(measured, _WARM_UP))
-    found = _subspaces(stepper.model)
-    _fix(found)
-    return f"principal bases: {source}" if any(one.rows is not None for one in found) else ""
+    subspaces = _subspaces(stepper.model)
+    _fix(subspaces)
+    return (
+        f"principal bases: {source}"
+        if any(subspace.rows is not None for subspace in subspaces)
+        else ""
+    )
 
 
 class _Stepper:
@@ -237,9 +249,9 @@ class _Stepper:
         self._restore()
         with torch.random.fork_rng(self._cuda), torch.enable_grad():
             result = self._step(self.model, *inputs.args, **inputs.kwargs)
-            found = torch.autograd.grad(self._loss(result), self._parameters, allow_unused=True)
+            gradients = torch.autograd.grad(self._loss(result), self._parameters, allow_unused=True)
         self._graphs = self._graphs or len(self._backend.ran)
-        pairs = zip(self._parameters, found, strict=True)
+        pairs = zip(self._parameters, gradients, strict=True)
         return [torch.zeros_like(p) if g is None else g.detach() for p, g in pairs]
 
     def deviations(
@@ -254,9 +266,9 @@ class _Stepper:
                     "verify: Dynamo does not run the same graphs in every step; TORCH_LOGS=recompiles "
                     "says what changes in between"
                 )
-            for one, estimate in zip(collected, estimates, strict=True):
-                one.add(estimate)
-        return [one.sums() for one in collected]
+            for deviations, estimate in zip(collected, estimates, strict=True):
+                deviations.add(estimate)
+        return [deviations.sums() for deviations in collected]
 
     def _restore(self) -> None:
         """Undo what forward did to buffers and attributes: a counter would make Dynamo compile each draw."""
@@ -286,7 +298,7 @@ class _Stepper:
 
 
 def _cause(key: Variant, rows: Sequence[PlannedValue], sums: Mapping[str, Sums]) -> ValueNoise:
-    errors = {name: relative_error(one) for name, one in sums.items()}
+    errors = {name: relative_error(parameter_sums) for name, parameter_sums in sums.items()}
     worst = max(errors, key=errors.__getitem__)
     return ValueNoise(
         *key,
@@ -307,9 +319,9 @@ def _between_batches(
         return []
     collected = [Deviations(gradient) for gradient in exact]
     for gradients in (exact, *(stepper.gradients(inputs, EXACT) for inputs in others)):
-        for one, gradient in zip(collected, gradients, strict=True):
-            one.add(gradient)
-    return [one.sums() for one in collected]
+        for deviations, gradient in zip(collected, gradients, strict=True):
+            deviations.add(gradient)
+    return [deviations.sums() for deviations in collected]
 
 
 def _nothing_encoded(plans: Sequence[Plan], *, is_traced: bool) -> str:
@@ -328,7 +340,7 @@ def _check_reference(first: Sequence[Tensor], second: Sequence[Tensor]) -> str:
         raise VerifyError("verify: the exact gradient is zero everywhere")
     collected = [Deviations(gradient) for gradient in first]
     for estimates in (first, second):
-        for one, estimate in zip(collected, estimates, strict=True):
-            one.add(estimate)
-    error = relative_error(total_sums([one.sums() for one in collected]))
+        for deviations, estimate in zip(collected, estimates, strict=True):
+            deviations.add(estimate)
+    error = relative_error(total_sums([deviations.sums() for deviations in collected]))
     return f"the exact gradient itself differs by {error:.1e} between two runs" if error else ""

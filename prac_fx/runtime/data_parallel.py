@@ -59,8 +59,8 @@ def _place(mesh_info: Any) -> int:
 
 def home_of(parameter: Tensor, sharded: Mapping[int, Sharded]) -> Tensor:
     """The tensor that owns a parameter's state: the parameter itself, or the one that FSDP keeps sharded."""
-    found = sharded.get(id(parameter))
-    return parameter if found is None else found.home
+    entry = sharded.get(id(parameter))
+    return parameter if entry is None else entry.home
 
 
 def replica_of(parameter: Tensor, sharded: Mapping[int, Sharded], across_ranks: str) -> int:

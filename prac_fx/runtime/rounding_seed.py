@@ -70,12 +70,12 @@ def rounding_seed_of(owner: Tensor) -> RoundingSeed | None:
 
 def set_rounding_seed(owner: Tensor, stream: str, steps: int, device: torch.device) -> RoundingSeed:
     """Give a parameter a seed, or overwrite the one it has: compiled code is bound to that very tensor."""
-    found = _SEEDS.get(owner)
-    if found is None:
+    state = _SEEDS.get(owner)
+    if state is None:
         with torch.inference_mode(False), torch.no_grad():
             seed = torch.zeros((), dtype=torch.int64, device=device)
-        found = _SEEDS.setdefault(owner, RoundingSeed(seed, stream))
-    elif found.seed.device != device:
-        move_in_place(found.seed, device)
-    found.restart(stream, steps, found.replica)
-    return found
+        state = _SEEDS.setdefault(owner, RoundingSeed(seed, stream))
+    elif state.seed.device != device:
+        move_in_place(state.seed, device)
+    state.restart(stream, steps, state.replica)
+    return state

@@ -58,12 +58,12 @@ def _owners(model: torch.nn.Module) -> dict[str, Tensor]:
         inner: Any = model
         model = inner.module if isinstance(model, DistributedDataParallel) else inner._orig_mod
     sharded = sharded_parameters()
-    found = {}
+    owners = {}
     for name, parameter in model.named_parameters():
         for wrapper in _WRAPPERS:
             name = name.replace(wrapper, "")
-        found[name] = home_of(parameter, sharded)
-    return found
+        owners[name] = home_of(parameter, sharded)
+    return owners
 
 
 @torch.inference_mode(False)  # a basis made within inference mode could not be refreshed outside
@@ -148,8 +148,8 @@ def _entries(
 def _check_distinct(subspaces: list[LoadedSubspace], seeds: list[LoadedSeed]) -> None:
     """Of two entries for one state, one would be lost."""
     seen: set[tuple[str, SubspaceKey | None]] = set()
-    keys = [(one.name, one.subspace.key) for one in subspaces]
-    for name, key in [*keys, *((one.name, None) for one in seeds)]:
+    keys = [(entry.name, entry.subspace.key) for entry in subspaces]
+    for name, key in [*keys, *((entry.name, None) for entry in seeds)]:
         if (name, key) in seen:
             what = "rounding state" if key is None else "subspace state"
             slot = "" if key is None else f", slot {key.slot} with this codec and dtype"

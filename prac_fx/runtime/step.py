@@ -39,7 +39,7 @@ class StateInput:
 
 def state_inputs(plan: Plan) -> list[StateInput]:
     """The arguments that the rewritten graph takes after Dynamo's, in order."""
-    found = []
+    inputs = []
     for number, site in enumerate(plan.sites):
         subspace = site.codec.subspace
         if subspace is None:
@@ -47,13 +47,13 @@ def state_inputs(plan: Plan) -> list[StateInput]:
         shapes = {"basis": subspace.basis_shape}
         if subspace.sample_rows:
             shapes["rows"] = (subspace.sample_rows, subspace.features)
-        found += [
+        inputs += [
             StateInput(f"prac_{what}_{number}", shape, site.dtype, site.device)
             for what, shape in shapes.items()
         ]
     if plan.is_random:
-        found.append(StateInput("prac_seed", (), torch.int64, _rounding_device(plan)))
-    return found
+        inputs.append(StateInput("prac_seed", (), torch.int64, _rounding_device(plan)))
+    return inputs
 
 
 def _rounding_device(plan: Plan) -> torch.device:
@@ -165,14 +165,15 @@ def _states_of(
 
 
 def _tensors_of(states: Sequence[Subspace | RoundingSeed]) -> tuple[Tensor, ...]:
-    found: list[Tensor | None] = []
+    tensors: list[Tensor | None] = []
     for state in states:
-        found += [state.seed] if isinstance(state, RoundingSeed) else [state.basis, state.rows]
-    return tuple(tensor for tensor in found if tensor is not None)
+        tensors += [state.seed] if isinstance(state, RoundingSeed) else [state.basis, state.rows]
+    return tuple(tensor for tensor in tensors if tensor is not None)
 
 
 def _without_values(plan: Plan) -> list[Tensor]:
     """State for a call with fake tensors: DistributedDataParallel's graph splitter asks each part for its strides."""
     return [
-        torch.empty(one.shape, dtype=one.dtype, device=one.device) for one in state_inputs(plan)
+        torch.empty(state.shape, dtype=state.dtype, device=state.device)
+        for state in state_inputs(plan)
     ]

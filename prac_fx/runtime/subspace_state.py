@@ -177,17 +177,17 @@ def subspace_for(
         config: seed and schedule.
         role: selects the schedule, where it is one per role.
     """
-    found = owned_by(owner).get(key)
-    if found is None:
+    subspace = owned_by(owner).get(key)
+    if subspace is None:
         stream = draws.stream(config.seed, key.slot, key.codec.features)
-        found = _create(key, device, stream, draws.replica)
-        adopt(owner, found)
-    elif found.basis.device != device:
-        for tensor in (found.basis, found.rows):
+        subspace = _create(key, device, stream, draws.replica)
+        adopt(owner, subspace)
+    elif subspace.basis.device != device:
+        for tensor in (subspace.basis, subspace.rows):
             if tensor is not None:
                 move_in_place(tensor, device)
-    found.configure(config, role, draws.replica)
-    return found
+    subspace.configure(config, role, draws.replica)
+    return subspace
 
 
 def rounding_seed_for(
@@ -201,12 +201,12 @@ def rounding_seed_for(
         draws: names the random stream of a new seed; the replica counts for every seed.
         config: seed.
     """
-    found = rounding_seed_of(owner)
-    stream = draws.stream(config.seed, "rounding") if found is None else found.stream
-    steps = 0 if found is None else found.steps
-    found = set_rounding_seed(owner, stream, steps, device)
-    found.restart(stream, steps, draws.replica)
-    return found
+    state = rounding_seed_of(owner)
+    stream = draws.stream(config.seed, "rounding") if state is None else state.stream
+    steps = 0 if state is None else state.steps
+    state = set_rounding_seed(owner, stream, steps, device)
+    state.restart(stream, steps, draws.replica)
+    return state
 
 
 def _generator(device: torch.device, stream: str, draw: int | str, replica: int) -> torch.Generator:

@@ -123,7 +123,7 @@ class _Comparison:
         return any(name not in self._input_names() for name in self.exact[-1].gradients)
 
     def _input_names(self) -> set[str]:
-        return {one.name for one in self.program.inputs}
+        return {argument.name for argument in self.program.inputs}
 
     def _results(self, ours: list[Draw]) -> Failure | None:
         for batch, want, got in zip(self.program.batches, self.exact, ours, strict=True):
@@ -195,7 +195,9 @@ class _Comparison:
         is_loss = loss.kind.startswith("loss") and loss.kind != "loss: huber"
         if not is_head or not is_loss or loss.args != (head.out,):
             return ""
-        uses = sum(member in one.members for one in statements for member in head.members)
+        uses = sum(
+            member in statement.members for statement in statements for member in head.members
+        )
         return f"{head.members[0][0]}.bias" if uses == 1 else ""
 
     def _is_near(self, name: str, got: Tensor, want: Tensor) -> bool:
@@ -324,9 +326,9 @@ def _fed_by(graph: fx.Graph, readers: set[str], argument_names: Any) -> set[str]
             reached.add(node)
     output = next(iter(graph.find_nodes(op="output")))
     results: Any = output.args[0]
-    found = set()
+    fed = set()
     for result, description in zip(results, output.meta["desc"], strict=True):
         index = gradient_argument_index(description)
         if index is not None and result in reached:
-            found.add(argument_names[index])
-    return found
+            fed.add(argument_names[index])
+    return fed

@@ -169,13 +169,13 @@ def source_of(program: Program, *, noisy: bool = False) -> str:
         program: what to print.
         noisy: what well-conditioned statements save passes through `self.noise()`, a context manager.
     """
-    members = dict(member for one in program.statements for member in one.members)
+    members = dict(member for statement in program.statements for member in statement.members)
     lines = ["class Model(nn.Module):", "    def __init__(self):", "        super().__init__()"]
     lines += [f"        self.{name} = {code}" for name, code in members.items()]
     lines += [
         f"        self.{name}.requires_grad_(False)" for name in program.frozen if name in members
     ]
-    arguments = ", ".join(one.name for one in program.inputs)
+    arguments = ", ".join(argument.name for argument in program.inputs)
     lines += ["", f"    def forward(self, {arguments}):"]
     for statement in program.statements:
         if noisy and statement.smooth:
@@ -184,7 +184,7 @@ def source_of(program: Program, *, noisy: bool = False) -> str:
             lines.append(statement.text())
     lines += [f"        return {', '.join(program.outputs)},", "", ""]
     lines += ["def inputs(batch):", "    return ("]
-    lines += [f"        {one.code}," for one in program.inputs]
+    lines += [f"        {argument.code}," for argument in program.inputs]
     body = "\n".join([*lines, "    )", ""])
     helpers = [text for name, text in HELPERS.items() if re.search(rf"\b{name}\b", body)]
     return HEADER + "\n".join([*(text.strip("\n") + "\n\n" for text in helpers), body])

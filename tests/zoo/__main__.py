@@ -39,7 +39,7 @@ def main() -> int:
 def _check_reports(names: Sequence[str], policies: Sequence[str] | None) -> list[str]:
     """Those whose report is wrong."""
     failed = []
-    for name in [one + breaks for one in names for breaks in ("", BREAKS)]:
+    for name in [architecture + breaks for architecture in names for breaks in ("", BREAKS)]:
         for policy in policies or ["balanced", "max"]:
             start = time.monotonic()
             try:
@@ -68,7 +68,7 @@ def _check(names: Sequence[str], given: argparse.Namespace) -> list[str]:
             failed.append(name)
             continue
         print(f"{result} [{time.monotonic() - start:.0f} s]", flush=True)
-        ways = {way: one.saved for way, one in result.ways.items()}
+        ways = {way: outcome.saved for way, outcome in result.ways.items()}
         saved[name] = {"plain": result.plain_saved, **ways}
         failed += [name] if result.failures else []
         if given.json:

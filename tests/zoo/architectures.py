@@ -622,10 +622,10 @@ _ALSO_EAGER = {
 
 
 def _all() -> dict[str, Build]:
-    found: dict[str, Build] = {}
+    builds: dict[str, Build] = {}
 
     def add(build: Callable[..., tuple[nn.Module, Inputs]], *names: str) -> None:
-        found.update({name: functools.partial(build, name) for name in names})
+        builds.update({name: functools.partial(build, name) for name in names})
 
     add(_decoder, *_DECODERS)
     add(_encoder, *_ENCODERS)
@@ -642,7 +642,7 @@ def _all() -> dict[str, Build]:
         "data2vec-audio",
     )
     add(_vision_tower, "clip_vision_model", "siglip_vision_model")
-    found |= {
+    builds |= {
         "canine": _canine,
         "whisper": _whisper,
         "audio_spectrogram_transformer": _spectrogram,
@@ -657,19 +657,19 @@ def _all() -> dict[str, Build]:
         "patchtst": _time_series,
     }
     for name in ("roberta", "deberta-v2", "distilbert"):
-        found[f"{name}:classifier"] = functools.partial(_classifier, name)
+        builds[f"{name}:classifier"] = functools.partial(_classifier, name)
     for name in ("llama", "gpt2", "gemma2", "mamba2"):  # the caller computes the loss
-        found[f"{name}:logits"] = functools.partial(
+        builds[f"{name}:logits"] = functools.partial(
             _without_loss, "AutoModelForCausalLM", name, {**_TEXT, **_DECODERS[name]}
         )
     for name in ("bert", "modernbert", "clip_text_model"):
-        found[f"{name}:hidden"] = functools.partial(
+        builds[f"{name}:hidden"] = functools.partial(
             _without_loss, "AutoModel", name, {**_TEXT, **_ENCODERS.get(name, {})}
         )
     for build, names in _ALSO_EAGER.items():
         for name in names:
-            found[f"{name}:eager"] = functools.partial(build, name, attn_implementation="eager")
-    return found
+            builds[f"{name}:eager"] = functools.partial(build, name, attn_implementation="eager")
+    return builds
 
 
 ARCHITECTURES: dict[str, Build] = _all()

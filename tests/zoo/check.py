@@ -121,14 +121,14 @@ class Result:
     @property
     def failures(self) -> list[str]:
         """Of all ways."""
-        return [f"{way}: {text}" for way, one in self.ways.items() for text in one.failures]
+        return [f"{way}: {text}" for way, outcome in self.ways.items() for text in outcome.failures]
 
     def __str__(self) -> str:
         graphs = "1 graph" if self.graphs == 1 else f"{self.graphs} graphs"
         parts = [f"{self.name}: plain {self.plain_saved:,} B in {graphs}"]
-        for way, one in self.ways.items():
-            ratio = one.saved / self.plain_saved if self.plain_saved else math.nan
-            parts.append(f"{way} {one.saved:,} ({ratio:.2f}) {one}")
+        for way, outcome in self.ways.items():
+            ratio = outcome.saved / self.plain_saved if self.plain_saved else math.nan
+            parts.append(f"{way} {outcome.saved:,} ({ratio:.2f}) {outcome}")
         verdict = "ok" if not self.failures else "FAILED " + "; ".join(self.failures)
         return " | ".join([*parts, verdict])
 
@@ -179,22 +179,22 @@ def _outcome(run: _Run, plain: _Run, policy: str) -> Outcome:
 
 def _differences(run: _Run, plain: _Run) -> list[str]:
     """What holds in every way and does not here."""
-    found = [f"fell back: {text}" for text in run.fallbacks]
+    differences = [f"fell back: {text}" for text in run.fallbacks]
     if run.graphs != plain.graphs:
-        found.append(f"{run.graphs} graphs instead of {plain.graphs}")
+        differences.append(f"{run.graphs} graphs instead of {plain.graphs}")
     if not torch.equal(run.loss, plain.loss):
-        found.append(f"loss {float(run.loss)!r} instead of {float(plain.loss)!r}")
+        differences.append(f"loss {float(run.loss)!r} instead of {float(plain.loss)!r}")
     if not all(map(torch.equal, run.outputs, plain.outputs)):
-        found.append("other outputs")
+        differences.append("other outputs")
     if run.estimates[0].keys() != plain.gradients.keys():
-        found.append("gradients of other parameters")
-    if not all(bool(g.isfinite().all()) for one in run.estimates for g in one.values()):
-        found.append("gradients are not finite")
+        differences.append("gradients of other parameters")
+    if not all(bool(g.isfinite().all()) for estimate in run.estimates for g in estimate.values()):
+        differences.append("gradients are not finite")
     if not run.fallbacks:
-        found += _misjudged_bytes(run, plain)
+        differences += _misjudged_bytes(run, plain)
     if run.held > plain.held:
-        found.append(f"{run.held} B held, {plain.held} without")
-    return found
+        differences.append(f"{run.held} B held, {plain.held} without")
+    return differences
 
 
 def _misjudged_bytes(run: _Run, plain: _Run) -> list[str]:
@@ -222,13 +222,13 @@ def _estimated_by_prac(run: _Run) -> set[str]:
         for name in value.read_by
     }
     first: dict[int, str] = {}
-    found = set()
+    estimated = set()
     # a tied parameter has several names; Dynamo's may have a prefix, where a decorator wraps forward
     for name, parameter in run.model.named_parameters(remove_duplicate=False):
         first.setdefault(id(parameter), name)
-        if any(one.endswith(f".{name}") for one in read_by):
-            found.add(first[id(parameter)])
-    return found
+        if any(reader.endswith(f".{name}") for reader in read_by):
+            estimated.add(first[id(parameter)])
+    return estimated
 
 
 def _worst(run: _Run, exact: Gradients, names: Iterable[str]) -> tuple[str, Noise] | None:
@@ -254,7 +254,9 @@ def noise_of(estimates: Sequence[Gradients], exact: Gradients, names: Iterable[s
     size = 0.0
     for name in names:
         gradient = exact[name].double()
-        draws = torch.stack([(one[name].double() - gradient).flatten() for one in estimates])
+        draws = torch.stack(
+            [(estimate[name].double() - gradient).flatten() for estimate in estimates]
+        )
         products += draws @ draws.mT
         size += float(gradient.square().sum())
     products /= size or 1.0  # of gradients of zero the deviation itself
@@ -350,9 +352,9 @@ def _prac(build: Build, options: Mapping[str, Any], steps: int = 1) -> _Run:
                 run.step()
     run.retries = retries
     run.fallbacks = [
-        str(one.message).partition(": ")[2]
-        for one in caught
-        if "plain Inductor" in str(one.message)
+        str(warning.message).partition(": ")[2]
+        for warning in caught
+        if "plain Inductor" in str(warning.message)
     ]
     return run
 
@@ -364,15 +366,15 @@ def _rows(plan: Plan, partitions: Mapping[Plan, PartitionedGraph]) -> Sequence[P
 @contextmanager
 def _partitions() -> Iterator[Mapping[Plan, PartitionedGraph]]:
     """The rewritten graphs by their plans: torch's partitioner decides anew on what the plan leaves as it is."""
-    found: dict[Plan, PartitionedGraph] = {}
+    partitions: dict[Plan, PartitionedGraph] = {}
     run = pipeline.RewritePartitioner.run
 
     def recorded(self: Any, *args: Any) -> PartitionedGraph:
-        found[self._plan] = result = run(self, *args)
+        partitions[self._plan] = result = run(self, *args)
         return result
 
     with patch.object(pipeline.RewritePartitioner, "run", recorded):
-        yield found
+        yield partitions
 
 
 def shared_traces() -> AbstractContextManager[Any]:
@@ -392,16 +394,16 @@ _TRACED: dict[object, fx.GraphModule] = {}
 @contextmanager
 def _retries() -> Iterator[list[str]]:
     """Messages of the backend about values that it could not encode after all."""
-    found: list[str] = []
+    messages: list[str] = []
 
     class Handler(logging.Handler):
         def emit(self, record: logging.LogRecord) -> None:
-            found.append(record.getMessage())
+            messages.append(record.getMessage())
 
     logger, handler = logging.getLogger("prac_fx.compiler.two_phases"), Handler(logging.WARNING)
     logger.addHandler(handler)
     try:
-        yield found
+        yield messages
     finally:
         logger.removeHandler(handler)
 
