@@ -1,11 +1,13 @@
-"""Bytes held for backward and FLOPs of backward, per transformer layer, for plain Inductor, its budgets and our policies.
+"""Bytes held for backward and FLOPs of backward, per transformer layer.
 
     python -m benchmarks.bytes_per_layer --output benchmarks/results/bytes_per_layer.json
 
-Models from transformers configs with random weights, bfloat16, one and two layers; the difference is one layer. The unit
-h is tokens x hidden x 2 bytes. Bytes are those of the distinct storages that autograd holds after the forward pass, without
-parameters, inputs and subspace state. FLOPs are those of the matmuls and attention operators in the backward graph; 1.00
-is plain Inductor's. The graphs are AOTAutograd's, after partitioning, and run eagerly: nothing is timed.
+Compared are plain Inductor, its budgets and our policies. Models are made from transformers configs
+with random weights, in bfloat16, with one and with two layers; the difference is one layer. The
+unit h is tokens x hidden x 2 bytes. Bytes are those of the distinct storages that autograd holds
+after the forward pass, without parameters, inputs and subspace state. FLOPs are those of the
+matmuls and attention operators in the backward graph; 1.00 is plain Inductor's. The graphs are
+AOTAutograd's, after partitioning. They run eagerly: nothing is timed.
 """
 
 from __future__ import annotations

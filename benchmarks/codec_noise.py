@@ -1,10 +1,11 @@
-"""Relative error of the quantised codecs on real activations: group size, zero point, and a Hadamard rotation.
+"""Relative error of the quantised codecs on real activations.
 
     python -m benchmarks.codec_noise --output benchmarks/results/codec_noise.json
 
-The activations are those of the byte-level LLaMA of `benchmarks.convergence` after some steps of exact training: norm
-inputs, query, key and value, attention's result, gate and up. The error is ||decode(encode(x)) - x|| / ||x||, the mean over
-layers; bytes are relative to bfloat16.
+Compared are group sizes, a zero point, and a Hadamard rotation. The activations are those of the
+byte-level LLaMA of `benchmarks.convergence` after some steps of exact training: norm inputs, query,
+key and value, attention's result, gate and up. The error is ||decode(encode(x)) - x|| / ||x||, the
+mean over layers. Bytes are relative to bfloat16.
 """
 
 from __future__ import annotations

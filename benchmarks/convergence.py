@@ -1,10 +1,12 @@
-"""Does training with compressed activations end where exact training ends? Validation loss for each policy.
+"""Does training with compressed activations end where exact training ends?
 
-    python -m benchmarks convergence [--size paper] [--minutes 60]   # as much as the time allows; again to go on
+    python -m benchmarks convergence [--size paper] [--minutes 60]
 
-A byte-level LLaMA is trained on the Python standard library's sources, warm-up and cosine decay. Runs of one seed share
-initial weights and batches. The seeds of plain Inductor give the noise floor: their standard deviation. Runs that are in
-the output file are not repeated, so a stopped benchmark continues.
+It gives the validation loss for each policy, and does as much as the time allows; run it again to
+go on. A byte-level LLaMA is trained on the Python standard library's sources, with warm-up and
+cosine decay. Runs of one seed share initial weights and batches. The seeds of plain Inductor give
+the noise floor: their standard deviation. Runs that are in the output file are not repeated, so a
+stopped benchmark continues.
 """
 
 from __future__ import annotations
@@ -187,7 +189,10 @@ def train(run: Run, training: Training, device: torch.device) -> dict[str, Any]:
 
 
 def runs_in_order() -> Iterator[Run]:
-    """What is worth knowing first: policies on three seeds, then Muon and accumulation, then the other variants."""
+    """The runs, those most worth knowing first.
+
+    That is: policies on three seeds, then Muon and accumulation, then the other variants.
+    """
     policies = ("plain Inductor", "balanced", "max", "linear", "max, query and key int4")
     for seed, name in itertools.product(SEEDS, policies):
         yield Run(name, seed)
@@ -242,7 +247,7 @@ def _kinds(rows: list[dict[str, Any]]) -> list[tuple[str, int]]:
 
 
 def _draw(record: dict[str, Any], output: Path) -> None:
-    """Training loss of each variant, mean over seeds, with a band from the lowest to the highest seed."""
+    """Draw the training loss of each variant: mean over seeds, in a band from lowest to highest."""
     kinds, steps = _kinds(record["rows"]), record["training"]["steps"]
     with picture(output / "convergence.svg", columns=len(kinds), width=5 * len(kinds)) as panels:
         for axes, kind in zip(panels, kinds, strict=True):
@@ -279,14 +284,16 @@ def body(record: dict[str, Any]) -> str:
     about = ", ".join(f"{name} {record['training'][name]}" for name in shown)
     commits = sorted({row["commit"] for row in record["rows"]})
     return (
-        f"Byte-level LLaMA on the Python standard library's sources: {about}. Runs of one seed share weights and batches; validation "
-        f"is held-out text. Each row of the data names the commit it was trained at: {'; '.join(commits)}.\n\n"
-        f"![training loss](convergence.svg)\n\nBands: from the lowest to the highest seed.\n\n{as_table(record['rows'])}\n"
+        f"Byte-level LLaMA on the Python standard library's sources: {about}. Runs of one seed "
+        "share weights and batches; validation is held-out text. Each row of the data names the "
+        f"commit it was trained at: {'; '.join(commits)}.\n\n"
+        "![training loss](convergence.svg)\n\nBands: from the lowest to the highest seed.\n\n"
+        f"{as_table(record['rows'])}\n"
     )
 
 
 def as_table(rows: list[dict[str, Any]]) -> str:
-    """Mean over seeds with its 95% interval, and the difference to plain Inductor on the same seeds."""
+    """Mean over seeds with its 95% interval, and the difference to plain Inductor's same seeds."""
     exact = {
         (row["optimizer"], row["accumulation"], row["seed"]): row
         for row in rows

@@ -2,9 +2,10 @@
 
     python -m benchmarks memory_time frontier
 
-A method is dominated when another one with gradients as good takes neither more memory nor more time, and less of one of them.
-Exact gradients are better than unbiased or rounded ones, which are better than biased ones; so an exact method is dominated by
-exact ones only. Memory is looked at twice: bytes saved for backward, and the peak of the step.
+A method is dominated when another one with gradients as good takes neither more memory nor more
+time, and less of one of them. Exact gradients are better than unbiased or rounded ones, and those
+are better than biased ones. So an exact method is dominated by exact ones only. Memory is looked at
+twice: bytes saved for backward, and the peak of the step.
 """
 
 from __future__ import annotations
@@ -77,7 +78,10 @@ def _points(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
 
 
 def dominates(point: dict[str, Any], other: dict[str, Any], memory: str) -> bool:
-    """Is `point` at least as good in gradient, memory and time, and better in memory or time beyond noise?"""
+    """Is `point` as good as `other` in all, and better in memory or time beyond noise?
+
+    All is: gradient, memory and time.
+    """
     if _QUALITY[point["gradient"]] < _QUALITY[other["gradient"]]:
         return False
     bytes_, time = point[memory] - other[memory], point["time"] - other["time"]
@@ -112,8 +116,10 @@ def _picture(name: str) -> str:
 def body(record: dict[str, Any]) -> str:
     """A picture and a table per model."""
     parts = [
-        f"From `{record['source']}`, commit {record['measured_at']}, on {record['measured_on']}. Everything over plain Inductor's. "
-        'Blue: what torch has; orange: `backend="prac"`; grey: dominated by a method whose gradients are as good (not all of them named).'
+        f"From `{record['source']}`, commit {record['measured_at']}, on {record['measured_on']}. "
+        "Everything over plain Inductor's. "
+        'Blue: what torch has; orange: `backend="prac"`; grey: dominated by a method whose '
+        "gradients are as good (not all of them named)."
     ]
     for name, points in record["models"].items():
         lines = [

@@ -1,13 +1,17 @@
-"""Memory and step time of every method on every model, in one process and in turn with plain Inductor.
+"""Memory and step time of every method on every model, in turn with plain Inductor.
 
     python -m benchmarks memory_time [--size paper] [--only LLaMA]
 
-A step is forward and backward; all methods train the same parameters. From the allocator: *saved* is what is still held after the
-forward pass beyond what was held before it, *peak* the most that the step holds at once, gradients included. *Total* adds what
-lies there all the time: parameters, buffers, inputs, AdamW's two moments and the state of the bases. Time: after
-warm-up plain Inductor and a method step in turn, A B A C A D ... in several rounds, and each step is compared with the plain one
-right before it, so that a machine that slows down slows both. Refreshes of the bases fall into the rounds; they are more frequent there
-than later in training. The main methods run on all models first, then the others on the first model.
+Everything runs in one process. A step is forward and backward; all methods train the same
+parameters. From the allocator: *saved* is what is still held after the forward pass beyond what was
+held before it. *Peak* is the most that the step holds at once, gradients included. *Total* adds
+what lies there all the time: parameters, buffers, inputs, AdamW's two moments and the state of the
+bases.
+
+Time: after warm-up plain Inductor and a method step in turn, A B A C A D ... in several rounds.
+Each step is compared with the plain one right before it, so that a machine that slows down slows
+both. Refreshes of the bases fall into the rounds; they are more frequent there than later in
+training. The main methods run on all models first, then the others on the first model.
 """
 
 from __future__ import annotations
@@ -202,7 +206,7 @@ def _release() -> None:
 def _seconds(
     steps: dict[str, Step], model: nn.Module, inputs: Mapping[str, Tensor], rounds: int
 ) -> dict[str, tuple[list[float], list[float]]]:
-    """Of each method its own steps, and plain Inductor's right before them."""
+    """For each method the seconds of its own steps, and of plain Inductor's right before them."""
     seconds: dict[str, tuple[list[float], list[float]]] = {name: ([], []) for name in steps}
     for _ in range(rounds):
         for name, step in steps.items():
@@ -226,8 +230,10 @@ def _ratios(own: list[float], plain: list[float], tokens: int) -> dict[str, Any]
 def body(record: dict[str, Any]) -> str:
     """A table per model, compile times, and the paper's tables where their models were run."""
     parts = [
-        f"{record['dtype']}. In brackets: over plain Inductor's. Step time: quartiles of the ratio of a step to the plain one "
-        "right before it; plain Inductor's against itself shows the noise of the machine. Total: peak, parameters, AdamW's moments, buffers, inputs and state of the bases."
+        f"{record['dtype']}. In brackets: over plain Inductor's. Step time: quartiles of the ratio "
+        "of a step to the plain one right before it; plain Inductor's against itself shows the "
+        "noise of the machine. Total: peak, parameters, AdamW's moments, buffers, inputs and state "
+        "of the bases."
     ]
     models: dict[str, list[dict[str, Any]]] = {}
     for row in record["rows"]:
@@ -270,7 +276,10 @@ def _compile_table(times: dict[str, Any]) -> str:
         for name, row in methods.items()
     ]
     table = tabulate(lines, headers=["method", "cold", "warm"], tablefmt="github")
-    return f"## First step of {times['model']}\n\nWith empty caches, and compiled again with full ones.\n\n{table}"
+    return (
+        f"## First step of {times['model']}\n\n"
+        f"With empty caches, and compiled again with full ones.\n\n{table}"
+    )
 
 
 def _paper_table(models: dict[str, list[dict[str, Any]]]) -> str:
@@ -296,6 +305,7 @@ def _paper_table(models: dict[str, list[dict[str, Any]]]) -> str:
     headers = ["model", "", "paper, exact", "paper, PRAC", *shown]
     table = tabulate(lines, headers=headers, tablefmt="github", disable_numparse=True)
     return (
-        "## The paper's Tables 2 and 4\n\nGB is the total above in 10^9 bytes; time is over that of the exact eager baseline. The "
-        f"paper's figures are from its text, ours are this run's.\n\n{table}"
+        "## The paper's Tables 2 and 4\n\nGB is the total above in 10^9 bytes; time is over that "
+        "of the exact eager baseline. The paper's figures are from its text, ours are this run's."
+        f"\n\n{table}"
     )

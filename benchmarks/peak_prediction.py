@@ -1,10 +1,12 @@
-"""The memory report's estimates against real steps: bytes saved for backward, and the peak, on four models at three sizes.
+"""The memory report's estimates against real steps: bytes saved for backward, and the peak.
 
     python -m benchmarks peak_prediction [--only LLaMA]
 
-Estimates are those of `prac_fx.report.explain.report_step` without an optimizer: nothing is compiled for them. Measured are forward
-and backward of compiled steps, from the allocator (allocation events on a CPU). Parameters, buffers, inputs and the state of
-the bases are part of both peaks; *step* is the peak without them, so that they cannot hide an error.
+Four models are compared, at three sizes. Estimates are those of
+`prac_fx.report.explain.report_step` without an optimizer: nothing is compiled for them. Measured
+are forward and backward of compiled steps, from the allocator (allocation events on a CPU).
+Parameters, buffers, inputs and the state of the bases are part of both peaks. *Step* is the peak
+without them, so that they cannot hide an error.
 """
 
 from __future__ import annotations

@@ -2,10 +2,11 @@
 
     python -m benchmarks.soak [--steps 10000] [--policy balanced] [--device cuda]
 
-The run is cut into windows. Of each it records the resident memory of the process (on a GPU the memory allocated there), the
-tensors and all other objects that Python holds at its end, and the time of its steps. The first two windows compile and warm
-up; the last ones are compared with the third. Exit status 1 when something grew. `--memory-only` does not judge times, for
-machines that do other work too.
+The run is cut into windows. For each it records the resident memory of the process (on a GPU the
+memory allocated there), the tensors and all other objects that Python holds at its end, and the
+time of its steps. The first two windows compile and warm up. The last ones are compared with the
+third. The exit status is 1 when something grew. `--memory-only` does not judge times, for machines
+that do other work too.
 """
 
 from __future__ import annotations
@@ -153,8 +154,8 @@ def body(windows: Sequence[Window], grown: Sequence[str]) -> str:
     verdict = "; ".join(grown) if grown else "Nothing grew"
     return (
         f"{LAYERS} blocks, {FEATURES} features, compiled one by one; batches of "
-        f"{', '.join(map(str, BATCHES))} tokens in turn. The time is the lower quartile of a window.\n\n"
-        f"{table}\n\n{verdict} after window {WARM_UP + 1}.\n"
+        f"{', '.join(map(str, BATCHES))} tokens in turn. The time is the lower quartile of a "
+        f"window.\n\n{table}\n\n{verdict} after window {WARM_UP + 1}.\n"
     )
 
 

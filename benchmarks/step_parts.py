@@ -1,11 +1,12 @@
-"""Where the time of a compiled step goes: matmuls, attention, kernels that Inductor wrote, and all else.
+"""Where the time of a compiled step goes: matmuls, attention, Inductor's kernels, and all else.
 
     python -m benchmarks step_parts [--size paper] [--only LLaMA]
 
-Steps of each method are recorded by torch's profiler, in turn, and the times of the operators and kernels themselves are added up:
-on a GPU those of the device, else those of the CPU. All else is the rest of the step on the clock: operators that Inductor calls
-without writing them, Python, allocation, and on a GPU waiting. Recording costs time itself, so the differences between methods are
-what to look at. No refresh of a basis falls into the recorded steps.
+Steps of each method are recorded by torch's profiler, in turn. The times of the operators and
+kernels themselves are added up: on a GPU those of the device, else those of the CPU. All else is
+the rest of the step on the clock: operators that Inductor calls without writing them, Python,
+allocation, and on a GPU waiting. Recording costs time itself, so the differences between methods
+are what to look at. No refresh of a basis falls into the recorded steps.
 """
 
 from __future__ import annotations
@@ -115,8 +116,8 @@ def _summary(steps: list[dict[str, float]]) -> dict[str, Any]:
 def body(record: dict[str, Any]) -> str:
     """Two tables per model."""
     texts = [
-        f"{record['dtype']}. Milliseconds of a recorded step, medians; in brackets the difference to plain Inductor's step, as a "
-        "share of the latter."
+        f"{record['dtype']}. Milliseconds of a recorded step, medians; in brackets the difference "
+        "to plain Inductor's step, as a share of the latter."
     ]
     for model in record["models"]:
         methods = model["methods"]

@@ -14,7 +14,10 @@ import torch
 
 @pytest.fixture(autouse=True)
 def _one_process(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Test processes have threads of their own, so they do not fork; `test_forked_map` starts one that does."""
+    """Test processes have threads of their own, so they do not fork.
+
+    `test_forked_map` starts one that does.
+    """
     monkeypatch.setattr("prac_fx.report.analyse_file.usable_processes", lambda: 1)
 
 

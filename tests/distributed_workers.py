@@ -2,8 +2,8 @@
 
     python -m tests.distributed_workers RANK WORLD FOLDER SCENARIO...
 
-Starting processes and importing torch takes longer than most scenarios, so one start runs several. Each leaves plain values in
-FOLDER/SCENARIO-RANK.json, or the text of its exception.
+Starting processes and importing torch takes longer than most scenarios, so one start runs several.
+Each leaves plain values in FOLDER/SCENARIO-RANK.json, or the text of its exception.
 """
 
 from __future__ import annotations
@@ -144,7 +144,7 @@ def describe(model: nn.Module) -> Result:
 
 
 def ddp(folder: Path) -> Result:
-    """The graph in one piece: loss against exact gradients, draws of the ranks, comparison of plans."""
+    """The graph in one piece: loss beside exact gradients, draws of ranks, comparison of plans."""
     plain = DistributedDataParallel(Net())
     result: Result = {"plain": train(plain, plain.parameters())}
     net = Net()
@@ -160,7 +160,10 @@ def ddp(folder: Path) -> Result:
 
 
 def ddp_split(folder: Path) -> Result:
-    """The graph split into buckets by Dynamo's optimizer for DistributedDataParallel, one bucket for a parameter or two."""
+    """The graph split into buckets by Dynamo's optimizer for DistributedDataParallel.
+
+    There is one bucket for a parameter or two.
+    """
     graphs = []
     original = dynamo_backend.training_step
 
@@ -207,7 +210,10 @@ def ddp_alone(folder: Path) -> Result:
 
 
 def replicas(folder: Path) -> Result:
-    """The number under which each rank draws, for wrappers, meshes and choices; nothing is compiled."""
+    """The number under which each rank draws, for wrappers, meshes and choices.
+
+    Nothing is compiled.
+    """
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import fully_shard
 
@@ -286,7 +292,10 @@ def _unsharded(net: nn.Module) -> list[Tensor]:
 
 
 def _saved_weights(net: nn.Module) -> list[int]:
-    """How many tensors as large as a weight autograd keeps of one forward pass: parameters, and others."""
+    """How many tensors as large as a weight autograd keeps of one forward pass.
+
+    The first count is of parameters, the second of others.
+    """
     unsharded, kept = _unsharded(net), list[Tensor]()
     sizes = {p.shape for p in unsharded if p.dim() == 2}
     with torch.autograd.graph.saved_tensors_hooks(lambda t: (kept.append(t), t)[1], lambda t: t):
@@ -388,7 +397,7 @@ def pipeline_parallel(folder: Path) -> Result:
 
 
 def checkpoint(folder: Path) -> Result:
-    """Save and resume at the same world size, at another one, with another batch size, and with nothing."""
+    """Save and resume: at the same world size, at another, with another batch, with nothing."""
     import torch.distributed.checkpoint as dcp
 
     def fresh(seed: int) -> tuple[Net, Any]:
@@ -478,9 +487,9 @@ SCENARIOS: dict[str, Callable[[Path], Result]] = {
 def leave() -> None:
     """End the process at once, with success; the interpreter is not finalised.
 
-    DTensor's caches keep the device mesh of `fully_shard` (without any of ours, too), and with it gloo's threads beyond
-    `destroy_process_group`. One that lets go of a tensor while the interpreter is finalised aborts the process after
-    all its work is done (pytorch/pytorch#179291).
+    DTensor's caches keep the device mesh of `fully_shard`, without any of ours, too. With it they
+    keep gloo's threads beyond `destroy_process_group`. A thread that lets go of a tensor while the
+    interpreter is finalised aborts the process after all its work is done (pytorch/pytorch#179291).
     """
     sys.stdout.flush()
     sys.stderr.flush()

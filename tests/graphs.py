@@ -80,9 +80,9 @@ def trace(
 def readable(graph: fx.Graph) -> str:
     """A graph as short text: one line a node, its shape, and whether it must be in backward.
 
-    All that belongs to one encoding, decoding, weight gradient or sample is one line, so that plan and rewrite can be
-    read, and do not change with the codec. Operators are numbered in order of appearance: torch's own numbers depend
-    on its version.
+    All that belongs to one encoding, decoding, weight gradient or sample is one line. So plan and
+    rewrite can be read, and do not change with the codec. Operators are numbered in order of
+    appearance: torch's own numbers depend on its version.
     """
     parts = _parts(graph)
     names, lines = _names(graph, parts), []

@@ -169,7 +169,7 @@ def timeline(columns: dict[Category, list[int]], phases: dict[str, int]) -> Time
 
 
 def _timeline(forward: tuple[tuple[str, int], ...]) -> Timeline:
-    """Forward in steps of (name, KiB saved), two events of loss, backward the other way, the optimizer."""
+    """Forward as (name, KiB saved), two events of loss, backward in reverse, the optimizer."""
     rising = [kib * KIB for _, kib in forward]
     saved = [*rising, rising[-1], rising[-1], *reversed(rising), 0]
     count = len(rising)

@@ -1,8 +1,9 @@
-"""`verify`: how much noise an option set puts into the gradients of a model, measured before training.
+"""`verify`: how much noise some options put into a model's gradients, measured before training.
 
-A copy of the model takes the same step again and again: exactly, with every value encoded as planned, and with
-one group of values encoded at a time. All of these are AOTAutograd's partitioned graphs run operator by operator,
-without Inductor, so what differs between two of them is the encoding and nothing else.
+A copy of the model takes the same step again and again: exactly, with every value encoded as
+planned, and with one group of values encoded at a time. All of these are AOTAutograd's partitioned
+graphs, run operator by operator, without Inductor. What differs between two of them is the encoding
+and nothing else.
 """
 
 from __future__ import annotations
@@ -52,28 +53,31 @@ def verify(
     quiet: bool = False,
     **kwargs: Any,
 ) -> NoiseReport:
-    """Measure the noise of the estimated gradients of a model on one batch; print it and return it.
+    """Measure the noise of a model's estimated gradients on one batch; print it and return it.
 
-    Works on a copy of the model: its parameters, gradients, buffers and bases stay as they are, and so does the
-    random stream. Every draw has the same dropout masks, but random directions and rounding of its own. The
-    principal bases are fixed: those of the model, if it was trained with the backend, else from a few passes.
+    It works on a copy of the model. The model's parameters, gradients, buffers and bases stay as
+    they are, and so does the random stream. Every draw has the same dropout masks, but random
+    directions and rounding of its own. The principal bases are fixed: they are the model's own, if
+    it was trained with the backend, else they come from a few passes.
 
     Args:
         model: a module with something to train.
         *args: its inputs.
         steps: how many estimates to draw.
-        loss_fn: gives the loss from the model's result. Without it the result is the loss, or has it as `.loss`.
+        loss_fn: gives the loss from the model's result. Without it the result is the loss, or has
+            it as `.loss`.
         options: as for `torch.compile(options=...)`, or a `PracConfig`.
-        batches: further inputs, each a tuple of arguments or a dict of keyword arguments. With them the report
-            also says how much exact gradients differ between batches, and new bases come from them.
+        batches: further inputs, each a tuple of arguments or a dict of keyword arguments. With them
+            the report also says how much exact gradients differ between batches, and new bases come
+            from them.
         by_value: also measure each group of values alone, with `steps` draws each.
         quiet: do not print the table.
         **kwargs: keyword inputs of the model.
 
     Raises:
         PracOptionError: a bad option.
-        VerifyError: not a module, nothing to train, no loss, fewer than two steps, a gradient that is zero
-            everywhere or not finite, or a model that Dynamo compiles anew in every step.
+        VerifyError: not a module, nothing to train, no loss, fewer than two steps, a gradient that
+            is zero everywhere or not finite, or a model that Dynamo compiles anew in every step.
     """
     config, patches = read_options(options)
     model = getattr(model, "_orig_mod", model)  # what `torch.compile(model)` wraps
@@ -126,7 +130,7 @@ def _check(model: object, steps: object) -> None:
         )
 
 
-# -- inputs and model -------------------------------------------------------------------------------
+# -- inputs and model ------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -147,7 +151,7 @@ def _as_inputs(batch: object) -> _Inputs:
 
 
 def _copied(model: nn.Module) -> nn.Module:
-    """The model with the bases that it has, which from now on keep their principal directions."""
+    """A copy of the model with the bases that it has; their principal directions are fixed."""
     try:
         copied = copy.deepcopy(model)
     except Exception as error:
@@ -168,7 +172,7 @@ def _subspaces(model: nn.Module) -> list[Subspace]:
 
 
 def _fix(subspaces: Sequence[Subspace]) -> None:
-    """No new principal basis any more, and a new tail in the next step."""
+    """Fix the principal bases, and have a new tail drawn in the next step."""
     for subspace in subspaces:
         subspace.next_refresh = _NEVER
         subspace.next_tail = subspace.due = subspace.steps
@@ -177,7 +181,8 @@ def _fix(subspaces: Sequence[Subspace]) -> None:
 def _warm_up(stepper: _Stepper, measured: _Inputs, others: Sequence[_Inputs]) -> str:
     """Give every site a basis such as it has in training, and fix it. Returns a note.
 
-    In training a basis comes from earlier batches, so it comes from the other ones here, if there are any.
+    In training a basis comes from earlier batches, so it comes from the other ones here, if there
+    are any.
     """
 
     def steps(*batches: _Inputs) -> bool:
@@ -244,7 +249,10 @@ class _Stepper:
         self._step = torch.compile(fresh, backend=backend, dynamic=False)
 
     def gradients(self, inputs: _Inputs, variant: Variant) -> list[Tensor]:
-        """Of one step, in the order of `names`; zeros where the loss does not depend on a parameter."""
+        """The gradients of one step, in the order of `names`.
+
+        Where the loss does not depend on a parameter they are zeros.
+        """
         self._backend.begin_step(variant)
         self._restore()
         with torch.random.fork_rng(self._cuda), torch.enable_grad():
@@ -257,21 +265,24 @@ class _Stepper:
     def deviations(
         self, exact: Sequence[Tensor], inputs: _Inputs, variant: Variant, steps: int
     ) -> list[Sums]:
-        """Of so many estimates from the exact gradients, by parameter."""
+        """The deviations of so many estimates from the exact gradients, by parameter."""
         collected = [Deviations(gradient) for gradient in exact]
         for _ in range(steps):
             estimates = self.gradients(inputs, variant)
             if len(self._backend.ran) != self._graphs:
                 raise VerifyError(
-                    "verify: Dynamo does not run the same graphs in every step; TORCH_LOGS=recompiles "
-                    "says what changes in between"
+                    "verify: Dynamo does not run the same graphs in every step; "
+                    "TORCH_LOGS=recompiles says what changes in between"
                 )
             for deviations, estimate in zip(collected, estimates, strict=True):
                 deviations.add(estimate)
         return [deviations.sums() for deviations in collected]
 
     def _restore(self) -> None:
-        """Undo what forward did to buffers and attributes: a counter would make Dynamo compile each draw."""
+        """Undo what forward did to buffers and attributes.
+
+        A counter would make Dynamo compile each draw.
+        """
         for module, attributes in self._attributes:
             vars(module).update(attributes)
             for name in vars(module).keys() - attributes.keys():
@@ -286,15 +297,15 @@ class _Stepper:
         if not isinstance(loss, Tensor) or loss.numel() != 1:
             shape = f" of shape {tuple(loss.shape)}" if isinstance(loss, Tensor) else ""
             raise VerifyError(
-                f"verify: {self._loss_name} is a {type(result).__name__}{shape}, not a loss: give a "
-                "loss_fn that makes a scalar of the model's result"
+                f"verify: {self._loss_name} is a {type(result).__name__}{shape}, not a loss: give "
+                "a loss_fn that makes a scalar of the model's result"
             )
         if not loss.requires_grad:
             raise VerifyError("verify: the loss depends on no parameter that requires a gradient")
         return loss
 
 
-# -- figures ----------------------------------------------------------------------------------------
+# -- figures ---------------------------------------------------------------------------------------
 
 
 def _cause(key: Variant, rows: Sequence[PlannedValue], sums: Mapping[str, Sums]) -> ValueNoise:
@@ -314,7 +325,10 @@ def _cause(key: Variant, rows: Sequence[PlannedValue], sums: Mapping[str, Sums])
 def _between_batches(
     stepper: _Stepper, exact: Sequence[Tensor], others: Sequence[_Inputs]
 ) -> list[Sums]:
-    """How exact gradients of all batches deviate from the first one's, by parameter; empty for one batch."""
+    """How exact gradients of all batches deviate from the first one's, by parameter.
+
+    Empty for a single batch.
+    """
     if not others:
         return []
     collected = [Deviations(gradient) for gradient in exact]

@@ -1,4 +1,4 @@
-"""What runs in each step: find this instance's subspaces, keep them fresh, append them to the arguments."""
+"""What runs in each step: find the subspaces, keep them fresh, append them to the arguments."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from prac_fx.torch_compat import FakeTensor, has_saved_tensors_hooks
 
 @dataclass(frozen=True)
 class StateInput:
-    """One argument that we append to a compiled graph: a basis, sampled rows or the seed of rounding.
+    """One argument that we append to a compiled graph: basis, sampled rows or seed of rounding.
 
     Attributes:
         name: of its placeholder.
@@ -63,9 +63,14 @@ def _rounding_device(plan: Plan) -> torch.device:
 
 @dataclass(frozen=True)
 class _Binding:
-    """The states of one instance of a compiled graph: one set of owners, each at its argument index.
+    """The states of one instance of a compiled graph, which has one set of owners.
 
-    `moves` is the count of moves when they were bound: another graph may have moved them to its own device since.
+    Attributes:
+        owners: each with its argument index.
+        states: those of the instance.
+        tensors: those of the states.
+        moves: the count of moves when they were bound. Another graph may have moved them to its own
+            device since.
     """
 
     owners: tuple[tuple[int, weakref.ref[Tensor]], ...]
@@ -93,8 +98,9 @@ def training_step(
         config: seed and schedule.
 
     Returns:
-        A callable with the arguments of Dynamo's own graph. Each call is one forward pass that will have
-        a backward: without gradients Dynamo compiles another graph, which this backend leaves alone.
+        A callable with the arguments of Dynamo's own graph. Each call is one forward pass that will
+        have a backward. Without gradients Dynamo compiles another graph, which this backend leaves
+        alone.
     """
     indices = list(
         dict.fromkeys(
@@ -132,7 +138,8 @@ def training_step(
             state.begin_step()
         tensors = binding.tensors
         if has_saved_tensors_hooks():
-            # a hook may keep what it is given where autograd's references do not count it: an alias counts
+            # A hook may keep what it is given where autograd's references do not count it. An alias
+            # counts.
             tensors = tuple(tensor.detach() for tensor in tensors)
         return compiled(*args, *tensors)
 
@@ -172,7 +179,10 @@ def _tensors_of(states: Sequence[Subspace | RoundingSeed]) -> tuple[Tensor, ...]
 
 
 def _without_values(plan: Plan) -> list[Tensor]:
-    """State for a call with fake tensors: DistributedDataParallel's graph splitter asks each part for its strides."""
+    """State for a call with fake tensors.
+
+    DistributedDataParallel's graph splitter makes such calls: it asks each part for its strides.
+    """
     return [
         torch.empty(state.shape, dtype=state.dtype, device=state.device)
         for state in state_inputs(plan)

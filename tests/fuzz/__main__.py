@@ -39,7 +39,8 @@ if __name__ == "__main__":  # from the root of the repository
             with torch.autocast("cpu", torch.bfloat16, enabled={autocast}):
                 results = step(*values)
             loss_of(results).backward()
-            gradients = {{n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}}
+            trained = [(n, p.grad) for n, p in model.named_parameters() if p.grad is not None]
+            gradients = {{name: gradient.clone() for name, gradient in trained}}
             gradients.update({{f"input {{i}}": values[i].grad for i in {requires_grad}}})
             drawn.append(gradients)
         drawn = drawn[len({batches}) - 1 :]
@@ -49,11 +50,12 @@ if __name__ == "__main__":  # from the root of the repository
     with no_code_generation() as plans:
         ours, noisy = run(torch.compile, 64, backend="prac", options={options})
     print("forward equal:", [torch.equal(a, b) for a, b in zip(plain, ours)])
-    print("encoded:", [(site.value, site.codec.describe()) for plan in plans for site in plan.sites])
+    sites = [site for plan in plans for site in plan.sites]
+    print("encoded:", [(site.value, site.codec.describe()) for site in sites])
     for name, gradient in exact.items():
-        error = noisy[name] - gradient
-        size = gradient.norm()
-        print(f"{{name}}: mean of 64 draws off by {{error.mean(0).norm() / size:.3g}}, one draw by {{error[0].norm() / size:.3g}}")
+        error = (noisy[name] - gradient) / gradient.norm()
+        mean, first = error.mean(0).norm(), error[0].norm()
+        print(f"{{name}}: mean of 64 draws off by {{mean:.3g}}, one draw by {{first:.3g}}")
 """
 
 

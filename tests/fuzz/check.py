@@ -1,4 +1,7 @@
-"""One program, compiled by `backend="prac"` and by plain Inductor: what must not differ, and what may by chance."""
+"""One program, compiled by `backend="prac"` and by plain Inductor.
+
+Here is what must not differ between them, and what may differ by chance.
+"""
 
 from __future__ import annotations
 
@@ -27,11 +30,11 @@ FEW, MANY = 4, 64
 
 # relative error of a gradient that holds no noise, by the coarsest dtype that it is computed in
 _ROUNDOFF = {"float64": 1e-9, "float32": 1e-4, "float16": 2e-2, "bfloat16": 5e-2}
-# relative bias that each policy may have anyway, to second order in its rounding; twice that beside functions
-# whose share in it is not measured
-# What a group's largest element decodes to is 32 ulps off, whatever is drawn. Where a gradient vanishes but for roundoff,
-# as behind the norm of one number, that is all there is of it.
+# What a group's largest element decodes to is 32 ulps off, whatever is drawn. Where a gradient
+# vanishes but for roundoff, as behind the norm of one number, that is all there is of it.
 _ROUNDED_CODES = 50 * 32
+# Relative bias that each policy may have anyway, to second order in its rounding. Beside functions
+# whose share in it is not measured it may be twice that.
 _BIAS = {"linear": 0.01, "balanced": 0.01, "max": 0.1, "paper": math.inf}
 _SEED_NBYTES = 64
 
@@ -179,7 +182,10 @@ class _Comparison:
         return None
 
     def _is_promised(self, name: str) -> bool:
-        """Is this gradient exact by policy: no value that PRAC stores feeds it, and there is no other noise?"""
+        """Is this gradient exact by policy?
+
+        It is where no value that PRAC stores feeds it, and there is no other noise.
+        """
         if self.program.policy == "linear":
             return name not in self.noisy
         return name == self._bias_before_loss()
@@ -229,7 +235,7 @@ class _Comparison:
         return float(self.exact[-1].gradients[name].double().norm())
 
     def _bias(self, name: str, draws: list[Draw]) -> Failure | None:
-        """A bias that is neither chance, nor roundoff, nor what noise in well-conditioned functions costs."""
+        """A bias beyond chance, roundoff, and what noise in well-conditioned functions costs."""
         exact, deviations = self._deviations(name, draws)
         size, bias = float(exact.norm()), bias_beyond_chance(exact, deviations)
         if (
@@ -249,7 +255,8 @@ class _Comparison:
         return Failure(
             "biased",
             f"{name}: bias {bias / size:.3g} of the gradient, {len(draws)} draws with an error of "
-            f"{single / size:.3g} each; noise in well-conditioned functions costs {unavoidable / size:.3g}",
+            f"{single / size:.3g} each; noise in well-conditioned functions costs "
+            f"{unavoidable / size:.3g}",
         )
 
     @property
@@ -306,7 +313,10 @@ def recorded_plans() -> Iterator[list[Plan]]:
 
 @contextlib.contextmanager
 def recorded_noise() -> Iterator[set[str]]:
-    """Context that gives the names of the gradients which factored sites feed, in all graphs compiled in it."""
+    """Context that gives the names of the gradients which factored sites feed.
+
+    They are those of all graphs that are compiled in it.
+    """
     noisy: set[str] = set()
 
     def record(done: Pass, work: Work) -> None:

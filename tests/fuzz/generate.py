@@ -1,4 +1,7 @@
-"""A random program from a seed. Statements are tried eagerly: what raises or blows up is left out."""
+"""A random program from a seed.
+
+Statements are tried eagerly. What raises or blows up is left out.
+"""
 
 from __future__ import annotations
 
@@ -56,7 +59,7 @@ def _inputs(rng: random.Random) -> tuple[Input, ...]:
     shape = rng.choice(inner)
     made = []
     for number in range(rng.choice([1, 1, 2])):
-        # a few magnitudes that linear layers and norms pass on; outliers only as large as 4 bits can stand
+        # Linear layers and norms pass on a few magnitudes. Outliers are as large as 4 bits stand.
         scale = rng.choice([1.0, 1.0, 1.0, 0.1, 3.0, 1e-3])
         outlier = rng.choice([1.0, 1.0, 3.0])
         layouts = ["contiguous", "contiguous", "transposed", "strided"]

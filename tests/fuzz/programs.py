@@ -22,7 +22,8 @@ HELPERS: Mapping[str, str] = {
 def rows(shape, scale=1.0, outlier=1.0, layout="contiguous", seed=0):
     generator = torch.Generator().manual_seed(seed)
     values = torch.randn(shape, generator=generator) * scale
-    values[..., 0] *= torch.where(torch.arange(len(values)).view(-1, *[1] * (values.dim() - 2)) % 5 == 0, outlier, 1.0)
+    number = torch.arange(len(values)).view(-1, *[1] * (values.dim() - 2))
+    values[..., 0] *= torch.where(number % 5 == 0, outlier, 1.0)
     if layout == "transposed":
         return values.transpose(-1, -2).contiguous().transpose(-1, -2)
     if layout == "strided":
@@ -106,7 +107,8 @@ class Statement:
         out: name of the result.
         args: names of the arguments.
         members: attributes of the model that it uses, with their constructors.
-        smooth: noise in what it saves for backward costs no more than noise in well-conditioned functions does.
+        smooth: noise in what it saves for backward costs no more than noise in well-conditioned
+            functions does.
     """
 
     kind: str
@@ -167,7 +169,7 @@ def source_of(program: Program, *, noisy: bool = False) -> str:
 
     Args:
         program: what to print.
-        noisy: what well-conditioned statements save passes through `self.noise()`, a context manager.
+        noisy: well-conditioned statements run within `self.noise()`, a context manager.
     """
     members = dict(member for statement in program.statements for member in statement.members)
     lines = ["class Model(nn.Module):", "    def __init__(self):", "        super().__init__()"]

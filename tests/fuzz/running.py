@@ -1,4 +1,4 @@
-"""Training steps of a program: its model with its weights, compiled in some way, and what one step gives."""
+"""Training steps of a program: its model with its weights, compiled, and what one step gives."""
 
 from __future__ import annotations
 
@@ -24,7 +24,10 @@ class Draw:
 
 @dataclass
 class Run:
-    """A compiled model with its inputs; `draw` is one training step with the same random numbers each time."""
+    """A compiled model with its inputs.
+
+    `draw` is one training step, with the same random numbers each time.
+    """
 
     program: Program
     model: nn.Module

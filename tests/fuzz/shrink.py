@@ -1,4 +1,7 @@
-"""A failing program made small: statements, inputs and options go while the same kind of failure remains."""
+"""A failing program made small.
+
+Statements, inputs and options go while the same kind of failure remains.
+"""
 
 from __future__ import annotations
 
