@@ -82,7 +82,7 @@ PAPER_HOURS = {"LLaMA-1B, batch 64": (156, 179)}
 def run(settings: Settings) -> Iterator[dict[str, Any]]:
     """Rows of one model after the other, compile times of the first, then its other methods.
 
-    What the time is not enough for is listed as not run.
+    Where time is not enough for something, it is listed as not run.
     """
     models = chosen_shapes(settings.size, settings.only)
     rows: list[dict[str, Any]] = []

@@ -38,7 +38,7 @@ SHAPES = {
     "paper": ((32768, 2048, 6144), (32768, 2048, 10922), (32768, 5461, 2048), (32768, 768, 3072)),
 }
 FORMATS = ("int8", "int4")
-# of each measurement; side of the matmul whose rate counts as the machine's
+# Seconds of each measurement; side of the matmul whose rate counts as the machine's.
 _SECONDS = {"tiny": 0.01, "small": 0.3, "paper": 0.5}
 _MATMUL_SIDE = {"tiny": 64, "small": 1024, "paper": 8192}
 

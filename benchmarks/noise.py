@@ -76,13 +76,13 @@ VARIANTS: dict[str, dict[str, Any]] = {
 }
 
 
-# has no bases, so the further batches that it is given for the minibatch noise change nothing else
+# It has no bases. So further batches, given for the minibatch noise, change nothing else of it.
 _MEASURES_MINIBATCH = "A: int8"
 _TINY_VARIANTS = ("W: prac .3+.3", _MEASURES_MINIBATCH)
 
 
 def run(settings: Settings) -> Iterator[dict[str, Any]]:
-    """A row per variant and freshness, one after the other until time is up; again to go on."""
+    """A row per variant and freshness, one after the other until time is up; run again to go on."""
     data = _data(settings)
     early, model = _trained(data, settings)
     others = [next(data) for _ in range(_OTHER_BATCHES)]

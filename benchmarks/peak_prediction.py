@@ -33,7 +33,7 @@ _FAMILIES = ("llama", "gpt2", "roberta", "vit")
 
 
 def run(settings: Settings) -> Iterator[dict[str, Any]]:
-    """Rows of all models and sizes; those that the time is not enough for are left out."""
+    """Rows of all models and sizes. Those that there is no time for are left out."""
     rows: list[dict[str, Any]] = []
     for shape in _sized(settings.size):
         if settings.only and shape.name not in settings.only:

@@ -42,7 +42,7 @@ MOST_TIME = 1.3
 
 @dataclass(frozen=True)
 class Window:
-    """What one stretch of the run left behind.
+    """What one window of the run left behind.
 
     Attributes:
         steps: steps done at its end.

@@ -23,7 +23,7 @@ def _one_process(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture(autouse=True)
 def _fresh_dynamo() -> Iterator[None]:
-    """Compiled code and recompile counts of one test do not reach the next."""
+    """Keep compiled code and recompile counts of one test from the next."""
     torch.set_num_threads(1)
     torch._dynamo.reset()
     yield

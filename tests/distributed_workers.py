@@ -72,13 +72,13 @@ class Net(nn.Module):
 
 
 def options(**changes: Any) -> dict[str, Any]:
-    """Of the backend: everything is compressed, a fallback is an error."""
+    """Options of the backend: everything is compressed, and a fallback is an error."""
     given = {"min_nbytes": 0, "strict": True, "refresh_every": 4, **changes}
     return {f"prac.{name}": value for name, value in given.items()}
 
 
 def batch(step: int, rank: int, tokens: int = TOKENS) -> Tensor:
-    """The same in every run, different from step to step and from rank to rank."""
+    """A batch: the same in every run, different from step to step and from rank to rank."""
     generator = torch.Generator().manual_seed(1000 * rank + step)
     return torch.randn(tokens, FEATURES, generator=generator)
 
@@ -90,7 +90,7 @@ def train(
     rank: int | None = None,
     tokens: int = TOKENS,
 ) -> list[float]:
-    """Train towards a fixed linear map; the mean loss of all ranks in each step."""
+    """Train towards a fixed linear map; gives the mean loss of all ranks in each step."""
     is_alone = not dist.is_initialized()
     if rank is None:
         rank = 0 if is_alone else dist.get_rank()
@@ -248,7 +248,7 @@ def replicas(folder: Path) -> Result:
 
 
 def _fully_sharded(seed: int, reshard: bool, backend: str) -> nn.Module:
-    """As torchtitan does it: compile each block, shard each block, shard the rest."""
+    """A network as torchtitan shards it: compile each block, shard each block, shard the rest."""
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import fully_shard
 

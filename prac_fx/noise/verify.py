@@ -181,12 +181,12 @@ def _fix(subspaces: Sequence[Subspace]) -> None:
 def _warm_up(stepper: _Stepper, measured: _Inputs, others: Sequence[_Inputs]) -> str:
     """Give every site a basis such as it has in training, and fix it. Returns a note.
 
-    In training a basis comes from earlier batches, so it comes from the other ones here, if there
-    are any.
+    In training a basis comes from earlier batches. So here it comes from the other batches, if
+    there are any.
     """
 
     def steps(*batches: _Inputs) -> bool:
-        """Run these; is every basis one that came from rows?"""
+        """Run these batches. Did every basis come from rows?"""
         for inputs in batches:
             stepper.gradients(inputs, ALL)
         return all(
@@ -213,7 +213,7 @@ def _warm_up(stepper: _Stepper, measured: _Inputs, others: Sequence[_Inputs]) ->
 
 
 class _Stepper:
-    """Takes training steps of a copied model, all from the same buffers and the same random state.
+    """Takes training steps of a copied model, from the same buffers and random state each time.
 
     Attributes:
         model: the copy.

@@ -107,7 +107,7 @@ def seed_entry(name: str, seed: RoundingSeed) -> dict[str, Any]:
 
 
 def parameter_of(entry: object, where: str) -> str:
-    """Name of the parameter that an entry is of.
+    """Name of the parameter of an entry.
 
     Args:
         entry: not checked yet.
@@ -229,7 +229,7 @@ def _codec(saved: object, where: str) -> PracCodec:
 
 
 def _broken_rule(codec: PracCodec) -> str:
-    """What holds for every codec of the planner and not for this one; empty when all does."""
+    """The rule that codecs of the planner keep and this one breaks; empty when it breaks none."""
     if not codec.features or not codec.blocks:
         return "features and blocks are at least 1"
     if any(count % codec.blocks for count in (codec.features, codec.principal, codec.random)):

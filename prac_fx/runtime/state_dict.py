@@ -153,7 +153,7 @@ def _entries(
 
 
 def _check_distinct(subspaces: list[LoadedSubspace], seeds: list[LoadedSeed]) -> None:
-    """Of two entries for one state, one would be lost."""
+    """Refuse two entries for one state: one of them would be lost."""
     seen: set[tuple[str, SubspaceKey | None]] = set()
     keys = [(entry.name, entry.subspace.key) for entry in subspaces]
     for name, key in [*keys, *((entry.name, None) for entry in seeds)]:

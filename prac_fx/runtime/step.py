@@ -111,7 +111,7 @@ def training_step(
     if not indices:
         return compiled
     first = indices[0]
-    # by identity of the first owner; an entry leaves with that parameter
+    # By identity of the first owner. An entry leaves with that parameter.
     bindings: dict[int, _Binding] = {}
 
     def bind(args: Sequence[Any]) -> _Binding:

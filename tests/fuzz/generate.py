@@ -25,9 +25,9 @@ def generate(seed: int, policy: str | None = None, most: int = 6) -> Program:
     """The program of a seed.
 
     Args:
-        seed: a program of its own.
-        policy: instead of the seed's, which are taken in turn.
-        most: statements, before the last layer and the loss.
+        seed: names the program.
+        policy: instead of the seed's; seeds take the policies in turn.
+        most: most statements before the last layer and the loss.
     """
     with warnings.catch_warnings(), torch.random.fork_rng(devices=[]):
         warnings.simplefilter("ignore")  # torch's, about what is left out again

@@ -92,7 +92,7 @@ def predict(name: str, policy: str) -> Prediction:
 
 
 def _held(build: Build, backend: Callable[..., Any], **given: Any) -> int:
-    """What the compiled functions of the first step hold."""
+    """The bytes that the compiled functions of the first step hold."""
     torch._dynamo.reset()
     model, inputs = build()
     torch.manual_seed(1)
