@@ -424,7 +424,7 @@ def checkpoint(folder: Path) -> Result:
 
 
 def _grown(folder: Path, fresh: Callable[[int], tuple[Net, Any]]) -> Result:
-    """From a checkpoint of one process, and from one that has nothing of ours."""
+    """Go on from a checkpoint of one process, and from one that has nothing of ours."""
     import torch.distributed.checkpoint as dcp
     from torch.distributed.checkpoint import DefaultLoadPlanner
 
@@ -447,7 +447,7 @@ def compiled(net: nn.Module) -> Any:
 
 
 def save_alone(folder: Path) -> None:
-    """In a single process: a checkpoint with our state, and one without."""
+    """Save in a single process: a checkpoint with our state, and one without."""
     import torch.distributed.checkpoint as dcp
 
     net = Net()
@@ -458,7 +458,7 @@ def save_alone(folder: Path) -> None:
 
 
 def load_alone(folder: Path) -> Result:
-    """In a single process: what two ranks saved."""
+    """Load in a single process what two ranks saved."""
     import torch.distributed.checkpoint as dcp
 
     net = Net(1)

@@ -153,7 +153,7 @@ def value(
 
 
 def timeline(columns: dict[Category, list[int]], phases: dict[str, int]) -> Timeline:
-    """From bytes of some categories, and the number of events of each phase."""
+    """A timeline from bytes of some categories, and the number of events of each phase."""
     events = len(next(iter(columns.values())))
     full = {name: columns.get(name, [0] * events) for name in CATEGORIES}
     made, start = [], 0

@@ -22,7 +22,7 @@ CANVAS_HEIGHT = 1000
 
 @dataclass(frozen=True)
 class Layer:
-    """The area of a category on top of those below it, down to the axis; the first is drawn first."""
+    """The area of a category on top of those below it, down to the axis; draw the first first."""
 
     category: Category
     path: str

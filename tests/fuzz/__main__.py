@@ -131,7 +131,7 @@ def _run_random(first: int, minutes: float, policy: str | None, out: Path | None
 
 
 def _run_processes(arguments: argparse.Namespace, first: int) -> int:
-    """As many processes, each with its own seeds."""
+    """Run several processes, each with its own seeds."""
     shared = ["--minutes", str(arguments.minutes)]
     shared += ["--policy", arguments.policy] if arguments.policy else []
     shared += ["--out", str(arguments.out)] if arguments.out else []

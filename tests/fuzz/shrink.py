@@ -96,7 +96,7 @@ def _without(program: Program, gone: Statement, instead: str) -> Program:
 
 
 def _pruned(program: Program) -> Program:
-    """Without statements and inputs that no output needs."""
+    """The program without statements and inputs that no output needs."""
     needed = set(program.outputs)
     kept = []
     for statement in reversed(program.statements):
