@@ -1,10 +1,10 @@
 """All benchmarks by one command.
 
-    python -m benchmarks                                     # all of them, at a size for two CPU cores
-    python -m benchmarks memory_time frontier --size paper   # two of them, for a GPU with 80 GB or more
+    python -m benchmarks                                     # all, at a size for two CPU cores
+    python -m benchmarks memory_time frontier --size paper   # two, for a GPU with 80 GB or more
 
-Each writes NAME.json (figures, command, versions, hardware, commit), NAME.md (the same as tables) and, where a picture says
-more, NAME.svg into the output folder.
+Each writes into the output folder: NAME.json (figures, command, versions, hardware, commit),
+NAME.md (the same as tables) and, where a picture says more, NAME.svg.
 """
 
 from __future__ import annotations
@@ -81,9 +81,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def run_one(name: str, module: ModuleType, settings: Settings) -> str:
-    """Run a benchmark, write its JSON and its page whenever there are new figures; returns the last page.
+    """Run a benchmark; write its JSON and its page whenever there are new figures.
 
     A benchmark that is stopped has lost only what it was about to find out.
+
+    Returns:
+        The last page.
     """
     path, text = settings.output / f"{name}.json", ""
     for figures in module.run(settings):

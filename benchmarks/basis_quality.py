@@ -176,7 +176,7 @@ def small_llama(sequence: int) -> nn.Module:
 def minibatch_noise(
     model: nn.Module, sites: dict[str, list[nn.Linear]], data: Iterator[Tensor], count: int = 8
 ) -> dict[str, float]:
-    """By site: deviation of batch gradients from their mean, relative to the batch gradient."""
+    """Deviation of batch gradients from their mean, relative to the batch gradient, by site."""
     weights = [linear.weight for linears in sites.values() for linear in linears]
     samples = defaultdict(list)
     for _ in range(count):

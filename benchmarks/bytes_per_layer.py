@@ -1,11 +1,13 @@
-"""Bytes held for backward and FLOPs of backward, per transformer layer, for plain Inductor, its budgets and our policies.
+"""Bytes held for backward and FLOPs of backward, per transformer layer.
 
     python -m benchmarks.bytes_per_layer --output benchmarks/results/bytes_per_layer.json
 
-Models from transformers configs with random weights, bfloat16, one and two layers; the difference is one layer. The unit
-h is tokens x hidden x 2 bytes. Bytes are those of the distinct storages that autograd holds after the forward pass, without
-parameters, inputs and subspace state. FLOPs are those of the matmuls and attention operators in the backward graph; 1.00
-is plain Inductor's. The graphs are AOTAutograd's, after partitioning, and run eagerly: nothing is timed.
+Compared are plain Inductor, its budgets and our policies. Models are made from transformers configs
+with random weights, in bfloat16, with one and with two layers; the difference is one layer. The
+unit h is tokens x hidden x 2 bytes. Bytes are those of the distinct storages that autograd holds
+after the forward pass, without parameters, inputs and subspace state. FLOPs are those of the
+matmuls and attention operators in the backward graph; 1.00 is plain Inductor's. The graphs are
+AOTAutograd's, after partitioning. They run eagerly: nothing is timed.
 """
 
 from __future__ import annotations
@@ -161,7 +163,7 @@ def _flops(node: fx.Node) -> int:
 
 def measure(build: Callable[[int], Built], policy: str | None, budget: float) -> dict[str, float]:
     """Bytes in h, state in h and FLOPs of one layer."""
-    found: list[tuple[int, int, int]] = []
+    measured: list[tuple[int, int, int]] = []
     for layers in (1, 2):
         torch.manual_seed(0)
         torch._dynamo.reset()
@@ -174,8 +176,8 @@ def measure(build: Callable[[int], Built], policy: str | None, budget: float) ->
             held = held_nbytes(loss, all_tensors(model, inputs.values()))
             loss.backward()  # compiles the backward graph, if that has waited
         state = sum(s.nbytes() for p in model.parameters() for s in subspaces_of(p).values())
-        found.append((held, state, backend.flops))
-    held, state, flops = (two - one for one, two in zip(*found, strict=True))
+        measured.append((held, state, backend.flops))
+    held, state, flops = (of_two - of_one for of_one, of_two in zip(*measured, strict=True))
     unit = BATCH * SEQUENCE * HIDDEN * 2
     return {"saved_h": held / unit, "state_h": state / unit, "backward_flops": flops}
 

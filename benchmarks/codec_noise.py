@@ -1,10 +1,11 @@
-"""Relative error of the quantised codecs on real activations: group size, zero point, and a Hadamard rotation.
+"""Relative error of the quantised codecs on real activations.
 
     python -m benchmarks.codec_noise --output benchmarks/results/codec_noise.json
 
-The activations are those of the byte-level LLaMA of `benchmarks.convergence` after some steps of exact training: norm
-inputs, query, key and value, attention's result, gate and up. The error is ||decode(encode(x)) - x|| / ||x||, the mean over
-layers; bytes are relative to bfloat16.
+Compared are group sizes, a zero point, and a Hadamard rotation. The activations are those of the
+byte-level LLaMA of `benchmarks.convergence` after some steps of exact training: norm inputs, query,
+key and value, attention's result, gate and up. The error is ||decode(encode(x)) - x|| / ||x||, the
+mean over layers. Bytes are relative to bfloat16.
 """
 
 from __future__ import annotations
@@ -66,7 +67,7 @@ def activations(steps: int, seed: int) -> dict[str, list[Tensor]]:
         nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
         optimizer.zero_grad()
-    found: dict[str, list[Tensor]] = defaultdict(list)
+    values: dict[str, list[Tensor]] = defaultdict(list)
     for name, module in model.named_modules():
         for what, (ending, is_input) in VALUES.items():
             if name.endswith(ending):
@@ -74,12 +75,12 @@ def activations(steps: int, seed: int) -> dict[str, list[Tensor]]:
                 def keep(
                     _: Any, given: Any, result: Tensor, key: str = what, first: bool = is_input
                 ) -> None:
-                    found[key].append((given[0] if first else result).detach().flatten(0, -2))
+                    values[key].append((given[0] if first else result).detach().flatten(0, -2))
 
                 module.register_forward_hook(keep)
     with torch.no_grad():
         model(input_ids=next(data))
-    return found
+    return values
 
 
 def error(x: Tensor, options: dict[str, Any], rotate: bool) -> tuple[float, float]:
@@ -105,12 +106,12 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=200)
     args = parser.parse_args()
     torch.set_num_threads(1)
-    found = activations(args.steps, seed=0)
+    values = activations(args.steps, seed=0)
     rows = []
     for name, (options, rotate) in CODECS.items():
         row: dict[str, Any] = {"codec": name}
         for what in VALUES:
-            errors, share = zip(*(error(x, options, rotate) for x in found[what]), strict=True)
+            errors, share = zip(*(error(x, options, rotate) for x in values[what]), strict=True)
             row[what] = sum(errors) / len(errors)
             if what == "query":
                 row["bytes"] = share[0]

@@ -1,4 +1,4 @@
-"""How long the first step of a method takes, with nothing compiled before and once more with all caches filled."""
+"""How long the first step of a method takes: with nothing compiled, and with caches filled."""
 
 from __future__ import annotations
 
@@ -24,9 +24,11 @@ def train_step(step: Step, model: nn.Module, inputs: Mapping[str, Tensor]) -> fl
 
 
 def first_steps(method: Method, model: nn.Module, inputs: Mapping[str, Tensor]) -> dict[str, float]:
-    """Seconds of the first step: `cold_s` with empty caches, `warm_s` compiled again with the caches that left behind.
+    """Seconds of the first step.
 
-    Loading the compiler and precompiling its headers, once for each installation, is not counted. Forgets what Dynamo has compiled.
+    `cold_s` is with empty caches. `warm_s` is compiled again, with the caches that the cold run
+    left. Loading the compiler and precompiling its headers, once for each installation, is not
+    counted. Forgets what Dynamo has compiled.
     """
     with fresh_inductor_cache():
         torch.compiler.reset()

@@ -1,10 +1,12 @@
-"""Does training with compressed activations end where exact training ends? Validation loss for each policy.
+"""Does training with compressed activations end where exact training ends?
 
-    python -m benchmarks convergence [--size paper] [--minutes 60]   # as much as the time allows; again to go on
+    python -m benchmarks convergence [--size paper] [--minutes 60]
 
-A byte-level LLaMA is trained on the Python standard library's sources, warm-up and cosine decay. Runs of one seed share
-initial weights and batches. The seeds of plain Inductor give the noise floor: their standard deviation. Runs that are in
-the output file are not repeated, so a stopped benchmark continues.
+It gives the validation loss for each policy, and does as much as the time allows; run it again to
+go on. A byte-level LLaMA is trained on the Python standard library's sources, with warm-up and
+cosine decay. Runs of one seed share initial weights and batches. The seeds of plain Inductor give
+the noise floor: their standard deviation. Runs that are in the output file are not repeated, so a
+stopped benchmark continues.
 """
 
 from __future__ import annotations
@@ -149,8 +151,10 @@ def train(run: Run, training: Training, device: torch.device) -> dict[str, Any]:
     compiled = torch.compile(model, backend=backend, options=options)
     of_model = optimizers(model, run.optimizer, training.rate)
     schedules = [
-        torch.optim.lr_scheduler.LambdaLR(one, lambda step: learning_rate(step, training.steps))
-        for one in of_model
+        torch.optim.lr_scheduler.LambdaLR(
+            optimizer, lambda step: learning_rate(step, training.steps)
+        )
+        for optimizer in of_model
     ]
     losses, norms, held, begin = [], [], 0, time.perf_counter()
     for number in range(training.steps):
@@ -163,10 +167,10 @@ def train(run: Run, training: Training, device: torch.device) -> dict[str, Any]:
             part_loss.backward()
             loss += part_loss.detach()
         norms.append(nn.utils.clip_grad_norm_(model.parameters(), training.clip))
-        for one, schedule in zip(of_model, schedules, strict=True):
-            one.step()
+        for optimizer, schedule in zip(of_model, schedules, strict=True):
+            optimizer.step()
             schedule.step()
-            one.zero_grad()
+            optimizer.zero_grad()
         losses.append(loss)
     seconds = time.perf_counter() - begin
     losses = torch.stack(losses).tolist()
@@ -185,7 +189,10 @@ def train(run: Run, training: Training, device: torch.device) -> dict[str, Any]:
 
 
 def runs_in_order() -> Iterator[Run]:
-    """What is worth knowing first: policies on three seeds, then Muon and accumulation, then the other variants."""
+    """The runs, those most worth knowing first.
+
+    That is: policies on three seeds, then Muon and accumulation, then the other variants.
+    """
     policies = ("plain Inductor", "balanced", "max", "linear", "max, query and key int4")
     for seed, name in itertools.product(SEEDS, policies):
         yield Run(name, seed)
@@ -204,15 +211,15 @@ def run(settings: Settings) -> Iterator[dict[str, Any]]:
     training = TRAININGS[settings.size]
     path = settings.output / "convergence.json"
     rows = _read(path, training)
-    for one in runs_in_order():
-        if settings.only and one.variant not in settings.only:
+    for planned in runs_in_order():
+        if settings.only and planned.variant not in settings.only:
             continue
         # one run is not enough for a comparison, however long it takes
         if settings.out_of_time and len(rows) > 1:
             break
-        if not one.is_in(rows):
-            rows.append(train(one, training, settings.device))
-            print(one, round(rows[-1]["validation_loss"], 4), flush=True)
+        if not planned.is_in(rows):
+            rows.append(train(planned, training, settings.device))
+            print(planned, round(rows[-1]["validation_loss"], 4), flush=True)
             yield _figures(training, rows, settings)
     yield _figures(training, rows, settings)
 
@@ -240,7 +247,7 @@ def _kinds(rows: list[dict[str, Any]]) -> list[tuple[str, int]]:
 
 
 def _draw(record: dict[str, Any], output: Path) -> None:
-    """Training loss of each variant, mean over seeds, with a band from the lowest to the highest seed."""
+    """Draw the training loss of each variant: mean over seeds, in a band from lowest to highest."""
     kinds, steps = _kinds(record["rows"]), record["training"]["steps"]
     with picture(output / "convergence.svg", columns=len(kinds), width=5 * len(kinds)) as panels:
         for axes, kind in zip(panels, kinds, strict=True):
@@ -277,14 +284,16 @@ def body(record: dict[str, Any]) -> str:
     about = ", ".join(f"{name} {record['training'][name]}" for name in shown)
     commits = sorted({row["commit"] for row in record["rows"]})
     return (
-        f"Byte-level LLaMA on the Python standard library's sources: {about}. Runs of one seed share weights and batches; validation "
-        f"is held-out text. Each row of the data names the commit it was trained at: {'; '.join(commits)}.\n\n"
-        f"![training loss](convergence.svg)\n\nBands: from the lowest to the highest seed.\n\n{as_table(record['rows'])}\n"
+        f"Byte-level LLaMA on the Python standard library's sources: {about}. Runs of one seed "
+        "share weights and batches; validation is held-out text. Each row of the data names the "
+        f"commit it was trained at: {'; '.join(commits)}.\n\n"
+        "![training loss](convergence.svg)\n\nBands: from the lowest to the highest seed.\n\n"
+        f"{as_table(record['rows'])}\n"
     )
 
 
 def as_table(rows: list[dict[str, Any]]) -> str:
-    """Mean over seeds with its 95% interval, and the difference to plain Inductor on the same seeds."""
+    """Mean over seeds with its 95% interval, and the difference to plain Inductor's same seeds."""
     exact = {
         (row["optimizer"], row["accumulation"], row["seed"]): row
         for row in rows

@@ -2,9 +2,10 @@
 
     python -m benchmarks memory_time frontier
 
-A method is dominated when another one with gradients as good takes neither more memory nor more time, and less of one of them.
-Exact gradients are better than unbiased or rounded ones, which are better than biased ones; so an exact method is dominated by
-exact ones only. Memory is looked at twice: bytes saved for backward, and the peak of the step.
+A method is dominated when another one with gradients as good takes neither more memory nor more
+time, and less of one of them. Exact gradients are better than unbiased or rounded ones, and those
+are better than biased ones. So an exact method is dominated by exact ones only. Memory is looked at
+twice: bytes saved for backward, and the peak of the step.
 """
 
 from __future__ import annotations
@@ -44,8 +45,8 @@ def run(settings: Settings) -> Iterator[dict[str, Any]]:
         if "ratio" in row:
             models.setdefault(row["model"], []).append(row)
     points = {name: _points(rows) for name, rows in models.items()}
-    for name, found in points.items():
-        _draw(name, found, settings)
+    for name, model_points in points.items():
+        _draw(name, model_points, settings)
     yield {
         "source": record["command"],
         "measured_on": record["machine"],
@@ -76,11 +77,14 @@ def _points(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
     return points
 
 
-def dominates(one: dict[str, Any], other: dict[str, Any], memory: str) -> bool:
-    """Is `one` at least as good in gradient, memory and time, and better in memory or time beyond noise?"""
-    if _QUALITY[one["gradient"]] < _QUALITY[other["gradient"]]:
+def dominates(point: dict[str, Any], other: dict[str, Any], memory: str) -> bool:
+    """Is `point` as good as `other` in all, and better in memory or time beyond noise?
+
+    All is: gradient, memory and time.
+    """
+    if _QUALITY[point["gradient"]] < _QUALITY[other["gradient"]]:
         return False
-    bytes_, time = one[memory] - other[memory], one["time"] - other["time"]
+    bytes_, time = point[memory] - other[memory], point["time"] - other["time"]
     no_worse = bytes_ <= _MEMORY_NOISE and time <= _TIME_NOISE
     return no_worse and (bytes_ < -_MEMORY_NOISE or time < -_TIME_NOISE)
 
@@ -112,8 +116,10 @@ def _picture(name: str) -> str:
 def body(record: dict[str, Any]) -> str:
     """A picture and a table per model."""
     parts = [
-        f"From `{record['source']}`, commit {record['measured_at']}, on {record['measured_on']}. Everything over plain Inductor's. "
-        'Blue: what torch has; orange: `backend="prac"`; grey: dominated by a method whose gradients are as good (not all of them named).'
+        f"From `{record['source']}`, commit {record['measured_at']}, on {record['measured_on']}. "
+        "Everything over plain Inductor's. "
+        'Blue: what torch has; orange: `backend="prac"`; grey: dominated by a method whose '
+        "gradients are as good (not all of them named)."
     ]
     for name, points in record["models"].items():
         lines = [

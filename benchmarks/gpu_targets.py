@@ -1,6 +1,8 @@
-"""The last lines of `benchmarks/gpu.sh`: a short table from `memory_time.json`, and which of the GPU targets are met.
+"""The last lines of `benchmarks/gpu.sh`: a short table, and which of the GPU targets are met.
 
-python -m benchmarks.gpu_targets FOLDER
+    python -m benchmarks.gpu_targets FOLDER
+
+The figures are those of `memory_time.json` in the folder.
 """
 
 from __future__ import annotations
@@ -35,8 +37,8 @@ class Target:
         what = f"{self.model}, {self.method}: {name} at most {self.most:.2f}"
         for row in rows:
             if (row["model"], row["method"]) == (self.model, self.method) and self.key in row:
-                found = row[self.key] / unit
-                return f"{what}: {found:.2f}, {'met' if found <= self.most else 'NOT MET'}"
+                figure = row[self.key] / unit
+                return f"{what}: {figure:.2f}, {'met' if figure <= self.most else 'NOT MET'}"
         return f"{what}: not measured"
 
 
@@ -59,7 +61,8 @@ def lines_of(record: Mapping[str, Any]) -> list[str]:
             continue
         saved, peak, total = (row[f"{key}_nbytes"] / 1e9 for key in ("saved", "peak", "total"))
         lines.append(
-            f"{name} saved {saved:7.3f} peak {peak:7.3f} total {total:7.3f} GB, step {row['ratio']:.3f}"
+            f"{name} saved {saved:7.3f} peak {peak:7.3f} total {total:7.3f} GB, "
+            f"step {row['ratio']:.3f}"
         )
     if "--device cuda" not in record["command"]:
         return [*lines, "targets: for a GPU only"]

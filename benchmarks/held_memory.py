@@ -1,4 +1,7 @@
-"""What a compiled training step really holds between forward and backward: storages on the autograd graph."""
+"""What a compiled training step really holds between forward and backward.
+
+That is the storages on the autograd graph.
+"""
 
 from __future__ import annotations
 
@@ -21,7 +24,9 @@ def held_nbytes(result: Tensor, exclude: Iterable[Tensor]) -> int:
 
 
 def own_nbytes(results: Iterable[Any], exclude: Iterable[Tensor]) -> int:
-    """The same of the one compiled function that has just returned: those that made its arguments do not count.
+    """The same of the one compiled function that has just returned.
+
+    The functions that made its arguments do not count.
 
     Args:
         results: what it has returned.
@@ -43,7 +48,10 @@ def _nbytes_of(functions: Iterable[Any], exclude: Iterable[Tensor]) -> int:
 
 
 def _compiled_functions(results: Iterable[Tensor], only_last: bool = False) -> Iterator[Any]:
-    """Backward nodes of the compiled functions behind some results; `only_last`: not those behind these again."""
+    """Backward nodes of the compiled functions behind some results.
+
+    With `only_last` those behind these nodes are left out.
+    """
     pending: list[Any] = [result.grad_fn for result in results]
     seen = set()
     while pending:

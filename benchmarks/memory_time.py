@@ -1,13 +1,17 @@
-"""Memory and step time of every method on every model, in one process and in turn with plain Inductor.
+"""Memory and step time of every method on every model, in turn with plain Inductor.
 
     python -m benchmarks memory_time [--size paper] [--only LLaMA]
 
-A step is forward and backward; all methods train the same parameters. From the allocator: *saved* is what is still held after the
-forward pass beyond what was held before it, *peak* the most that the step holds at once, gradients included. *Total* adds what
-lies there all the time: parameters, buffers, inputs, AdamW's two moments and the state of the bases. Time: after
-warm-up plain Inductor and a method step in turn, A B A C A D ... in several rounds, and each step is compared with the plain one
-right before it, so that a machine that slows down slows both. Refreshes of the bases fall into the rounds; they are more frequent there
-than later in training. The main methods run on all models first, then the others on the first model.
+Everything runs in one process. A step is forward and backward; all methods train the same
+parameters. From the allocator: *saved* is what is still held after the forward pass beyond what was
+held before it. *Peak* is the most that the step holds at once, gradients included. *Total* adds
+what lies there all the time: parameters, buffers, inputs, AdamW's two moments and the state of the
+bases.
+
+Time: after warm-up plain Inductor and a method step in turn, A B A C A D ... in several rounds.
+Each step is compared with the plain one right before it, so that a machine that slows down slows
+both. Refreshes of the bases fall into the rounds; they are more frequent there than later in
+training. The main methods run on all models first, then the others on the first model.
 """
 
 from __future__ import annotations
@@ -78,7 +82,7 @@ PAPER_HOURS = {"LLaMA-1B, batch 64": (156, 179)}
 def run(settings: Settings) -> Iterator[dict[str, Any]]:
     """Rows of one model after the other, compile times of the first, then its other methods.
 
-    What the time is not enough for is listed as not run.
+    Where time is not enough for something, it is listed as not run.
     """
     models = chosen_shapes(settings.size, settings.only)
     rows: list[dict[str, Any]] = []
@@ -111,12 +115,12 @@ def _without_repeats(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
 
 
 def _compile_times(shape: Shape, settings: Settings) -> dict[str, Any]:
-    found = {}
+    seconds = {}
     model, inputs = build(shape, settings.device, settings.dtype)
     for name in COMPILE_TIMED[settings.size]:
         if not settings.out_of_time:
-            found[name] = first_steps(METHODS[name], model, inputs)
-    return {"model": shape.name, "methods": found}
+            seconds[name] = first_steps(METHODS[name], model, inputs)
+    return {"model": shape.name, "methods": seconds}
 
 
 def _compare(shape: Shape, names: Sequence[str], settings: Settings) -> list[dict[str, Any]]:
@@ -131,10 +135,10 @@ def _compare(shape: Shape, names: Sequence[str], settings: Settings) -> list[dic
         if settings.out_of_time:
             rows[-1]["error"] = NOT_RUN
             continue
-        found = _prepare(method, model, inputs)
-        rows[-1] |= found["row"]
-        if "step" in found:
-            steps[method.name] = found["step"]
+        prepared = _prepare(method, model, inputs)
+        rows[-1] |= prepared["row"]
+        if "step" in prepared:
+            steps[method.name] = prepared["step"]
             print(shape.name, method.name, format_nbytes(rows[-1]["saved_nbytes"]), flush=True)
     for row in rows:
         if row["method"] in steps:
@@ -166,13 +170,17 @@ def _prepare(method: Method, model: nn.Module, inputs: Mapping[str, Tensor]) -> 
 def _memory(step: Step, model: nn.Module, inputs: Mapping[str, Tensor]) -> dict[str, int]:
     model.zero_grad()
     _release()
-    steps = {id(one): one.steps for one in _subspaces(model)}
-    found = step_allocations(lambda: step(inputs), next(model.parameters()).device)
+    steps = {id(subspace): subspace.steps for subspace in _subspaces(model)}
+    allocated = step_allocations(lambda: step(inputs), next(model.parameters()).device)
     # methods may share states; this one's are those that have counted its step
-    state = sum(one.nbytes() for one in _subspaces(model) if steps.get(id(one)) != one.steps)
+    state = sum(
+        subspace.nbytes()
+        for subspace in _subspaces(model)
+        if steps.get(id(subspace)) != subspace.steps
+    )
     return {
-        "saved_nbytes": found.saved_nbytes,
-        "peak_nbytes": found.peak_nbytes,
+        "saved_nbytes": allocated.saved_nbytes,
+        "peak_nbytes": allocated.peak_nbytes,
         "state_nbytes": state,
     }
 
@@ -198,7 +206,7 @@ def _release() -> None:
 def _seconds(
     steps: dict[str, Step], model: nn.Module, inputs: Mapping[str, Tensor], rounds: int
 ) -> dict[str, tuple[list[float], list[float]]]:
-    """Of each method its own steps, and plain Inductor's right before them."""
+    """For each method the seconds of its own steps, and of plain Inductor's right before them."""
     seconds: dict[str, tuple[list[float], list[float]]] = {name: ([], []) for name in steps}
     for _ in range(rounds):
         for name, step in steps.items():
@@ -222,8 +230,10 @@ def _ratios(own: list[float], plain: list[float], tokens: int) -> dict[str, Any]
 def body(record: dict[str, Any]) -> str:
     """A table per model, compile times, and the paper's tables where their models were run."""
     parts = [
-        f"{record['dtype']}. In brackets: over plain Inductor's. Step time: quartiles of the ratio of a step to the plain one "
-        "right before it; plain Inductor's against itself shows the noise of the machine. Total: peak, parameters, AdamW's moments, buffers, inputs and state of the bases."
+        f"{record['dtype']}. In brackets: over plain Inductor's. Step time: quartiles of the ratio "
+        "of a step to the plain one right before it; plain Inductor's against itself shows the "
+        "noise of the machine. Total: peak, parameters, AdamW's moments, buffers, inputs and state "
+        "of the bases."
     ]
     models: dict[str, list[dict[str, Any]]] = {}
     for row in record["rows"]:
@@ -258,15 +268,18 @@ def _table(rows: list[dict[str, Any]]) -> str:
     return f"{table}\n\n{NOT_RUN}: {', '.join(not_run)}." if not_run else table
 
 
-def _compile_table(found: dict[str, Any]) -> str:
-    methods = found["methods"]
+def _compile_table(times: dict[str, Any]) -> str:
+    methods = times["methods"]
     plain = methods[BASELINE.name]
     lines = [
         [name, *(f"{row[key]:.1f} s ({row[key] / plain[key]:.2f})" for key in ("cold_s", "warm_s"))]
         for name, row in methods.items()
     ]
     table = tabulate(lines, headers=["method", "cold", "warm"], tablefmt="github")
-    return f"## First step of {found['model']}\n\nWith empty caches, and compiled again with full ones.\n\n{table}"
+    return (
+        f"## First step of {times['model']}\n\n"
+        f"With empty caches, and compiled again with full ones.\n\n{table}"
+    )
 
 
 def _paper_table(models: dict[str, list[dict[str, Any]]]) -> str:
@@ -277,21 +290,22 @@ def _paper_table(models: dict[str, list[dict[str, Any]]]) -> str:
         by_method = {row["method"]: row for row in rows if "ratio" in row}
         if name in PAPER_TOTALS:
             totals = [
-                f"{by_method[one]['total_nbytes'] / 1e9:.1f}" if one in by_method else ""
-                for one in shown
+                f"{by_method[method]['total_nbytes'] / 1e9:.1f}" if method in by_method else ""
+                for method in shown
             ]
             lines.append([name, "GB", *map(str, PAPER_TOTALS[name]), *totals])
         if name in PAPER_HOURS and "eager" in by_method:
             exact, prac = PAPER_HOURS[name]
             eager = by_method["eager"]["step_s"]
             times = [
-                f"{by_method[one]['step_s'] / eager:.2f}" if one in by_method else ""
-                for one in shown
+                f"{by_method[method]['step_s'] / eager:.2f}" if method in by_method else ""
+                for method in shown
             ]
             lines.append([name, "time", "1.00", f"{prac / exact:.2f}", *times])
     headers = ["model", "", "paper, exact", "paper, PRAC", *shown]
     table = tabulate(lines, headers=headers, tablefmt="github", disable_numparse=True)
     return (
-        "## The paper's Tables 2 and 4\n\nGB is the total above in 10^9 bytes; time is over that of the exact eager baseline. The "
-        f"paper's figures are from its text, ours are this run's.\n\n{table}"
+        "## The paper's Tables 2 and 4\n\nGB is the total above in 10^9 bytes; time is over that "
+        "of the exact eager baseline. The paper's figures are from its text, ours are this run's."
+        f"\n\n{table}"
     )

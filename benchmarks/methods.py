@@ -1,8 +1,9 @@
-"""Every way to trade activation memory that a user of PyTorch has, as one function each: model in, step function out.
+"""Every way to trade activation memory that a user of PyTorch has, each as one function.
 
-All methods train the very same parameters: `prepared` copies the modules of a model and shares its parameters, so that
-the memory of ten methods is that of one model. Dynamo keeps compiled code by backend, so each method is a backend object
-of its own.
+The function takes a model and returns a step function. All methods train the very same parameters:
+`prepared` copies the modules of a model and shares its parameters, so that the memory of ten
+methods is that of one model. Dynamo keeps compiled code by backend, so each method is a backend
+object of its own.
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ from prac_fx.torch_compat import compile_fx, functorch_config
 
 Step = Callable[[Mapping[str, Tensor]], Tensor]
 
-# what a policy that saves matmuls and attention keeps (torchtitan's and torch's own examples do the same)
+# what a policy that saves matmuls and attention keeps, as in torchtitan's and torch's own examples
 _SAVED_OPERATORS = ("mm", "addmm", "bmm", "scaled_dot_product")
 
 
@@ -72,15 +73,15 @@ _CHUNKED = {"auto_chunker.enable": True}
 _OFFLOAD = {"enable_activation_offloading": True}
 
 
-def _compositions(one: Method, budget: bool = True) -> list[Method]:
-    """A method with a chunked loss, block by block, and with the memory budget that costs no FLOPs."""
+def _compositions(method: Method, budget: bool = True) -> list[Method]:
+    """A method with a chunked loss, block by block, and with the budget that costs no FLOPs."""
     changes: dict[str, dict[str, Any]] = {
-        "chunked loss": {"options": {**one.options, **_CHUNKED}},
+        "chunked loss": {"options": {**method.options, **_CHUNKED}},
         "per block": {"per_block": True},
     }
     if budget:
         changes["budget 0.99"] = {"functorch": {"activation_memory_budget": 0.99}}
-    return [replace(one, name=f"{one.name}, {what}", **how) for what, how in changes.items()]
+    return [replace(method, name=f"{method.name}, {what}", **how) for what, how in changes.items()]
 
 
 BASELINE = Method("inductor")
@@ -109,10 +110,10 @@ ABLATIONS = (
 
 
 def _by_name(name: str) -> Method:
-    return next(one for one in (*POLICIES, *ABLATIONS) if one.name == name)
+    return next(method for method in (*POLICIES, *ABLATIONS) if method.name == name)
 
 
-# a tight budget has most of the forward pass computed again, here from inputs that are stored as int8
+# A tight budget has most of the forward pass computed again. Here that is from int8 inputs.
 LOW = tuple(
     replace(
         _prac(f"{policy}, budget {budget}, int8 inputs", policy=policy, checkpoint_inputs="int8"),
@@ -159,7 +160,8 @@ def prepared(method: Method, model: nn.Module) -> Step:
 
     Args:
         method: what to do.
-        model: a transformers model that returns its loss. It stays as it is; its parameters are shared.
+        model: a transformers model that returns its loss. It stays as it is; its parameters are
+            shared.
     """
     model = copy.deepcopy(model, {id(p): p for p in model.parameters()})
     if method.checkpoint != "none":
@@ -191,5 +193,8 @@ def blocks_of(model: nn.Module) -> nn.ModuleList:
 
 def _save_matmuls(_: Any, operator: Any, *args: Any, **kwargs: Any) -> CheckpointPolicy:
     name = str(operator)
-    saved = any(f".{one}." in name or f".{one}" in name for one in _SAVED_OPERATORS)
+    saved = any(
+        f".{saved_operator}." in name or f".{saved_operator}" in name
+        for saved_operator in _SAVED_OPERATORS
+    )
     return CheckpointPolicy.MUST_SAVE if saved else CheckpointPolicy.PREFER_RECOMPUTE

@@ -1,12 +1,15 @@
-"""Encoding, decoding and the factored weight gradient alone, against the least time that the machine allows.
+"""Encoding, decoding and the factored weight gradient alone, against the machine's least time.
 
     python -m benchmarks micro [--size paper]
 
-The floor of a quantised codec is its traffic (bytes read and written) over the bandwidth of copying the same tensor into fresh
-memory, as results are; that of PRAC is its FLOPs over the rate of a large matmul, or its traffic if that is more. Both rates
-are measured here, with the same number of threads, just before. Everything is compiled by Inductor as it is in a training step; encoding reads its operand from memory
-here, where in a training step it is often fused into what makes the value. The column `exact` is the time of
-the exact weight gradient over that of the factored one.
+The floor of a quantised codec is its traffic (bytes read and written) over the bandwidth of copying
+the same tensor into fresh memory, as results are. The floor of PRAC is its FLOPs over the rate of a
+large matmul, or its traffic if that takes longer. Both rates are measured here, just before, with
+the same number of threads.
+
+Everything is compiled by Inductor as it is in a training step. Encoding reads its operand from
+memory here; in a training step it is often fused into what makes the value. The column `exact` is
+the time of the exact weight gradient over that of the factored one.
 """
 
 from __future__ import annotations
@@ -35,7 +38,7 @@ SHAPES = {
     "paper": ((32768, 2048, 6144), (32768, 2048, 10922), (32768, 5461, 2048), (32768, 768, 3072)),
 }
 FORMATS = ("int8", "int4")
-# of each measurement; side of the matmul whose rate counts as the machine's
+# Seconds of each measurement; side of the matmul whose rate counts as the machine's.
 _SECONDS = {"tiny": 0.01, "small": 0.3, "paper": 0.5}
 _MATMUL_SIDE = {"tiny": 64, "small": 1024, "paper": 8192}
 
@@ -76,7 +79,10 @@ class _Machine:
         self.flops = 2 * side**3 / self.time(lambda: a.mm(a))
 
     def measure_copy(self, x: Tensor) -> None:
-        """Bandwidth of tensors of this size; fresh memory costs page faults on a CPU, for every kernel alike."""
+        """Measure the bandwidth of tensors of this size.
+
+        On a CPU fresh memory costs page faults, for every kernel alike.
+        """
         self.bandwidth = 2 * x.nbytes / self.time(x.clone)
 
     def time(self, function: Callable[[], Any]) -> float:
@@ -99,14 +105,17 @@ class _Machine:
 def _loads(
     shape: tuple[int, ...], machine: _Machine, settings: Settings
 ) -> dict[str, dict[str, float]]:
-    """Seconds of the smallest kernel there is, by what it reads: what loads cost that codecs cannot do without."""
-    found = {}
+    """Seconds of the smallest kernel there is, by what it reads.
+
+    These are loads that codecs cannot do without.
+    """
+    loads = {}
     for dtype in (torch.float32, torch.int32, torch.int8):
         x = torch.ones(shape, dtype=dtype, device=settings.device)
         kernel = torch.compile(lambda x: x + 1)
         seconds = machine.time(functools.partial(kernel, x))
-        found[str(dtype).removeprefix("torch.")] = {"seconds": seconds, "nbytes": 2 * x.nbytes}
-    return found
+        loads[str(dtype).removeprefix("torch.")] = {"seconds": seconds, "nbytes": 2 * x.nbytes}
+    return loads
 
 
 def _quantised(name: str, x: Tensor, machine: _Machine) -> dict[str, Any]:
@@ -140,7 +149,7 @@ def _projected(blocks: int, x: Tensor, dy: Tensor, machine: _Machine) -> dict[st
     exact = torch.compile(lambda x, dy: x.mT.mm(dy), dynamic=False)
     (stored,) = encode(x, basis)
     encode_flops = codec.flops(tokens, 0)
-    found = {
+    row = {
         "encode": machine.against_floor(
             lambda: encode(x, basis), x.nbytes + stored.nbytes + basis.nbytes, encode_flops
         ),
@@ -151,10 +160,10 @@ def _projected(blocks: int, x: Tensor, dy: Tensor, machine: _Machine) -> dict[st
         ),
         "exact_seconds": machine.time(lambda: exact(x, dy)),
     }
-    found["exact_over_factored"] = found["exact_seconds"] / (  # type: ignore[operator]
-        found["encode"]["seconds"] + found["gradient"]["seconds"]  # type: ignore[index]
+    row["exact_over_factored"] = row["exact_seconds"] / (  # type: ignore[operator]
+        row["encode"]["seconds"] + row["gradient"]["seconds"]  # type: ignore[index]
     )
-    return found
+    return row
 
 
 def body(record: dict[str, Any]) -> str:
@@ -164,9 +173,11 @@ def body(record: dict[str, Any]) -> str:
         shape = f"{row['tokens']} x {row['features']} -> {row['outputs']}"
         line = [row["codec"], shape, f"{row['copy_gb_per_s']} GB/s"]
         for part in ("encode", "decode", "gradient"):
-            found = row.get(part)
+            figures = row.get(part)
             line.append(
-                f"{found['seconds'] * 1e3:.3f} ms, {found['times_floor']:.1f}" if found else ""
+                f"{figures['seconds'] * 1e3:.3f} ms, {figures['times_floor']:.1f}"
+                if figures
+                else ""
             )
         exact = row.get("exact_over_factored")
         lines.append([*line, f"{exact:.2f}" if exact else ""])
@@ -182,15 +193,17 @@ def body(record: dict[str, Any]) -> str:
     table = tabulate(lines, headers=headers, tablefmt="github", disable_numparse=True)
     rates = f"Matmul {record['matmul_gflops_per_s']:.0f} GFLOP/s, {record['dtype']}.\n"
     notes = (
-        "`exact`: time of the exact weight gradient over encoding plus factored gradient, the whole of what PRAC adds and "
-        "saves for one reader. Above 1, PRAC is faster. Several readers (query, key, value) share one encoding."
+        "`exact`: time of the exact weight gradient over encoding plus factored gradient, the "
+        "whole of what PRAC adds and saves for one reader. Above 1, PRAC is faster. Several "
+        "readers (query, key, value) share one encoding."
     )
     loads = ", ".join(
-        f"{name} {one['seconds'] * 1e3:.3f} ms for {one['nbytes'] / 1e6:.1f} MB"
-        for name, one in record["loads"].items()
+        f"{name} {load['seconds'] * 1e3:.3f} ms for {load['nbytes'] / 1e6:.1f} MB"
+        for name, load in record["loads"].items()
     )
     where = (
-        f"What loads cost: `x + 1`, compiled, by the type of x: {loads}. For a CPU, Inductor copies each vector of integers through "
-        "a buffer (`Vectorized<int>::loadu` with a count); the integer codecs are read as float32 words instead."
+        f"What loads cost: `x + 1`, compiled, by the type of x: {loads}. For a CPU, Inductor "
+        "copies each vector of integers through a buffer (`Vectorized<int>::loadu` with a count); "
+        "the integer codecs are read as float32 words instead."
     )
     return f"{rates}\n{table}\n\n{notes}\n\n{where}\n"

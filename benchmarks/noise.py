@@ -1,10 +1,11 @@
-"""Noise of the estimated gradients against the bytes they save, per role and codec, with fresh and with stale bases.
+"""Noise of the estimated gradients against the bytes they save, per role and codec.
 
     python -m benchmarks noise
 
-`prac_fx.verify` on a byte-level LLaMA (that of `benchmarks.convergence`, shallower) after some steps of exact training. Fresh bases
-come from the very batch that is measured; stale ones from other batches and the weights of `AGE` steps before. The minibatch noise of the
-exact gradient is the scale: error far below it is lost in it.
+It is that of `prac_fx.verify` on a byte-level LLaMA (that of `benchmarks.convergence`, shallower)
+after some steps of exact training. Fresh bases come from the very batch that is measured. Stale
+ones come from other batches and the weights of `AGE` steps before. The minibatch noise of the exact
+gradient is the scale: error far below it is lost in it.
 """
 
 from __future__ import annotations
@@ -75,13 +76,13 @@ VARIANTS: dict[str, dict[str, Any]] = {
 }
 
 
-# has no bases, so the further batches that it is given for the minibatch noise change nothing else
+# It has no bases. So further batches, given for the minibatch noise, change nothing else of it.
 _MEASURES_MINIBATCH = "A: int8"
 _TINY_VARIANTS = ("W: prac .3+.3", _MEASURES_MINIBATCH)
 
 
 def run(settings: Settings) -> Iterator[dict[str, Any]]:
-    """A row per variant and freshness, one after the other until time is up; again to go on."""
+    """A row per variant and freshness, one after the other until time is up; run again to go on."""
     data = _data(settings)
     early, model = _trained(data, settings)
     others = [next(data) for _ in range(_OTHER_BATCHES)]
@@ -103,7 +104,10 @@ def run(settings: Settings) -> Iterator[dict[str, Any]]:
 
 
 def _read(path: Path, figures: Mapping[str, Any]) -> list[dict[str, Any]]:
-    """Rows of an earlier run with the same settings: training and draws are seeded, so that they fit."""
+    """Rows of an earlier run with the same settings.
+
+    They fit, because training and draws are seeded.
+    """
     record = json.loads(path.read_text()) if path.exists() else {}
     same = all(record.get(key) == value for key, value in figures.items())
     return list(record["rows"]) if same else []
@@ -165,7 +169,10 @@ def _with_aged_bases(
     further: Sequence[Mapping[str, Tensor]],
     config: PracConfig,
 ) -> tuple[nn.Module, Plan]:
-    """A copy of the model with bases of its own that come from the early weights, and the plan of its graph."""
+    """A copy of the model with bases of its own, and the plan of its graph.
+
+    The bases come from the early weights.
+    """
     aged = copy.deepcopy(model)
     aged.load_state_dict(early)
     torch.compiler.reset()
@@ -206,8 +213,8 @@ def _noise(
 
 
 def _minibatch(rows: Sequence[dict[str, Any]]) -> float | None:
-    found = [row["fresh"]["minibatch"] for row in rows if row["fresh"]["minibatch"] is not None]
-    return found[0] if found else None
+    scales = [row["fresh"]["minibatch"] for row in rows if row["fresh"]["minibatch"] is not None]
+    return scales[0] if scales else None
 
 
 def _draw(rows: Sequence[dict[str, Any]], settings: Settings) -> None:
@@ -242,14 +249,14 @@ def body(record: dict[str, Any]) -> str:
     for row in sorted(record["rows"], key=lambda row: list(VARIANTS).index(row["variant"])):
         line = [row["variant"], f"{row['saved']:.2f}"]
         for age in ("fresh", "stale"):
-            found = row.get(age)
+            noise = row.get(age)
             line += (
                 [
-                    f"{found['error']:.3f}",
-                    f"{found['bias']:+.3f} +- {found['bias_margin']:.3f}",
-                    f"{found['cosine']:.4f}",
+                    f"{noise['error']:.3f}",
+                    f"{noise['bias']:+.3f} +- {noise['bias_margin']:.3f}",
+                    f"{noise['cosine']:.4f}",
                 ]
-                if found
+                if noise
                 else ["", "", ""]
             )
         lines.append(line)
@@ -258,10 +265,12 @@ def body(record: dict[str, Any]) -> str:
     table = tabulate(lines, headers=headers, tablefmt="github", disable_numparse=True)
     minibatch = _minibatch(record["rows"])
     scale = f" Minibatch noise of the exact gradient: {minibatch:.2f}." if minibatch else ""
+    commits = sorted({row["commit"] for row in record["rows"]})
     return (
-        f"Byte-level LLaMA {record['layers']} x 128 after {record['steps']} steps, {record['draws']} draws. Error, bias along the "
-        f"gradient with its 95% interval, and cosine of all parameters together; bytes over plain Inductor's.{scale} W: role W "
-        f"only, A: role A only, everything else exact. Stale: bases of {record['age']} steps before. "
-        f"Each row of the data names its commit: {'; '.join(sorted({row['commit'] for row in record['rows']}))}.\n\n"
+        f"Byte-level LLaMA {record['layers']} x 128 after {record['steps']} steps, "
+        f"{record['draws']} draws. Error, bias along the gradient with its 95% interval, and "
+        f"cosine of all parameters together; bytes over plain Inductor's.{scale} W: role W only, "
+        f"A: role A only, everything else exact. Stale: bases of {record['age']} steps before. "
+        f"Each row of the data names its commit: {'; '.join(commits)}.\n\n"
         f"![error against bytes](noise.svg)\n\n{table}\n"
     )

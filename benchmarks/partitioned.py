@@ -1,4 +1,7 @@
-"""Training steps without Inductor's code generation: graphs partitioned as in compilation, operators run one by one."""
+"""Training steps without Inductor's code generation.
+
+Graphs are partitioned as in compilation, and their operators run one by one.
+"""
 
 from __future__ import annotations
 
@@ -17,7 +20,10 @@ from prac_fx.torch_compat import compile_fx, copy_dynamo_graph
 
 
 class Partitioned:
-    """A Dynamo backend. What a step saves, and its gradients, are those of the compiled one; only kernels are not fused.
+    """A Dynamo backend that runs what compilation would make kernels of, operator by operator.
+
+    What a step saves, and its gradients, are those of the compiled step; only kernels are not
+    fused.
 
     Attributes:
         config: options of `backend="prac"`; None for plain Inductor's partition.

@@ -1,10 +1,12 @@
-"""The memory report's estimates against real steps: bytes saved for backward, and the peak, on four models at three sizes.
+"""The memory report's estimates against real steps: bytes saved for backward, and the peak.
 
     python -m benchmarks peak_prediction [--only LLaMA]
 
-Estimates are those of `prac_fx.report.explain.report_step` without an optimizer: nothing is compiled for them. Measured are forward
-and backward of compiled steps, from the allocator (allocation events on a CPU). Parameters, buffers, inputs and the state of
-the bases are part of both peaks; *step* is the peak without them, so that they cannot hide an error.
+Four models are compared, at three sizes. Estimates are those of
+`prac_fx.report.explain.report_step` without an optimizer: nothing is compiled for them. Measured
+are forward and backward of compiled steps, from the allocator (allocation events on a CPU).
+Parameters, buffers, inputs and the state of the bases are part of both peaks. *Step* is the peak
+without them, so that they cannot hide an error.
 """
 
 from __future__ import annotations
@@ -31,7 +33,7 @@ _FAMILIES = ("llama", "gpt2", "roberta", "vit")
 
 
 def run(settings: Settings) -> Iterator[dict[str, Any]]:
-    """Rows of all models and sizes; those that the time is not enough for are left out."""
+    """Rows of all models and sizes. Those that there is no time for are left out."""
     rows: list[dict[str, Any]] = []
     for shape in _sized(settings.size):
         if settings.only and shape.name not in settings.only:
@@ -44,21 +46,21 @@ def run(settings: Settings) -> Iterator[dict[str, Any]]:
 
 def _sized(size: str) -> list[Shape]:
     """Each model at three sizes: as it is, with more tokens, and wider with a large vocabulary."""
-    found = []
+    sized = []
     for shape in shapes(size):
         if shape.family not in _FAMILIES:
             continue
         if size == "paper" or shape.hidden >= 512:
-            found.append(shape)
+            sized.append(shape)
             continue
         wide = {"hidden": 512, "intermediate": 4 * 512, "heads": 8, "batch": 2 * shape.batch}
         vocabulary = shape.vocabulary if shape.family == "vit" else 8192
-        found += [
+        sized += [
             shape,
             replace(shape, batch=4 * shape.batch),
             replace(shape, **wide, vocabulary=vocabulary),  # type: ignore[arg-type]
         ]
-    return found
+    return sized
 
 
 def _compare(shape: Shape, settings: Settings) -> list[dict[str, Any]]:
@@ -109,8 +111,8 @@ def _measure(
         compiled(**inputs).loss.backward()
     model.zero_grad()
     device = next(model.parameters()).device
-    found = step_allocations(lambda: compiled(**inputs).loss, device)
-    return found.saved_nbytes, found.peak_nbytes
+    allocated = step_allocations(lambda: compiled(**inputs).loss, device)
+    return allocated.saved_nbytes, allocated.peak_nbytes
 
 
 def _error(row: dict[str, Any], what: str, without: int = 0) -> float:

@@ -1,4 +1,7 @@
-"""Pictures beside the pages: SVG files whose text stays text and whose bytes depend on the figures alone."""
+"""Pictures beside the pages, as SVG files.
+
+Their text stays text, and their bytes depend on the figures alone.
+"""
 
 from __future__ import annotations
 
@@ -15,14 +18,14 @@ OURS, OTHERS, DOMINATED = "#c2410c", "#1d4ed8", "#bbbbbb"
 
 @contextmanager
 def picture(path: Path, columns: int = 1, width: float = 8) -> Iterator[Any]:
-    """A figure with so many axes side by side, written to `path` at the end; yields the list of axes."""
+    """Yield the axes of a figure, side by side, and write it to `path` at the end."""
     settings = {"svg.fonttype": "none", "svg.hashsalt": path.stem, "font.size": 9}
     with matplotlib.rc_context(settings):
         figure, axes = pyplot.subplots(
             1, columns, figsize=(width, 4.5), layout="constrained", squeeze=False
         )
-        for one in axes[0]:
-            one.spines[["top", "right"]].set_visible(False)
+        for panel in axes[0]:
+            panel.spines[["top", "right"]].set_visible(False)
         yield list(axes[0])
         figure.savefig(path, metadata={"Date": None})
         pyplot.close(figure)

@@ -1,4 +1,4 @@
-"""What a benchmark writes: its figures with everything needed to repeat them, and a page for people."""
+"""What a benchmark writes: figures, all that is needed to repeat them, and a page for people."""
 
 from __future__ import annotations
 
@@ -40,7 +40,10 @@ def machine() -> str:
 
 
 def commit() -> str:
-    """Short hash of the checked-out commit, `+` behind it when files differ from it; empty outside a repository."""
+    """Short hash of the checked-out commit.
+
+    It has a `+` behind it when files differ from the commit. It is empty outside a repository.
+    """
 
     def git(*args: str) -> str:
         done = subprocess.run(
@@ -71,6 +74,7 @@ def page(title: str, record_path: Path, body: str) -> str:
     return (
         f"# {title}\n\n"
         f"- Data: [{record_path.name}]({record_path.name}), `{record['command']}`\n"
-        f"- torch {versions['torch']}, transformers {versions['transformers']}, commit {record['commit']}\n"
+        f"- torch {versions['torch']}, transformers {versions['transformers']}, "
+        f"commit {record['commit']}\n"
         f"- {record['machine']}\n\n{body.rstrip()}\n"
     )

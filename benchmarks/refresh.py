@@ -1,13 +1,18 @@
-"""What refreshing the bases costs: alone, as a share of a training step, and at the worst step, against interval and rank.
+"""What refreshing the bases costs: alone, as a share of a training step, and at the worst step.
 
     python -m benchmarks refresh [--size paper]
 
-1. alone     seconds of one refresh (subspace iteration and new tail) for widths, ranks and blocks; and of its Householder QR
-             beside CholeskyQR2, which has more FLOPs and only matmuls and triangular solves of them
-2. training  a LLaMA trained with `backend="prac"` for several ranks: seconds of a step in which nothing is refreshed, and of every
-             refresh. From both, and from the schedule that each site has, follow for every interval T the amortised share and
-             the worst step: the time of the refreshes that fall together, over the median step. That does not confuse
-             a refresh with what else the machine does in the same moment; the worst step on the clock is given beside it.
+Each is given against interval and rank.
+
+1. alone     seconds of one refresh (subspace iteration and new tail) for widths, ranks and blocks;
+             and of its Householder QR beside CholeskyQR2, which has more FLOPs and only matmuls and
+             triangular solves of them
+2. training  a LLaMA trained with `backend="prac"` for several ranks: seconds of a step in which
+             nothing is refreshed, and of every refresh. These and the schedule of each site give,
+             for every interval T, the amortised share and the worst step: the time of the refreshes
+             that fall together, over the median step. That does not confuse a refresh with what
+             else the machine does in the same moment. The worst step on the clock is given beside
+             it.
 """
 
 from __future__ import annotations
@@ -88,7 +93,10 @@ def _alone(width: int, share: float, blocks: int, settings: Settings) -> dict[st
 
 
 def _cholesky_qr(a: Tensor) -> Tensor:
-    """Q of one pass of CholeskyQR; two passes are as orthonormal as Householder's unless `a` is ill-conditioned."""
+    """Q of one pass of CholeskyQR.
+
+    Two passes are as orthonormal as Householder's, unless `a` is ill-conditioned.
+    """
     factor = torch.linalg.cholesky(a.mT @ a)
     return torch.linalg.solve_triangular(factor.mT, a, upper=True, left=False)
 
@@ -100,7 +108,10 @@ def _seconds(function: Callable[[], Tensor]) -> float:
 
 @dataclass
 class _Stopwatch:
-    """Times every refresh by wrapping `Subspace._refresh`; of one state the first, cold one is left out."""
+    """Times every refresh by wrapping `Subspace._refresh`.
+
+    The first, cold refresh of each state is left out.
+    """
 
     device: torch.device
     seconds: dict[Subspace, list[float]] = field(default_factory=dict)
@@ -152,7 +163,10 @@ def _of_policy(policy: str, shape: Shape, settings: Settings) -> list[dict[str, 
 
 
 def _train(method: Method, shape: Shape, settings: Settings) -> tuple[list[float], _Stopwatch]:
-    """Seconds of all steps after the first ones, in which all bases are cold, and of the refreshes."""
+    """Seconds of all steps after the first ones, and of the refreshes.
+
+    In the first steps all bases are cold.
+    """
     torch.compiler.reset()
     model, inputs = build(shape, settings.device, settings.dtype)
     step = prepared(method, model)
@@ -168,7 +182,7 @@ def _train(method: Method, shape: Shape, settings: Settings) -> tuple[list[float
 def _scheduled(
     seconds: dict[Subspace, Sequence[float]], median_step: float, every: int
 ) -> dict[str, float]:
-    """Share of a step, and the worst step over the median, once the intervals have grown to `every`."""
+    """Share of a step, and the worst step over the median, once intervals have grown to `every`."""
     each = {site: statistics.median(times) for site, times in seconds.items()}
     at_step: Counter[int] = Counter()
     together: dict[int, float] = {}
@@ -229,7 +243,8 @@ def body(record: dict[str, Any]) -> str:
         disable_numparse=True,
     )
     return (
-        f"## One refresh\n\n{alone}\n\n## In training\n\n{record['model']}, {record['shape']}. Share and worst step from the time of "
-        "the refreshes, the schedule of every site and the median step; on the clock everything is in it that the machine did "
-        f"meanwhile.\n\n{training}\n"
+        f"## One refresh\n\n{alone}\n\n## In training\n\n{record['model']}, {record['shape']}. "
+        "Share and worst step from the time of the refreshes, the schedule of every site and the "
+        "median step; on the clock everything is in it that the machine did meanwhile."
+        f"\n\n{training}\n"
     )

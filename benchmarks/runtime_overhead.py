@@ -1,9 +1,10 @@
-"""What our code costs in each training step around the compiled graph: finding the state and appending it.
+"""What our code costs in each training step around the compiled graph.
 
-Part of `python -m benchmarks scaling`. A compiled graph is replaced by a function that does nothing, so that what is left is ours. Every site has a parameter of
-its own as owner, as in a model; all sites are of one graph, or of graphs with ten each (about a transformer block). No
-refresh is due in the measured steps. The seed of stochastic rounding, one in-place fill for each graph, is measured with
-and without.
+It finds the state and appends it. This is part of `python -m benchmarks scaling`. A compiled graph
+is replaced by a function that does nothing, so that what is left is ours. Every site has a
+parameter of its own as owner, as in a model. All sites are of one graph, or of graphs with ten each
+(about a transformer block). No refresh is due in the measured steps. The seed of stochastic
+rounding, one in-place fill for each graph, is measured with and without.
 """
 
 from __future__ import annotations
@@ -121,4 +122,7 @@ def table(rows: Sequence[dict[str, Any]]) -> str:
         headers=["sites", "graphs", "rounding seed", "us per site", "us per graph"],
         tablefmt="github",
     )
-    return f"{text}\n\nMicroseconds of a step in which no refresh is due, beyond the call of the compiled graph itself."
+    return (
+        f"{text}\n\nMicroseconds of a step in which no refresh is due, beyond the call of the "
+        "compiled graph itself."
+    )

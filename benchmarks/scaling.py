@@ -1,11 +1,12 @@
-"""How costs grow: compile and report time with depth, run-time overhead with sites, state with width.
+"""How costs grow: with depth (compile and report time), sites (overhead) and width (state).
 
     python -m benchmarks scaling [--size paper]
 
-1. compile   first step of a LLaMA of several depths, plain Inductor and our policies; cold, then warm with the caches that the cold
-             run left (`benchmarks.compile_time`)
+1. compile   first step of a LLaMA of several depths, plain Inductor and our policies; cold, then
+             warm with the caches that the cold run left (`benchmarks.compile_time`)
 2. report    `prac_fx.explain` on the same models
-3. overhead  what our code adds to every step around the compiled graphs (`benchmarks.runtime_overhead`)
+3. overhead  what our code adds to every step around the compiled graphs
+             (`benchmarks.runtime_overhead`)
 4. state     bytes of bases, sampled rows and seeds against the bytes of the parameters, by width
 """
 

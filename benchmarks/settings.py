@@ -20,7 +20,7 @@ class Settings:
         size: `small` (two CPU cores), `paper` (a GPU with 80 GB or more) or `tiny` (tests).
         device: where models run.
         output: folder of JSON files and pages.
-        minutes: the benchmark stops taking up new work after so long; what it has by then is written.
+        minutes: the benchmark takes up no new work after so long. What it has by then is written.
         only: names of models to run, in this order, or of variants to train; empty for all.
         started: clock at the start, for `minutes`.
     """

@@ -1,7 +1,8 @@
-"""The models that benchmarks run: transformers configs with random weights, in the shapes of the PRAC paper and smaller.
+"""The models that benchmarks run: transformers configs with random weights.
 
-Source of the sizes: arXiv 2602.23111, section 5 and appendix (LLaMA 35M to 1B, GPT-2 124M and 355M, micro-batches of its
-Tables 2 and 4). The others are of the same size with grouped queries, experts, or a bidirectional encoder.
+They have the shapes of the PRAC paper, or smaller ones. Source of the sizes: arXiv 2602.23111,
+section 5 and appendix (LLaMA 35M to 1B, GPT-2 124M and 355M, micro-batches of its Tables 2 and 4).
+The others are of the same size with grouped queries, experts, or a bidirectional encoder.
 """
 
 from __future__ import annotations

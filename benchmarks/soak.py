@@ -2,10 +2,11 @@
 
     python -m benchmarks.soak [--steps 10000] [--policy balanced] [--device cuda]
 
-The run is cut into windows. Of each it records the resident memory of the process (on a GPU the memory allocated there), the
-tensors and all other objects that Python holds at its end, and the time of its steps. The first two windows compile and warm
-up; the last ones are compared with the third. Exit status 1 when something grew. `--memory-only` does not judge times, for
-machines that do other work too.
+The run is cut into windows. For each it records the resident memory of the process (on a GPU the
+memory allocated there), the tensors and all other objects that Python holds at its end, and the
+time of its steps. The first two windows compile and warm up. The last ones are compared with the
+third. The exit status is 1 when something grew. `--memory-only` does not judge times, for machines
+that do other work too.
 """
 
 from __future__ import annotations
@@ -41,7 +42,7 @@ MOST_TIME = 1.3
 
 @dataclass(frozen=True)
 class Window:
-    """What one stretch of the run left behind.
+    """What one window of the run left behind.
 
     Attributes:
         steps: steps done at its end.
@@ -106,7 +107,7 @@ def _step(model: nn.ModuleList, optimizer: torch.optim.Optimizer, x: Tensor) -> 
 def _measure(steps: int, seconds: Sequence[float], device: torch.device) -> Window:
     gc.collect()
     objects = gc.get_objects()
-    tensors = sum(issubclass(type(one), Tensor) for one in objects)
+    tensors = sum(issubclass(type(value), Tensor) for value in objects)
     lower = statistics.quantiles(seconds, n=4)[0]
     return Window(steps, _held_nbytes(device), tensors, len(objects), lower)
 
@@ -122,17 +123,17 @@ def _held_nbytes(device: torch.device) -> int:
 def growth(windows: Sequence[Window], memory_only: bool = False) -> list[str]:
     """What grew after the warm-up, in words; empty when nothing did."""
     start, last = windows[WARM_UP], windows[-3:]
-    found = []
+    grown = []
     tensors = min(window.tensors for window in last)
     if tensors > start.tensors:
-        found.append(f"tensors: {start.tensors} -> {tensors}")
+        grown.append(f"tensors: {start.tensors} -> {tensors}")
     nbytes = min(window.nbytes for window in last)
     if nbytes > start.nbytes + MOST_NBYTES:
-        found.append(f"memory: {format_nbytes(start.nbytes)} -> {format_nbytes(nbytes)}")
+        grown.append(f"memory: {format_nbytes(start.nbytes)} -> {format_nbytes(nbytes)}")
     seconds = min(window.seconds for window in last)
     if not memory_only and seconds > start.seconds * MOST_TIME:
-        found.append(f"time of a step: {start.seconds * 1e3:.2f} ms -> {seconds * 1e3:.2f} ms")
-    return found
+        grown.append(f"time of a step: {start.seconds * 1e3:.2f} ms -> {seconds * 1e3:.2f} ms")
+    return grown
 
 
 def body(windows: Sequence[Window], grown: Sequence[str]) -> str:
@@ -153,8 +154,8 @@ def body(windows: Sequence[Window], grown: Sequence[str]) -> str:
     verdict = "; ".join(grown) if grown else "Nothing grew"
     return (
         f"{LAYERS} blocks, {FEATURES} features, compiled one by one; batches of "
-        f"{', '.join(map(str, BATCHES))} tokens in turn. The time is the lower quartile of a window.\n\n"
-        f"{table}\n\n{verdict} after window {WARM_UP + 1}.\n"
+        f"{', '.join(map(str, BATCHES))} tokens in turn. The time is the lower quartile of a "
+        f"window.\n\n{table}\n\n{verdict} after window {WARM_UP + 1}.\n"
     )
 
 

@@ -1,11 +1,12 @@
-"""Where the time of a compiled step goes: matmuls, attention, kernels that Inductor wrote, and all else.
+"""Where the time of a compiled step goes: matmuls, attention, Inductor's kernels, and all else.
 
     python -m benchmarks step_parts [--size paper] [--only LLaMA]
 
-Steps of each method are recorded by torch's profiler, in turn, and the times of the operators and kernels themselves are added up:
-on a GPU those of the device, else those of the CPU. All else is the rest of the step on the clock: operators that Inductor calls
-without writing them, Python, allocation, and on a GPU waiting. Recording costs time itself, so the differences between methods are
-what to look at. No refresh of a basis falls into the recorded steps.
+Steps of each method are recorded by torch's profiler, in turn. The times of the operators and
+kernels themselves are added up: on a GPU those of the device, else those of the CPU. All else is
+the rest of the step on the clock: operators that Inductor calls without writing them, Python,
+allocation, and on a GPU waiting. Recording costs time itself, so the differences between methods
+are what to look at. No refresh of a basis falls into the recorded steps.
 """
 
 from __future__ import annotations
@@ -74,7 +75,7 @@ def _of_model(shape: Shape, settings: Settings) -> dict[str, Any]:
     return {
         "model": shape.name,
         "shape": shape.describe(),
-        "methods": {name: _summary(found) for name, found in recorded.items()},
+        "methods": {name: _summary(records) for name, records in recorded.items()},
     }
 
 
@@ -84,12 +85,12 @@ def _record(step: Step, model: nn.Module, inputs: Mapping[str, Tensor]) -> dict[
     activities = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if on_gpu else [])]
     with profile(activities=activities) as recorder:
         seconds = train_step(step, model, inputs)
-    found: dict[str, float] = defaultdict(float)
+    by_name: dict[str, float] = defaultdict(float)
     for event in recorder.events():
         if on_gpu == (event.device_type.name == "CUDA"):
             own = event.self_device_time_total if on_gpu else event.self_cpu_time_total
-            found[re.sub(r"^graph_\d+_", "", event.name)] += own / 1e6
-    return {**found, "": seconds}
+            by_name[re.sub(r"^graph_\d+_", "", event.name)] += own / 1e6
+    return {**by_name, "": seconds}
 
 
 def part_of(name: str) -> str:
@@ -115,17 +116,17 @@ def _summary(steps: list[dict[str, float]]) -> dict[str, Any]:
 def body(record: dict[str, Any]) -> str:
     """Two tables per model."""
     texts = [
-        f"{record['dtype']}. Milliseconds of a recorded step, medians; in brackets the difference to plain Inductor's step, as a "
-        "share of the latter."
+        f"{record['dtype']}. Milliseconds of a recorded step, medians; in brackets the difference "
+        "to plain Inductor's step, as a share of the latter."
     ]
     for model in record["models"]:
         methods = model["methods"]
         plain = methods[BASELINE.name]
         lines = [
-            [part, *(_cell(found["parts"][part], plain, part) for found in methods.values())]
+            [part, *(_cell(summary["parts"][part], plain, part) for summary in methods.values())]
             for part in plain["parts"]
         ]
-        lines.append(["step", *(f"{1e3 * found['step_s']:.1f}" for found in methods.values())])
+        lines.append(["step", *(f"{1e3 * summary['step_s']:.1f}" for summary in methods.values())])
         table = tabulate(
             lines, headers=["part", *methods], tablefmt="github", disable_numparse=True
         )

@@ -25,7 +25,7 @@ class Block(nn.Module):
         self.down = nn.Linear(3 * width, width, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:
-        """(batch, sequence, width) to the same."""
+        """Map (batch, sequence, width) to the same shape."""
         parts = self.query_key_value(self.attention_norm(x)).chunk(3, dim=-1)
         query, key, value = (part.unflatten(-1, (self.heads, -1)).transpose(1, 2) for part in parts)
         mixed = functional.scaled_dot_product_attention(query, key, value, is_causal=True)
@@ -48,7 +48,7 @@ class ByteTransformer(nn.Module):
         self.head = nn.Linear(width, 256, bias=False)
 
     def forward(self, tokens: Tensor) -> Tensor:
-        """Mean loss of (batch, sequence) bytes."""
+        """The mean loss of (batch, sequence) bytes."""
         places = torch.arange(tokens.shape[1], device=tokens.device)
         x = self.embedding(tokens) + self.position(places)
         for block in self.blocks:
@@ -58,5 +58,5 @@ class ByteTransformer(nn.Module):
 
 
 def training_data(steps: int, rank: int = 0) -> list[Tensor]:
-    """Batches of bytes, other ones for each rank."""
+    """Batches of bytes, different for each rank."""
     return [*itertools.islice(batches(library_bytes(10**6), BATCH, SEQUENCE, rank), steps)]

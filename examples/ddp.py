@@ -1,8 +1,9 @@
-"""Data-parallel training with compressed activations: each process compresses its own, nothing of that is communicated.
+"""Data-parallel training with compressed activations.
 
     torchrun --nproc-per-node 2 examples/ddp.py [--steps 60]
 
-The ranks draw their random numbers independently, so that the variance of the averaged gradient falls with their number.
+Each process compresses its own activations; nothing of that is communicated. The ranks draw their
+random numbers independently, so that the variance of the averaged gradient falls with their number.
 Runs on CPUs with gloo, and on GPUs with NCCL where there are any.
 """
 
@@ -22,7 +23,7 @@ import prac_fx
 
 
 def start() -> torch.device:
-    """Join the other processes; this one's device."""
+    """Join the other processes, and return this one's device."""
     if not torch.cuda.is_available():
         dist.init_process_group("gloo")
         return torch.device("cpu")
@@ -33,7 +34,7 @@ def start() -> torch.device:
 
 
 def train(model: nn.Module, steps: int, backend: str, device: torch.device) -> None:
-    """Rank 0 prints the mean loss of all ranks."""
+    """Train; rank 0 prints the mean loss of all ranks."""
     replicated = DistributedDataParallel(model.to(device))
     compiled = torch.compile(replicated, backend=backend)
     optimizer = torch.optim.AdamW(replicated.parameters(), lr=2e-3)

@@ -1,9 +1,9 @@
-"""Train a small LLaMA on real text twice, with plain Inductor and with backend="prac", and compare.
+"""Train a small LLaMA on real text, with plain Inductor and with backend="prac", and compare.
 
     python examples/demo.py [--steps 100]
 
-Both runs see the same initial weights and the same batches. They alternate step by step, so that the ratio of
-their step times does not depend on how busy the machine is. Prints one table.
+Both runs see the same initial weights and the same batches. They alternate step by step, so that
+the ratio of their step times does not depend on how busy the machine is. Prints one table.
 """
 
 from __future__ import annotations
@@ -116,8 +116,8 @@ def main() -> None:
             ]
         )
     print(
-        f"\nLLaMA {sum(p.numel() for p in small_llama().parameters()) / 1e6:.1f} M, {steps} steps of "
-        f"{BATCH} x {SEQUENCE} bytes, float32, torch {torch.__version__}; "
+        f"\nLLaMA {sum(p.numel() for p in small_llama().parameters()) / 1e6:.1f} M, "
+        f"{steps} steps of {BATCH} x {SEQUENCE} bytes, float32, torch {torch.__version__}; "
         f"state of the bases {format_nbytes(report.state_nbytes)}"
     )
     headers = ["", "loss", "validation", "saved for backward", "ratio", "step time ratio"]

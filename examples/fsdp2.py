@@ -1,6 +1,8 @@
-"""Sharded training with compressed activations: each block is compiled and sharded, then saved and loaded.
+"""Sharded training with compressed activations.
 
-torchrun --nproc-per-node 2 examples/fsdp2.py [--steps 60]    # CPUs with gloo, GPUs with NCCL
+    torchrun --nproc-per-node 2 examples/fsdp2.py [--steps 60]    # CPUs with gloo, GPUs with NCCL
+
+Each block is compiled and sharded. Then the model is saved and loaded.
 """
 
 from __future__ import annotations
@@ -24,7 +26,7 @@ import prac_fx
 
 
 def sharded(width: int, layers: int, backend: str, device: torch.device) -> ByteTransformer:
-    """Each block compiled as one graph, then sharded; the rest is sharded as a whole."""
+    """A model that is sharded block by block, the rest as a whole; each block is compiled."""
     model = ByteTransformer(width, layers).to(device)
     mesh = init_device_mesh(device.type, (dist.get_world_size(),))
     for block in model.blocks:
@@ -35,7 +37,7 @@ def sharded(width: int, layers: int, backend: str, device: torch.device) -> Byte
 
 
 def train(model: nn.Module, data: list[Tensor], device: torch.device) -> list[float]:
-    """Mean loss of all ranks, step by step."""
+    """Train, and return the mean loss of all ranks in each step."""
     optimizer = torch.optim.AdamW(model.parameters(), lr=2e-3)
     losses = []
     for tokens in data:
@@ -50,7 +52,7 @@ def train(model: nn.Module, data: list[Tensor], device: torch.device) -> list[fl
 
 
 def run(args: argparse.Namespace, device: torch.device) -> None:
-    """Train, save, go on with a fresh model from what was saved."""
+    """Train, save, and go on with a fresh model from what was saved."""
     model, fresh = (sharded(args.width, args.layers, args.backend, device) for _ in range(2))
     data = training_data(args.steps + 1, dist.get_rank())
     losses = train(model, data[:-1], device)
@@ -61,7 +63,7 @@ def run(args: argparse.Namespace, device: torch.device) -> None:
     weights = get_model_state_dict(fresh)
     load({"model": weights, "prac": prac_fx.CheckpointState(fresh)}, checkpoint_id=folder[0])
     set_model_state_dict(fresh, weights)
-    following = [train(one, data[-1:], device)[0] for one in (model, fresh)]
+    following = [train(net, data[-1:], device)[0] for net in (model, fresh)]
     if dist.get_rank() == 0:
         print(f"loss {losses[0]:.3f} -> {losses[-1]:.3f}, going on and resumed: {following}")
 

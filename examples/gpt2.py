@@ -1,4 +1,7 @@
-"""A small GPT-2 from a transformers config, random weights: `python -m prac_fx.report examples/gpt2.py`."""
+"""A small GPT-2 from a transformers config, with random weights.
+
+`python -m prac_fx.report examples/gpt2.py` reports the memory of a step.
+"""
 
 import torch
 from transformers import GPT2Config, GPT2LMHeadModel

@@ -2,8 +2,9 @@
 
     python examples/hf_trainer.py [--steps 60] [--layers 2] [--backends inductor prac]
 
-`TrainingArguments(torch_compile_backend="prac")` is refused, for accelerate has a fixed list of backends. Compile
-the model in place instead, before the Trainer sees it: checkpoints then have the usual names, too.
+accelerate has a fixed list of backends, so it refuses
+`TrainingArguments(torch_compile_backend="prac")`. Compile the model in place instead, before the
+Trainer sees it. Checkpoints then have the usual names, too.
 """
 
 from __future__ import annotations

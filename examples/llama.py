@@ -1,4 +1,7 @@
-"""A small LLaMA from a transformers config, random weights: `python -m prac_fx.report examples/llama.py`."""
+"""A small LLaMA from a transformers config, with random weights.
+
+`python -m prac_fx.report examples/llama.py` reports the memory of a step.
+"""
 
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM

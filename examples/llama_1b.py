@@ -1,4 +1,8 @@
-"""LLaMA-1B as in the paper, batch 128 x 256: `python -m prac_fx.report examples/llama_1b.py --fake`, which needs no memory for it."""
+"""LLaMA-1B as in the paper, batch 128 x 256.
+
+`python -m prac_fx.report examples/llama_1b.py --fake` reports the memory of a step, and needs no
+memory for the model.
+"""
 
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM

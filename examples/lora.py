@@ -2,8 +2,8 @@
 
     python examples/lora.py [--steps 60] [--layers 2] [--backends inductor prac]
 
-A frozen weight needs no saved input, but its adapter reads the same one. Prints what is saved with and without
-adapters, and the losses of a plain training loop.
+A frozen weight needs no saved input, but its adapter reads the same one. Prints what is saved with
+and without adapters, and the losses of a plain training loop.
 """
 
 from __future__ import annotations

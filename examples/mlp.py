@@ -1,4 +1,7 @@
-"""A plain PyTorch model with its loss outside: `python -m prac_fx.report examples/mlp.py`."""
+"""A plain PyTorch model with its loss outside.
+
+`python -m prac_fx.report examples/mlp.py` reports the memory of a step.
+"""
 
 from collections.abc import Callable
 

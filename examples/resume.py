@@ -2,7 +2,8 @@
 
     python examples/resume.py [--steps 30]
 
-Bases and random streams are saved beside the model. A run without them trains on, too, with other noise.
+Bases and random streams are saved beside the model. A run without them trains on, too, but with
+other noise.
 """
 
 from __future__ import annotations
@@ -29,7 +30,7 @@ class Run:
         self.optimizer = torch.optim.AdamW(self.model.parameters(), lr=2e-3)
 
     def train(self, data: list[Tensor]) -> list[float]:
-        """Loss, step by step."""
+        """Train, and return the loss of each step."""
         losses = []
         for tokens in data:
             loss = self.compiled(tokens)
@@ -40,12 +41,12 @@ class Run:
         return losses
 
     def save(self, path: Path) -> None:
-        """Plain tensors, numbers and text."""
+        """Save plain tensors, numbers and text."""
         state = {"model": self.model.state_dict(), "optimizer": self.optimizer.state_dict()}
         torch.save({**state, "prac": prac_fx.state_dict(self.model)}, path)
 
     def load(self, path: Path, with_ours: bool) -> None:
-        """Without running code from the file."""
+        """Load without running code from the file."""
         saved = torch.load(path, weights_only=True)
         self.model.load_state_dict(saved["model"])
         self.optimizer.load_state_dict(saved["optimizer"])
@@ -72,7 +73,10 @@ def main(argv: Sequence[str] | None = None) -> None:
             fresh = Run(args.width, args.layers)
             fresh.load(path, with_ours)
             losses[name] = fresh.train(after)
-    rows = [[name, *found[:3], found == losses["going on"]] for name, found in losses.items()]
+    rows = [
+        [name, *run_losses[:3], run_losses == losses["going on"]]
+        for name, run_losses in losses.items()
+    ]
     print(tabulate(rows, ["", "loss", "", "", "bit for bit the same"], floatfmt=".9f"))
 
 

@@ -1,4 +1,7 @@
-"""A small RoBERTa classifier, random weights: `python -m prac_fx.report examples/roberta.py`."""
+"""A small RoBERTa classifier, with random weights.
+
+`python -m prac_fx.report examples/roberta.py` reports the memory of a step.
+"""
 
 import torch
 from transformers import RobertaConfig, RobertaForSequenceClassification

@@ -11,7 +11,10 @@ from torch import Tensor
 
 
 def library_bytes(limit: int) -> Tensor:
-    """The first `limit` bytes of the standard library's *.py files in sorted order; uint8, (limit,)."""
+    """The first `limit` bytes of the standard library's *.py files in sorted order.
+
+    The result is uint8, (limit,).
+    """
     text, root = bytearray(), Path(os.__file__).parent
     for path in sorted(root.rglob("*.py")):
         if "site-packages" not in path.parts:

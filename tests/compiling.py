@@ -13,8 +13,8 @@ from prac_fx.runtime.subspace_state import Subspace, subspaces_of
 # everything that the linear policy can encode is: models in tests are small
 SMALL: dict[str, Any] = {"prac.min_nbytes": 0, "prac.strict": True, "prac.policy": "linear"}
 
-# `torch.compile(model, **PLAIN)` and `torch.compile(model, **BALANCED)`: the same training loop on both. Loops over
-# numbers instead of vectors, for which the C++ compiler needs half the time.
+# `torch.compile(model, **PLAIN)` and `torch.compile(model, **BALANCED)`: the same training loop on
+# both. Loops over numbers instead of vectors, for which the C++ compiler needs half the time.
 PLAIN: dict[str, Any] = {"backend": "inductor", "options": {"cpp.simdlen": 1}}
 BALANCED: dict[str, Any] = {
     "backend": "prac",
@@ -49,8 +49,8 @@ def step(compiled: Callable[..., Any], model: nn.Module, *args: Any, **kwargs: A
 
 def subspace_of(parameter: nn.Parameter, slot: int = 0) -> Subspace:
     """The one subspace that a parameter owns for a slot."""
-    (found,) = [s for key, s in subspaces_of(parameter).items() if key.slot == slot]
-    return found
+    (subspace,) = [s for key, s in subspaces_of(parameter).items() if key.slot == slot]
+    return subspace
 
 
 def projection(subspace: Subspace) -> Tensor:

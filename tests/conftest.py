@@ -14,13 +14,16 @@ import torch
 
 @pytest.fixture(autouse=True)
 def _one_process(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Test processes have threads of their own, so they do not fork; `test_forked_map` starts one that does."""
+    """Test processes have threads of their own, so they do not fork.
+
+    `test_forked_map` starts one that does.
+    """
     monkeypatch.setattr("prac_fx.report.analyse_file.usable_processes", lambda: 1)
 
 
 @pytest.fixture(autouse=True)
 def _fresh_dynamo() -> Iterator[None]:
-    """Compiled code and recompile counts of one test do not reach the next."""
+    """Keep compiled code and recompile counts of one test from the next."""
     torch.set_num_threads(1)
     torch._dynamo.reset()
     yield

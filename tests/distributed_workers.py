@@ -2,8 +2,8 @@
 
     python -m tests.distributed_workers RANK WORLD FOLDER SCENARIO...
 
-Starting processes and importing torch takes longer than most scenarios, so one start runs several. Each leaves plain values in
-FOLDER/SCENARIO-RANK.json, or the text of its exception.
+Starting processes and importing torch takes longer than most scenarios, so one start runs several.
+Each leaves plain values in FOLDER/SCENARIO-RANK.json, or the text of its exception.
 """
 
 from __future__ import annotations
@@ -72,13 +72,13 @@ class Net(nn.Module):
 
 
 def options(**changes: Any) -> dict[str, Any]:
-    """Of the backend: everything is compressed, a fallback is an error."""
+    """Options of the backend: everything is compressed, and a fallback is an error."""
     given = {"min_nbytes": 0, "strict": True, "refresh_every": 4, **changes}
     return {f"prac.{name}": value for name, value in given.items()}
 
 
 def batch(step: int, rank: int, tokens: int = TOKENS) -> Tensor:
-    """The same in every run, different from step to step and from rank to rank."""
+    """A batch: the same in every run, different from step to step and from rank to rank."""
     generator = torch.Generator().manual_seed(1000 * rank + step)
     return torch.randn(tokens, FEATURES, generator=generator)
 
@@ -90,7 +90,7 @@ def train(
     rank: int | None = None,
     tokens: int = TOKENS,
 ) -> list[float]:
-    """Train towards a fixed linear map; the mean loss of all ranks in each step."""
+    """Train towards a fixed linear map; gives the mean loss of all ranks in each step."""
     is_alone = not dist.is_initialized()
     if rank is None:
         rank = 0 if is_alone else dist.get_rank()
@@ -144,23 +144,26 @@ def describe(model: nn.Module) -> Result:
 
 
 def ddp(folder: Path) -> Result:
-    """The graph in one piece: loss against exact gradients, draws of the ranks, comparison of plans."""
+    """The graph in one piece: loss beside exact gradients, draws of ranks, comparison of plans."""
     plain = DistributedDataParallel(Net())
-    found: Result = {"plain": train(plain, plain.parameters())}
+    result: Result = {"plain": train(plain, plain.parameters())}
     net = Net()
     wrapped = DistributedDataParallel(compiled(net))
-    found["prac"] = train(wrapped, net.parameters())
-    found |= describe(net)
-    found["compared"] = prac_fx.check_plans()
+    result["prac"] = train(wrapped, net.parameters())
+    result |= describe(net)
+    result["compared"] = prac_fx.check_plans()
     # the last batch of an epoch is smaller on one rank, so that it alone compiles once more
     wrapped(batch(STEPS, 0, TOKENS - dist.get_rank() * 64)).sum().backward()
-    found["uneven"] = prac_fx.check_plans()
-    found["weights"] = digest(*net.parameters())
-    return found
+    result["uneven"] = prac_fx.check_plans()
+    result["weights"] = digest(*net.parameters())
+    return result
 
 
 def ddp_split(folder: Path) -> Result:
-    """The graph split into buckets by Dynamo's optimizer for DistributedDataParallel, one bucket for a parameter or two."""
+    """The graph split into buckets by Dynamo's optimizer for DistributedDataParallel.
+
+    There is one bucket for a parameter or two.
+    """
     graphs = []
     original = dynamo_backend.training_step
 
@@ -187,8 +190,8 @@ def ddp_alone(folder: Path) -> Result:
     train(wrapped, net.parameters(), range(1))
     for state in states_of(net) if is_odd else []:
         state.refresh_every = state.tail_every = state.due = state.next_refresh = 1
-    found: Result = {"refreshing": train(wrapped, net.parameters(), range(1, STEPS))}
-    found["draws"] = [state.draws for state in states_of(net)]
+    result: Result = {"refreshing": train(wrapped, net.parameters(), range(1, STEPS))}
+    result["draws"] = [state.draws for state in states_of(net)]
 
     torch._dynamo.reset()
     net = Net()
@@ -197,17 +200,20 @@ def ddp_alone(folder: Path) -> Result:
     fails = patch.object(dynamo_backend, "plan_and_compile", side_effect=RuntimeError("no"))
     with warnings.catch_warnings(record=True) as caught, fails if is_odd else nullcontext():
         warnings.simplefilter("always")
-        found["fallen_back"] = train(wrapped, net.parameters())
-    found["warnings"] = [str(w.message) for w in caught if w.category is prac_fx.PracWarning]
+        result["fallen_back"] = train(wrapped, net.parameters())
+    result["warnings"] = [str(w.message) for w in caught if w.category is prac_fx.PracWarning]
     try:
         prac_fx.check_plans()
     except prac_fx.PlanMismatchError as error:
-        found["mismatch"] = str(error)
-    return found
+        result["mismatch"] = str(error)
+    return result
 
 
 def replicas(folder: Path) -> Result:
-    """The number under which each rank draws, for wrappers, meshes and choices; nothing is compiled."""
+    """The number under which each rank draws, for wrappers, meshes and choices.
+
+    Nothing is compiled.
+    """
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import fully_shard
 
@@ -227,22 +233,22 @@ def replicas(folder: Path) -> Result:
     world = dist.get_world_size()
     mesh = init_device_mesh("cpu", (world, 1), mesh_dim_names=("dp", "tp"))
     alike = init_device_mesh("cpu", (1, world), mesh_dim_names=("dp", "tp"))
-    found: Result = {"bare": ask(Asks(4, 4)), "ddp": ask(DistributedDataParallel(Asks(4, 4)))}
-    found["fully_shard"] = ask(fully_shard(Asks(4, 4), mesh=mesh["dp"]))
-    found["hybrid"] = ask(fully_shard(Asks(4, 4), mesh=alike))
-    found["replicated"] = ask(fully_shard(Asks(4, 4), mesh=mesh))
-    found["tensor_parallel"] = ask(fully_shard(Asks(4, 4), mesh=alike["dp"]))
+    result: Result = {"bare": ask(Asks(4, 4)), "ddp": ask(DistributedDataParallel(Asks(4, 4)))}
+    result["fully_shard"] = ask(fully_shard(Asks(4, 4), mesh=mesh["dp"]))
+    result["hybrid"] = ask(fully_shard(Asks(4, 4), mesh=alike))
+    result["replicated"] = ask(fully_shard(Asks(4, 4), mesh=mesh))
+    result["tensor_parallel"] = ask(fully_shard(Asks(4, 4), mesh=alike["dp"]))
     for choice in ("identical", "independent"):
         Asks.across_ranks = choice
-        found[choice] = ask(DistributedDataParallel(Asks(4, 4)))
-    return found
+        result[choice] = ask(DistributedDataParallel(Asks(4, 4)))
+    return result
 
 
 # -- fully sharded ---------------------------------------------------------------------------------
 
 
 def _fully_sharded(seed: int, reshard: bool, backend: str) -> nn.Module:
-    """As torchtitan does it: compile each block, shard each block, shard the rest."""
+    """A network as torchtitan shards it: compile each block, shard each block, shard the rest."""
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import fully_shard
 
@@ -261,11 +267,11 @@ def _fully_sharded(seed: int, reshard: bool, backend: str) -> nn.Module:
 def fsdp(folder: Path, reshard: bool = True) -> Result:
     """Loss, ownership, memory of the unsharded parameters, and resuming in a fresh model."""
     net = _fully_sharded(0, reshard, "prac")
-    found: Result = {"prac": train(net, net.parameters()), **describe(net)}
-    found["unsharded_bytes"] = [p.untyped_storage().nbytes() for p in _unsharded(net)]
+    result: Result = {"prac": train(net, net.parameters()), **describe(net)}
+    result["unsharded_bytes"] = [p.untyped_storage().nbytes() for p in _unsharded(net)]
     saved, weights = prac_fx.state_dict(net), net.state_dict()
-    found["names"] = [entry["parameter"] for entry in saved["subspaces"]]
-    found["saved_weights"] = _saved_weights(net)
+    result["names"] = [entry["parameter"] for entry in saved["subspaces"]]
+    result["saved_weights"] = _saved_weights(net)
     prac_fx.check_plans()
     if reshard:
         fresh = _fully_sharded(1, reshard, "prac")
@@ -275,8 +281,8 @@ def fsdp(folder: Path, reshard: bool = True) -> Result:
         later = range(STEPS, STEPS + 3)
         for model, name in ((net, "continued"), (fresh, "resumed")):
             train(model, model.parameters(), later)
-            found[name] = [digest(*(p.to_local() for p in model.parameters())), describe(model)]
-    return found
+            result[name] = [digest(*(p.to_local() for p in model.parameters())), describe(model)]
+    return result
 
 
 def _unsharded(net: nn.Module) -> list[Tensor]:
@@ -286,7 +292,10 @@ def _unsharded(net: nn.Module) -> list[Tensor]:
 
 
 def _saved_weights(net: nn.Module) -> list[int]:
-    """How many tensors as large as a weight autograd keeps of one forward pass: parameters, and others."""
+    """How many tensors as large as a weight autograd keeps of one forward pass.
+
+    The first count is of parameters, the second of others.
+    """
     unsharded, kept = _unsharded(net), list[Tensor]()
     sizes = {p.shape for p in unsharded if p.dim() == 2}
     with torch.autograd.graph.saved_tensors_hooks(lambda t: (kept.append(t), t)[1], lambda t: t):
@@ -319,7 +328,7 @@ def tensor_parallel(folder: Path) -> Result:
             parallelize_module(block, mesh, {"up": ColwiseParallel(), "down": RowwiseParallel()})
         return net
 
-    found: Result = {}
+    result: Result = {}
     plans = []
     original = dynamo_backend.training_step
 
@@ -331,10 +340,10 @@ def tensor_parallel(folder: Path) -> Result:
     for block in net.blocks:
         block.compile(backend="prac", options=options(weight_gradient="prac"), fullgraph=True)
     with patch.object(dynamo_backend, "training_step", seen):
-        found["prac"] = train(net, net.parameters(), rank=0)
-    found |= describe(net)
-    found["stored"] = [(v.origin.module, v.role, v.stored_as) for p in plans for v in p.values]
-    found["replicated"] = {
+        result["prac"] = train(net, net.parameters(), rank=0)
+    result |= describe(net)
+    result["stored"] = [(v.origin.module, v.role, v.stored_as) for p in plans for v in p.values]
+    result["replicated"] = {
         name: digest(p.to_local() if hasattr(p, "to_local") else p)
         for name, p in net.named_parameters()
         if not any(part in name for part in ("up.", "down.weight"))
@@ -345,15 +354,15 @@ def tensor_parallel(folder: Path) -> Result:
     try:
         other(batch(0, 0))
     except prac_fx.PracOptionError as error:
-        found["refused"] = str(error)
-    return found
+        result["refused"] = str(error)
+    return result
 
 
 def pipeline_parallel(folder: Path) -> Result:
     """Two stages as graphs of their own; several forward passes before the first backward."""
     from torch.distributed.pipelining import PipelineStage, Schedule1F1B, ScheduleGPipe
 
-    rank, found = dist.get_rank(), {}
+    rank, result = dist.get_rank(), {}
     target = torch.randn(FEATURES, FEATURES, generator=torch.Generator().manual_seed(5))
     for name, schedule_of in (("1f1b", Schedule1F1B), ("gpipe", ScheduleGPipe)):
         block = Net().blocks[rank]
@@ -377,59 +386,59 @@ def pipeline_parallel(folder: Path) -> Result:
                 means.append(float(torch.stack(losses).mean()))
             optimizer.step()
             draws.append([state.draws for state in states_of(block)])
-        found[name] = {"losses": means, "draws": draws, "sites": len(states_of(block))}
-        found[name]["steps"] = [state.steps for state in states_of(block)]
+        result[name] = {"losses": means, "draws": draws, "sites": len(states_of(block))}
+        result[name]["steps"] = [state.steps for state in states_of(block)]
     whole = Net()
-    found["exact"] = train(whole, whole.parameters(), rank=0, tokens=4 * TOKENS)
-    return found
+    result["exact"] = train(whole, whole.parameters(), rank=0, tokens=4 * TOKENS)
+    return result
 
 
 # -- checkpoints -----------------------------------------------------------------------------------
 
 
 def checkpoint(folder: Path) -> Result:
-    """Save and resume at the same world size, at another one, with another batch size, and with nothing."""
+    """Save and resume: at the same world size, at another, with another batch, with nothing."""
     import torch.distributed.checkpoint as dcp
 
     def fresh(seed: int) -> tuple[Net, Any]:
         net = Net(seed)
         return net, DistributedDataParallel(compiled(net))
 
-    found: Result = {}
+    result: Result = {}
     later = range(STEPS, STEPS + 3)
     net, wrapped = fresh(0)
     train(wrapped, net.parameters())
     state = {"model": net.state_dict(), "prac": prac_fx.CheckpointState(wrapped)}
     dcp.save(state, checkpoint_id=folder / "two")
-    found["saved"] = describe(net)
+    result["saved"] = describe(net)
     train(wrapped, net.parameters(), later)
-    found["continued"] = [digest(*net.parameters()), describe(net)]
+    result["continued"] = [digest(*net.parameters()), describe(net)]
 
     net, wrapped = fresh(1)
     state = {"model": net.state_dict(), "prac": prac_fx.CheckpointState(wrapped)}
     dcp.load(state, checkpoint_id=folder / "two")
-    found["loaded"] = describe(net)
+    result["loaded"] = describe(net)
     train(wrapped, net.parameters(), later)
-    found["resumed"] = [digest(*net.parameters()), describe(net)]
-    return found | _grown(folder, fresh)
+    result["resumed"] = [digest(*net.parameters()), describe(net)]
+    return result | _grown(folder, fresh)
 
 
 def _grown(folder: Path, fresh: Callable[[int], tuple[Net, Any]]) -> Result:
-    """From a checkpoint of one process, and from one that has nothing of ours."""
+    """Go on from a checkpoint of one process, and from one that has nothing of ours."""
     import torch.distributed.checkpoint as dcp
     from torch.distributed.checkpoint import DefaultLoadPlanner
 
-    found: Result = {}
+    result: Result = {}
     partial = DefaultLoadPlanner(allow_partial_load=True)
     for name in ("one", "bare"):
         net, wrapped = fresh(1)
         dcp.load({"model": net.state_dict()}, checkpoint_id=folder / name)
         ours = {"prac": prac_fx.CheckpointState(wrapped)}
         dcp.load(ours, checkpoint_id=folder / name, planner=partial)
-        found[f"{name}_loaded"] = describe(net)
+        result[f"{name}_loaded"] = describe(net)
         losses = train(wrapped, net.parameters(), range(STEPS, STEPS + 3))
-        found[name] = {"losses": losses, **describe(net)}
-    return found
+        result[name] = {"losses": losses, **describe(net)}
+    return result
 
 
 def compiled(net: nn.Module) -> Any:
@@ -438,7 +447,7 @@ def compiled(net: nn.Module) -> Any:
 
 
 def save_alone(folder: Path) -> None:
-    """In a single process: a checkpoint with our state, and one without."""
+    """Save in a single process: a checkpoint with our state, and one without."""
     import torch.distributed.checkpoint as dcp
 
     net = Net()
@@ -449,7 +458,7 @@ def save_alone(folder: Path) -> None:
 
 
 def load_alone(folder: Path) -> Result:
-    """In a single process: what two ranks saved."""
+    """Load in a single process what two ranks saved."""
     import torch.distributed.checkpoint as dcp
 
     net = Net(1)
@@ -457,9 +466,9 @@ def load_alone(folder: Path) -> Result:
         {"model": net.state_dict(), "prac": prac_fx.CheckpointState(net)},
         checkpoint_id=folder / "two",
     )
-    found = {"loaded": describe(net)}
-    found["losses"] = train(compiled(net), net.parameters(), range(STEPS, STEPS + 3))
-    return found | describe(net)
+    result = {"loaded": describe(net)}
+    result["losses"] = train(compiled(net), net.parameters(), range(STEPS, STEPS + 3))
+    return result | describe(net)
 
 
 SCENARIOS: dict[str, Callable[[Path], Result]] = {
@@ -478,9 +487,9 @@ SCENARIOS: dict[str, Callable[[Path], Result]] = {
 def leave() -> None:
     """End the process at once, with success; the interpreter is not finalised.
 
-    DTensor's caches keep the device mesh of `fully_shard` (without any of ours, too), and with it gloo's threads beyond
-    `destroy_process_group`. One that lets go of a tensor while the interpreter is finalised aborts the process after
-    all its work is done (pytorch/pytorch#179291).
+    DTensor's caches keep the device mesh of `fully_shard`, without any of ours, too. With it they
+    keep gloo's threads beyond `destroy_process_group`. A thread that lets go of a tensor while the
+    interpreter is finalised aborts the process after all its work is done (pytorch/pytorch#179291).
     """
     sys.stdout.flush()
     sys.stderr.flush()

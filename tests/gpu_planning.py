@@ -1,6 +1,7 @@
-"""What Inductor would run on a GPU, on a machine that has none: it lowers and fuses for the device, and no code is written.
+"""What Inductor would run on a GPU, on a machine that has none.
 
-Only fake tensors are involved. Inductor asks for the properties of the device and for a working Triton; both are made up.
+Inductor lowers and fuses for the device, and no code is written. Only fake tensors are involved.
+Inductor asks for the properties of the device and for a working Triton; both are made up.
 """
 
 from __future__ import annotations

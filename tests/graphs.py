@@ -48,8 +48,8 @@ class Traced:
 
     def value(self, reason_or_decision: str) -> PlannedValue:
         """The only value with this reason or decision."""
-        (found,) = [v for v in self.plan.values if reason_or_decision in (v.reason, v.decision)]
-        return found
+        (value,) = [v for v in self.plan.values if reason_or_decision in (v.reason, v.decision)]
+        return value
 
 
 def trace(
@@ -80,9 +80,9 @@ def trace(
 def readable(graph: fx.Graph) -> str:
     """A graph as short text: one line a node, its shape, and whether it must be in backward.
 
-    All that belongs to one encoding, decoding, weight gradient or sample is one line, so that plan and rewrite can be
-    read, and do not change with the codec. Operators are numbered in order of appearance: torch's own numbers depend
-    on its version.
+    All that belongs to one encoding, decoding, weight gradient or sample is one line. So plan and
+    rewrite can be read, and do not change with the codec. Operators are numbered in order of
+    appearance: torch's own numbers depend on its version.
     """
     parts = _parts(graph)
     names, lines = _names(graph, parts), []
@@ -101,11 +101,11 @@ def readable(graph: fx.Graph) -> str:
 
 def _parts(graph: fx.Graph) -> dict[fx.Node, list[fx.Node]]:
     """What each node is part of, by node."""
-    found: dict[object, list[fx.Node]] = {}
+    parts: dict[object, list[fx.Node]] = {}
     for node in graph.nodes:
         if LABEL in node.meta and node.op == "call_function":
-            found.setdefault(node.meta[LABEL], []).append(node)
-    return {node: members for members in found.values() for node in members}
+            parts.setdefault(node.meta[LABEL], []).append(node)
+    return {node: members for members in parts.values() for node in members}
 
 
 def _line(members: list[fx.Node], names: dict[fx.Node, str]) -> str:

@@ -43,8 +43,8 @@ def document(**changes: Any) -> Document:
         "options": {"policy": "balanced", "seed": 0},
         "graphs": 1,
         "totals": {
-            "saved_before_nbytes": sum(one["nbytes_before"] for one in values),
-            "saved_after_nbytes": sum(one["nbytes_after"] for one in values),
+            "saved_before_nbytes": sum(row["nbytes_before"] for row in values),
+            "saved_after_nbytes": sum(row["nbytes_after"] for row in values),
             "state_nbytes": 0,
             "parameters_nbytes": 4000,
             "buffers_nbytes": 0,
@@ -153,7 +153,7 @@ def value(
 
 
 def timeline(columns: dict[Category, list[int]], phases: dict[str, int]) -> Timeline:
-    """From bytes of some categories, and the number of events of each phase."""
+    """A timeline from bytes of some categories, and the number of events of each phase."""
     events = len(next(iter(columns.values())))
     full = {name: columns.get(name, [0] * events) for name in CATEGORIES}
     made, start = [], 0
@@ -169,7 +169,7 @@ def timeline(columns: dict[Category, list[int]], phases: dict[str, int]) -> Time
 
 
 def _timeline(forward: tuple[tuple[str, int], ...]) -> Timeline:
-    """Forward in steps of (name, KiB saved), two events of loss, backward the other way, the optimizer."""
+    """Forward as (name, KiB saved), two events of loss, backward in reverse, the optimizer."""
     rising = [kib * KIB for _, kib in forward]
     saved = [*rising, rising[-1], rising[-1], *reversed(rising), 0]
     count = len(rising)
@@ -194,7 +194,7 @@ def _timeline(forward: tuple[tuple[str, int], ...]) -> Timeline:
 def _peak(timeline: Timeline, side: Any, values: list[Value]) -> Peak:
     event = max(range(len(timeline["nbytes"])), key=timeline["nbytes"].__getitem__)
     live: list[Any] = [
-        _live(one["name"], one["category"], one["module"], one[side]) for one in values if one[side]
+        _live(row["name"], row["category"], row["module"], row[side]) for row in values if row[side]
     ]
     live += [
         _live("softmax", "temporary", "", MIB),

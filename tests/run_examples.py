@@ -1,7 +1,9 @@
-"""Runs the named examples one after the other, without Inductor's kernels: `python -m tests.run_examples NAME... -- ARGUMENT...`.
+"""Runs the named examples one after the other, without Inductor's kernels.
 
-Under torchrun every process runs them. What an example shows is how to call things; compiling its kernels would take most of
-the time.
+    python -m tests.run_examples NAME... -- ARGUMENT...
+
+Under torchrun every process runs them. An example shows how to call things. Compiling its kernels
+would take most of the time.
 """
 
 from __future__ import annotations

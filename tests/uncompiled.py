@@ -1,4 +1,4 @@
-"""The backend without Inductor's code generation: everything of ours runs, in a tenth of the time."""
+"""The backend without Inductor's code generation: all of ours runs, in a tenth of the time."""
 
 from __future__ import annotations
 
@@ -18,9 +18,9 @@ from prac_fx.torch_compat import compile_fx, without_autograd_cache
 
 @contextmanager
 def no_code_generation() -> Iterator[list[Plan]]:
-    """Context in which `backend="prac"` runs the graphs that it hands to Inductor operator by operator.
+    """Context in which `backend="prac"` runs operator by operator what it hands to Inductor.
 
-    Gives the list of the plans that it makes.
+    It gives the list of the plans that are made in it.
     """
     plans: list[Plan] = []
     plan_and_compile = dynamo_backend.plan_and_compile

@@ -42,7 +42,7 @@ class GraphTensor:
 class Instances:
     """The modules that run one graph, such as equal blocks that are compiled one by one.
 
-    A parameter tells them apart. Who frees a module frees its place here.
+    A parameter tells them apart. When a module is freed, its place here is, too.
 
     Args:
         owner: argument index of that parameter; None where no parameter enters the graph.
@@ -77,7 +77,7 @@ class Instances:
 
     @property
     def identities(self) -> frozenset[int]:
-        """Of the modules that are alive."""
+        """The identities of the modules that are alive."""
         return frozenset(self._alive)
 
 
@@ -193,7 +193,7 @@ class RecordedGraph:
 def recorded_graphs(records: Iterable[GraphRecord]) -> list[RecordedGraph]:
     """The distinct graphs among records, in the order of their first compilation.
 
-    What is compiled again, for other sizes of its inputs, is one graph.
+    A graph that is compiled again, for other sizes of its inputs, is still one graph.
 
     Args:
         records: in the order of their compilation.
@@ -205,7 +205,16 @@ def recorded_graphs(records: Iterable[GraphRecord]) -> list[RecordedGraph]:
         RecordedGraph(
             compilations[-1],
             # before its first call a graph has met no module yet
-            max(1, len({one for record in compilations for one in record.instances.identities})),
+            max(
+                1,
+                len(
+                    {
+                        identity
+                        for record in compilations
+                        for identity in record.instances.identities
+                    }
+                ),
+            ),
         )
         for compilations in by_key.values()
     ]

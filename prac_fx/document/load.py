@@ -19,7 +19,7 @@ from prac_fx.document.schema import (
 )
 from prac_fx.errors import ReportError
 
-# what msgspec does not say of a word that is none of them, by the field that it is in
+# The words that a field allows. msgspec does not name them when it finds another one.
 _WORDS: dict[str, tuple[str, ...]] = {
     "category": CATEGORIES,
     "by_category": CATEGORIES,
@@ -50,7 +50,9 @@ def load_document(path: Path) -> Document:
 
 
 def check_document(data: object, source: str) -> Document:
-    """The same data, known to be a document; fields that the schema does not have are left out.
+    """The same data, known to be a document.
+
+    Fields that the schema does not have are left out.
 
     Args:
         data: parsed JSON.
@@ -87,7 +89,7 @@ def _checked(read: Callable[[Any], Any], source: str) -> Document:
 
 
 def _explained(message: str) -> str:
-    """What msgspec says, with the words that are allowed where it only says that one is not."""
+    """What msgspec says; where it only says that a word is not allowed, the allowed ones follow."""
     what, at, path = message.rpartition(" - at ")
     words = _WORDS.get(path.strip("`").rpartition(".")[2])
     if what.startswith("Invalid enum value") and words:
@@ -96,7 +98,7 @@ def _explained(message: str) -> str:
 
 
 def _contradictions(document: Document) -> Iterable[str]:
-    """What the types allow, and no step can be like."""
+    """What the types allow although no step is like it, in words."""
     timeline = document["timeline"]
     if (document["peak"] is None) != (timeline is None):
         yield "peak and timeline: only one of them is null"

@@ -11,7 +11,7 @@ from prac_fx.passes.plan_data import PlannedValue
 
 
 def options_of(config: PracConfig) -> dict[str, Any]:
-    """The options, but for where a job writes its report."""
+    """The options, except where a job writes its report."""
     return {
         name: list(value) if isinstance(value, tuple) else value
         for name, value in vars(config).items()
@@ -56,7 +56,7 @@ def _category(value: PlannedValue) -> Category:
 
 
 def rollup_of(values: Sequence[Value]) -> Rollup:
-    """Their saved bytes by module, layer kind and role."""
+    """The saved bytes of values by module, layer kind and role."""
     counted = [value for value in values if value["nbytes_before"] or value["nbytes_after"]]
     return {
         "module": _grouped((value["module"], value) for value in counted),

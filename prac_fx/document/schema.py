@@ -2,9 +2,10 @@
 
 `python -m prac_fx.report model.py --format json` writes one, and so does a running job with the
 option `prac.report`. Every other format is made of one. A job does not know its peak and timeline,
-nor anything that comes after its graphs: null. A report file is data and nothing else: `load`
-checks it against the types below, field by field, before anything uses it. Nothing in it is
-executed.
+nor anything that comes after its graphs. There it writes null.
+
+A report file is data and nothing else. `load` checks it against the types below, field by field,
+before anything uses it. Nothing in it is executed.
 
 Conventions, everywhere in the document:
 
@@ -53,7 +54,7 @@ Option = _Scalar | list[_Scalar | list[_Scalar]]
 class Repeated(TypedDict):
     """Identical blocks of which only some were analysed; the figures are of all of them.
 
-    `module` is the list of blocks, `analysed` of its `total` blocks were traced.
+    `module` is the list of blocks. Of its `total` blocks, `analysed` were traced.
     """
 
     module: str
@@ -71,7 +72,7 @@ class Model(TypedDict):
 
 
 class Input(TypedDict):
-    """One tensor that the model is called with, or that the step reads from a closure, say."""
+    """A tensor that the model is called with, or that the step reads, such as from a closure."""
 
     name: str
     shape: list[Size]
@@ -212,11 +213,11 @@ class MeasuredAlternative(TypedDict):
 
 
 class Alternative(TypedDict):
-    """One way to train the same model on the same inputs. Null: not known.
+    """One way to train the same model on the same inputs. Null means not known.
 
     `added_flops`: recomputed or added FLOPs over those of the step; negative when it saves some.
     `gradient`: "exact", "unbiased", "biased", "wrong" or another word.
-    `largest_batch`: that fits `fits_nbytes`.
+    `largest_batch`: the largest that fits `fits_nbytes`.
     """
 
     name: str
@@ -238,7 +239,7 @@ class Measured(TypedDict):
 class Document(TypedDict):
     """A whole memory report.
 
-    Both or neither of `peak` and `timeline` are null.
+    `peak` and `timeline` are both null, or neither is.
     `graphs`: how many graphs of the model have a backward.
     `fits_nbytes`: what the largest batches fit; null when they were not asked for.
     """

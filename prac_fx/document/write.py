@@ -36,7 +36,7 @@ def write_whole(path: Path, data: bytes) -> None:
     to.
 
     Raises:
-        OSError: the file cannot be written; an existing one is as it was.
+        OSError: the file cannot be written. An existing one is as it was.
     """
     if _is_stream(path):
         with open(os.open(path, os.O_WRONLY), "wb") as stream:

@@ -1,6 +1,7 @@
-"""The figures of `prac_fx.verify` and their table; how they are measured is in `verify`.
+"""The figures of `prac_fx.verify` and their table; `verify` says how they are measured.
 
-Letters: g is the exact gradient of one batch, g~ an estimate of it, d = g~ - g, K the number of draws.
+Letters: g is the exact gradient of one batch, g~ an estimate of it, d = g~ - g, and K the number of
+draws.
 """
 
 from __future__ import annotations
@@ -18,9 +19,10 @@ from prac_fx.codecs.subspace import working_dtype
 from prac_fx.config import PracConfig
 from prac_fx.graph.nbytes import format_nbytes
 
-# A model has hundreds of parameters; the table shows those with the largest errors, the data all of them.
+# A model has hundreds of parameters. The table shows those with the largest errors, the
+# data all of them.
 _MAX_ROWS = 40
-# A gradient this much smaller per element than the typical one is rounding error of an exact zero.
+# A gradient this much smaller per element than the typical one is the rounding error of a zero.
 _ZERO = 1e-6
 # 97.5% quantiles of Student's t with 1, 2, ... degrees of freedom.
 _STUDENT = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228)
@@ -38,7 +40,8 @@ minibatch: root mean square of |g - mean of g over batches| / |g|, all of them e
 class ParameterNoise:
     """How far the estimated gradient of one parameter is from its exact one.
 
-    Relative figures are fractions of |g|, and NaN where `zero_gradient` is True or an estimate is not finite.
+    Relative figures are fractions of |g|. They are NaN where `zero_gradient` is True or an estimate
+    is not finite.
 
     Attributes:
         name: of the parameter; "all parameters" for the total.
@@ -46,13 +49,15 @@ class ParameterNoise:
         gradient_norm: |g|.
         error_norm: root mean square of |g~ - g| over the draws, absolute.
         error: the same, relative.
-        bias: mean of <g~ - g, g> / <g, g>: how much too long (or short, negative) the estimates are along g.
+        bias: mean of <g~ - g, g> / <g, g>. The estimates are this much too long along g, or too
+            short where it is negative.
         bias_margin: half of the width of its 95% interval, Student's t.
         bias_norm: sqrt(max(0, |mean g~ - g|^2 - s^2 / K)) / |g|, s^2 the variance of one draw.
         cosine: of the angle between an estimate and g, mean over the draws.
-        minibatch: root mean square deviation of one batch's exact gradient from the mean over batches,
-            relative to |g| as the error is; None without further batches.
-        zero_gradient: g is zero but for rounding, such as that of the key bias of attention. Not in the total.
+        minibatch: root mean square deviation of one batch's exact gradient from the mean over
+            batches, relative to |g| as the error is; None without further batches.
+        zero_gradient: g is zero but for rounding, such as that of the key bias of attention. It is
+            not in the total.
     """
 
     name: str
@@ -119,7 +124,7 @@ class NoiseReport:
 
     def __str__(self) -> str:
         """The table, about 110 columns wide at most."""
-        noisy = [one for one in self.parameters if one.error_norm > 0]
+        noisy = [parameter for parameter in self.parameters if parameter.error_norm > 0]
         shown = noisy
         if len(noisy) > _MAX_ROWS:
             shown = sorted(noisy, key=_table_order)[:_MAX_ROWS]
@@ -142,8 +147,8 @@ class NoiseReport:
         return "\n\n".join(text for text in paragraphs if text)
 
 
-def _table_order(one: ParameterNoise) -> float:
-    return 0.0 if one.zero_gradient else -one.error
+def _table_order(parameter: ParameterNoise) -> float:
+    return 0.0 if parameter.zero_gradient else -parameter.error
 
 
 @dataclass(frozen=True)
@@ -171,7 +176,10 @@ class Sums:
 
 
 class Deviations:
-    """Collects `Sums` of one gradient, draw by draw: two tensors of its size, however many draws."""
+    """Collects `Sums` of one gradient, draw by draw.
+
+    It holds two tensors of the gradient's size, however many draws there are.
+    """
 
     def __init__(self, exact: Tensor) -> None:
         self._exact = exact.to(working_dtype(exact.dtype))
@@ -187,7 +195,7 @@ class Deviations:
         self._squares.append(_inner(deviation, deviation))
 
     def sums(self) -> Sums:
-        """Of all draws so far, at least two."""
+        """The sums of all draws so far, at least two."""
         mean = self._sum / len(self._along)
         return Sums(
             self._exact.numel(),
@@ -203,7 +211,7 @@ def _inner(a: Tensor, b: Tensor) -> Tensor:
 
 
 def total_sums(parts: Sequence[Sums]) -> Sums:
-    """Of several parameters together, of which there is at least one."""
+    """The sums of several parameters together, of which there is at least one."""
     return Sums(
         sum(part.elements for part in parts),
         sum(part.gradient for part in parts),
@@ -292,28 +300,33 @@ def _parameter_table(rows: Sequence[ParameterNoise]) -> str:
     return tabulate(table, headers, tablefmt="simple", disable_numparse=True)
 
 
-def _parameter_row(one: ParameterNoise) -> list[str]:
-    row = [_shortened(one.name, 38), f"{one.gradient_norm:.3g}"]
-    if one.zero_gradient:
+def _parameter_row(parameter: ParameterNoise) -> list[str]:
+    row = [_shortened(parameter.name, 38), f"{parameter.gradient_norm:.3g}"]
+    if parameter.zero_gradient:
         return [*row, "zero gradient"]
-    bias = f"{_percent(one.bias, sign='+')} +- {_percent(one.bias_margin)}"
-    row += [_percent(one.error), bias, _percent(one.bias_norm), f"{one.cosine:.4f}"]
-    return row if one.minibatch is None else [*row, _percent(one.minibatch)]
+    bias = f"{_percent(parameter.bias, sign='+')} +- {_percent(parameter.bias_margin)}"
+    row += [
+        _percent(parameter.error),
+        bias,
+        _percent(parameter.bias_norm),
+        f"{parameter.cosine:.4f}",
+    ]
+    return row if parameter.minibatch is None else [*row, _percent(parameter.minibatch)]
 
 
 def _cause_table(causes: Sequence[ValueNoise]) -> str:
     headers = ("value", "stored as", "count", "before", "after", "error", "most in")
     table = [
         (
-            _shortened(one.module, 24),
-            one.stored_as,
-            str(one.count),
-            format_nbytes(one.nbytes_before),
-            format_nbytes(one.nbytes_after),
-            _percent(one.error),
-            _shortened(one.worst_parameter, 23),
+            _shortened(cause.module, 24),
+            cause.stored_as,
+            str(cause.count),
+            format_nbytes(cause.nbytes_before),
+            format_nbytes(cause.nbytes_after),
+            _percent(cause.error),
+            _shortened(cause.worst_parameter, 23),
         )
-        for one in causes
+        for cause in causes
     ]
     return tabulate(table, headers, tablefmt="simple", disable_numparse=True)
 

@@ -1,4 +1,8 @@
-"""The graphs that `verify` compares: one of Dynamo's graphs compiled exactly, as planned, and group by group."""
+"""The graphs that `verify` compares.
+
+Each of Dynamo's graphs is compiled exactly, as planned, and with one group of values encoded at a
+time.
+"""
 
 from __future__ import annotations
 
@@ -32,13 +36,13 @@ class _CompiledGraph:
 
 
 class Variants:
-    """A Dynamo backend that compiles every graph in all variants and calls the one that is asked for.
+    """A Dynamo backend that compiles each graph in all variants and calls the one asked for.
 
     With `by_value` there is a variant for each group of values, too.
 
     Attributes:
         ran: the graphs with a backward that ran since `begin_step`.
-        notes: of what could not be compiled.
+        notes: sentences about what could not be compiled.
         failed: groups that cannot be encoded alone.
     """
 
@@ -53,12 +57,12 @@ class Variants:
         self.failed: set[Variant] = set()
 
     def begin_step(self, variant: Variant) -> None:
-        """What runs from now on is this variant; a graph that does not have it runs exactly."""
+        """Run this variant from now on; a graph that does not have it runs exactly."""
         self._variant = variant
         self.ran.clear()
 
     def plans_of_last_step(self) -> list[Plan]:
-        """Once for each time that a graph ran."""
+        """The plan of each graph that ran, once for each time that it did."""
         return [graph.plan for graph in self.ran if graph.plan is not None]
 
     def __call__(self, gm: fx.GraphModule, example_inputs: Sequence[Any]) -> Callable[..., Any]:
@@ -110,15 +114,17 @@ class Variants:
 def _plan_of_group(plan: Plan, rows: Sequence[PlannedValue]) -> Plan:
     """The plan with only some of its sites.
 
-    It is not made anew, so that they share their bases with the whole, and backward derives from them what it
-    derives there. What it derives from other values, which are exact now, torch may save.
+    It is not made anew. So the sites share their bases with the whole, and backward derives from
+    them what it derives there. What it derives from other values, which are exact now, torch may
+    save.
     """
     names = {row.allocated_by for row in rows}
     values = [
         replace(row, reason="min_cut") if row.reason in ("derived", "replaced") else row
         for row in plan.values
     ]
-    # masks that are packed lest backward computes them from decoded values stay so: they have no noise
+    # Some masks are packed lest backward computes them from decoded values. They stay so: they have
+    # no noise.
     masks = {row.allocated_by: row.nbytes_after for row in plan.values if _is_extra_mask(row)}
     values = [replace(row, nbytes_before=masks.get(row.name, row.nbytes_before)) for row in values]
     sites = tuple(site for site in plan.sites if site.value in {*names, *masks})

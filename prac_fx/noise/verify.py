@@ -1,8 +1,9 @@
-"""`verify`: how much noise an option set puts into the gradients of a model, measured before training.
+"""`verify`: how much noise some options put into a model's gradients, measured before training.
 
-A copy of the model takes the same step again and again: exactly, with every value encoded as planned, and with
-one group of values encoded at a time. All of these are AOTAutograd's partitioned graphs run operator by operator,
-without Inductor, so what differs between two of them is the encoding and nothing else.
+A copy of the model takes the same step again and again: exactly, with every value encoded as
+planned, and with one group of values encoded at a time. All of these are AOTAutograd's partitioned
+graphs, run operator by operator, without Inductor. What differs between two of them is the encoding
+and nothing else.
 """
 
 from __future__ import annotations
@@ -52,33 +53,36 @@ def verify(
     quiet: bool = False,
     **kwargs: Any,
 ) -> NoiseReport:
-    """Measure the noise of the estimated gradients of a model on one batch; print it and return it.
+    """Measure the noise of a model's estimated gradients on one batch; print it and return it.
 
-    Works on a copy of the model: its parameters, gradients, buffers and bases stay as they are, and so does the
-    random stream. Every draw has the same dropout masks, but random directions and rounding of its own. The
-    principal bases are fixed: those of the model, if it was trained with the backend, else from a few passes.
+    It works on a copy of the model. The model's parameters, gradients, buffers and bases stay as
+    they are, and so does the random stream. Every draw has the same dropout masks, but random
+    directions and rounding of its own. The principal bases are fixed: they are the model's own, if
+    it was trained with the backend, else they come from a few passes.
 
     Args:
         model: a module with something to train.
         *args: its inputs.
         steps: how many estimates to draw.
-        loss_fn: gives the loss from the model's result. Without it the result is the loss, or has it as `.loss`.
+        loss_fn: gives the loss from the model's result. Without it the result is the loss, or has
+            it as `.loss`.
         options: as for `torch.compile(options=...)`, or a `PracConfig`.
-        batches: further inputs, each a tuple of arguments or a dict of keyword arguments. With them the report
-            also says how much exact gradients differ between batches, and new bases come from them.
+        batches: further inputs, each a tuple of arguments or a dict of keyword arguments. With them
+            the report also says how much exact gradients differ between batches, and new bases come
+            from them.
         by_value: also measure each group of values alone, with `steps` draws each.
         quiet: do not print the table.
         **kwargs: keyword inputs of the model.
 
     Raises:
         PracOptionError: a bad option.
-        VerifyError: not a module, nothing to train, no loss, fewer than two steps, a gradient that is zero
-            everywhere or not finite, or a model that Dynamo compiles anew in every step.
+        VerifyError: not a module, nothing to train, no loss, fewer than two steps, a gradient that
+            is zero everywhere or not finite, or a model that Dynamo compiles anew in every step.
     """
     config, patches = read_options(options)
     model = getattr(model, "_orig_mod", model)  # what `torch.compile(model)` wraps
     _check(model, steps)
-    measured, others = _Inputs(args, kwargs), [_as_inputs(one) for one in batches or ()]
+    measured, others = _Inputs(args, kwargs), [_as_inputs(batch) for batch in batches or ()]
     backend = Variants(config, patches, by_value)
     stepper = _Stepper(_copied(model), loss_fn, backend)
 
@@ -122,11 +126,11 @@ def _check(model: object, steps: object) -> None:
         )
     if not isinstance(steps, int) or isinstance(steps, bool) or steps < 2:
         raise VerifyError(
-            f"verify: steps={steps!r}: an int of at least 2, for one draw has no interval"
+            f"verify: steps={steps!r}: expected an int of at least 2; one draw has no interval"
         )
 
 
-# -- inputs and model -------------------------------------------------------------------------------
+# -- inputs and model ------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -147,7 +151,7 @@ def _as_inputs(batch: object) -> _Inputs:
 
 
 def _copied(model: nn.Module) -> nn.Module:
-    """The model with the bases that it has, which from now on keep their principal directions."""
+    """A copy of the model with the bases that it has; their principal directions are fixed."""
     try:
         copied = copy.deepcopy(model)
     except Exception as error:
@@ -160,11 +164,15 @@ def _copied(model: nn.Module) -> nn.Module:
 
 
 def _subspaces(model: nn.Module) -> list[Subspace]:
-    return [one for parameter in model.parameters() for one in subspaces_of(parameter).values()]
+    return [
+        subspace
+        for parameter in model.parameters()
+        for subspace in subspaces_of(parameter).values()
+    ]
 
 
 def _fix(subspaces: Sequence[Subspace]) -> None:
-    """No new principal basis any more, and a new tail in the next step."""
+    """Fix the principal bases, and have a new tail drawn in the next step."""
     for subspace in subspaces:
         subspace.next_refresh = _NEVER
         subspace.next_tail = subspace.due = subspace.steps
@@ -173,14 +181,19 @@ def _fix(subspaces: Sequence[Subspace]) -> None:
 def _warm_up(stepper: _Stepper, measured: _Inputs, others: Sequence[_Inputs]) -> str:
     """Give every site a basis such as it has in training, and fix it. Returns a note.
 
-    In training a basis comes from earlier batches, so it comes from the other ones here, if there are any.
+    In training a basis comes from earlier batches. So here it comes from the other batches, if
+    there are any.
     """
 
     def steps(*batches: _Inputs) -> bool:
-        """Run these; is every basis one that came from rows?"""
+        """Run these batches. Did every basis come from rows?"""
         for inputs in batches:
             stepper.gradients(inputs, ALL)
-        return all(one.refreshes for one in _subspaces(stepper.model) if one.rows is not None)
+        return all(
+            subspace.refreshes
+            for subspace in _subspaces(stepper.model)
+            if subspace.rows is not None
+        )
 
     source = "the model's own"
     has_own = bool(_subspaces(stepper.model))
@@ -190,13 +203,17 @@ def _warm_up(stepper: _Stepper, measured: _Inputs, others: Sequence[_Inputs]) ->
             # the other batches have other shapes, and so bases of their own
             source = f"from {_WARM_UP} passes on this batch"
             steps(*repeat(measured, _WARM_UP))
-    found = _subspaces(stepper.model)
-    _fix(found)
-    return f"principal bases: {source}" if any(one.rows is not None for one in found) else ""
+    subspaces = _subspaces(stepper.model)
+    _fix(subspaces)
+    return (
+        f"principal bases: {source}"
+        if any(subspace.rows is not None for subspace in subspaces)
+        else ""
+    )
 
 
 class _Stepper:
-    """Takes training steps of a copied model, all from the same buffers and the same random state.
+    """Takes training steps of a copied model, from the same buffers and random state each time.
 
     Attributes:
         model: the copy.
@@ -232,34 +249,40 @@ class _Stepper:
         self._step = torch.compile(fresh, backend=backend, dynamic=False)
 
     def gradients(self, inputs: _Inputs, variant: Variant) -> list[Tensor]:
-        """Of one step, in the order of `names`; zeros where the loss does not depend on a parameter."""
+        """The gradients of one step, in the order of `names`.
+
+        Where the loss does not depend on a parameter they are zeros.
+        """
         self._backend.begin_step(variant)
         self._restore()
         with torch.random.fork_rng(self._cuda), torch.enable_grad():
             result = self._step(self.model, *inputs.args, **inputs.kwargs)
-            found = torch.autograd.grad(self._loss(result), self._parameters, allow_unused=True)
+            gradients = torch.autograd.grad(self._loss(result), self._parameters, allow_unused=True)
         self._graphs = self._graphs or len(self._backend.ran)
-        pairs = zip(self._parameters, found, strict=True)
+        pairs = zip(self._parameters, gradients, strict=True)
         return [torch.zeros_like(p) if g is None else g.detach() for p, g in pairs]
 
     def deviations(
         self, exact: Sequence[Tensor], inputs: _Inputs, variant: Variant, steps: int
     ) -> list[Sums]:
-        """Of so many estimates from the exact gradients, by parameter."""
+        """The deviations of so many estimates from the exact gradients, by parameter."""
         collected = [Deviations(gradient) for gradient in exact]
         for _ in range(steps):
             estimates = self.gradients(inputs, variant)
             if len(self._backend.ran) != self._graphs:
                 raise VerifyError(
-                    "verify: Dynamo does not run the same graphs in every step; TORCH_LOGS=recompiles "
-                    "says what changes in between"
+                    "verify: Dynamo does not run the same graphs in every step; "
+                    "TORCH_LOGS=recompiles says what changes in between"
                 )
-            for one, estimate in zip(collected, estimates, strict=True):
-                one.add(estimate)
-        return [one.sums() for one in collected]
+            for deviations, estimate in zip(collected, estimates, strict=True):
+                deviations.add(estimate)
+        return [deviations.sums() for deviations in collected]
 
     def _restore(self) -> None:
-        """Undo what forward did to buffers and attributes: a counter would make Dynamo compile each draw."""
+        """Undo what forward did to buffers and attributes.
+
+        A counter would make Dynamo compile each draw.
+        """
         for module, attributes in self._attributes:
             vars(module).update(attributes)
             for name in vars(module).keys() - attributes.keys():
@@ -274,19 +297,19 @@ class _Stepper:
         if not isinstance(loss, Tensor) or loss.numel() != 1:
             shape = f" of shape {tuple(loss.shape)}" if isinstance(loss, Tensor) else ""
             raise VerifyError(
-                f"verify: {self._loss_name} is a {type(result).__name__}{shape}, not a loss: give a "
-                "loss_fn that makes a scalar of the model's result"
+                f"verify: {self._loss_name} is a {type(result).__name__}{shape}, not a loss: give "
+                "a loss_fn that makes a scalar of the model's result"
             )
         if not loss.requires_grad:
             raise VerifyError("verify: the loss depends on no parameter that requires a gradient")
         return loss
 
 
-# -- figures ----------------------------------------------------------------------------------------
+# -- figures ---------------------------------------------------------------------------------------
 
 
 def _cause(key: Variant, rows: Sequence[PlannedValue], sums: Mapping[str, Sums]) -> ValueNoise:
-    errors = {name: relative_error(one) for name, one in sums.items()}
+    errors = {name: relative_error(parameter_sums) for name, parameter_sums in sums.items()}
     worst = max(errors, key=errors.__getitem__)
     return ValueNoise(
         *key,
@@ -302,14 +325,17 @@ def _cause(key: Variant, rows: Sequence[PlannedValue], sums: Mapping[str, Sums])
 def _between_batches(
     stepper: _Stepper, exact: Sequence[Tensor], others: Sequence[_Inputs]
 ) -> list[Sums]:
-    """How exact gradients of all batches deviate from the first one's, by parameter; empty for one batch."""
+    """How exact gradients of all batches deviate from the first one's, by parameter.
+
+    Empty for a single batch.
+    """
     if not others:
         return []
     collected = [Deviations(gradient) for gradient in exact]
     for gradients in (exact, *(stepper.gradients(inputs, EXACT) for inputs in others)):
-        for one, gradient in zip(collected, gradients, strict=True):
-            one.add(gradient)
-    return [one.sums() for one in collected]
+        for deviations, gradient in zip(collected, gradients, strict=True):
+            deviations.add(gradient)
+    return [deviations.sums() for deviations in collected]
 
 
 def _nothing_encoded(plans: Sequence[Plan], *, is_traced: bool) -> str:
@@ -328,7 +354,7 @@ def _check_reference(first: Sequence[Tensor], second: Sequence[Tensor]) -> str:
         raise VerifyError("verify: the exact gradient is zero everywhere")
     collected = [Deviations(gradient) for gradient in first]
     for estimates in (first, second):
-        for one, estimate in zip(collected, estimates, strict=True):
-            one.add(estimate)
-    error = relative_error(total_sums([one.sums() for one in collected]))
+        for deviations, estimate in zip(collected, estimates, strict=True):
+            deviations.add(estimate)
+    error = relative_error(total_sums([deviations.sums() for deviations in collected]))
     return f"the exact gradient itself differs by {error:.1e} between two runs" if error else ""

@@ -4,7 +4,7 @@ import gc
 import os
 import sys
 
-# before torch is imported: its profiler tells each start and stop on standard error
+# This is set before torch is imported. Its profiler tells each start and stop on standard error.
 os.environ.setdefault("KINETO_LOG_LEVEL", "99")
 
 from prac_fx.report.cli import main

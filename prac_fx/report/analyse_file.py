@@ -51,12 +51,12 @@ class Analysis:
 
     @classmethod
     def flags(cls) -> tuple[str, ...]:
-        """Names of all of them."""
+        """Names of all flags."""
         return tuple(field.name for field in dataclasses.fields(cls))
 
     @classmethod
     def of(cls, arguments: argparse.Namespace) -> Analysis:
-        """Of parsed arguments, in which None stands for a flag that is not given."""
+        """Make it from parsed arguments, in which None stands for a flag that is not given."""
         given = {name: getattr(arguments, name) for name in cls.flags()}
         return cls(**{name: value for name, value in given.items() if value is not None})
 
@@ -108,7 +108,7 @@ def _explained(built: Built, path: Path) -> Iterator[None]:
 
 
 def _raise_own_error(built: Built, path: Path) -> None:
-    """When the model fails without Dynamo too, that error is the one to see."""
+    """Raise the error of the model itself, where it fails without Dynamo too."""
     parameters = built.model.parameters() if isinstance(built.model, nn.Module) else ()
     if any(isinstance(parameter, FakeTensor) for parameter in parameters):
         return  # it may fail only because it meets tensors of its own that are not fake
@@ -122,7 +122,7 @@ def _raise_own_error(built: Built, path: Path) -> None:
 
 @contextlib.contextmanager
 def _without_tracebacks() -> Iterator[None]:
-    """Keep torch from logging a traceback for an error of the model: it becomes a line of ours."""
+    """Keep torch from logging a traceback for an error of the model: we give it one line."""
     log = logging.getLogger(FakeTensor.__module__)
     level = log.level
     log.setLevel(logging.CRITICAL)

@@ -47,10 +47,10 @@ class _Parser(argparse.ArgumentParser):
 
 
 def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
-    """Parse the command line, and refuse now what could not be carried out after the analysis.
+    """Parse the command line. Refuse now what could not be carried out after the analysis.
 
     Returns:
-        The arguments; sizes are bytes, `options` of a model is a dict, `format` is set.
+        The arguments. Sizes are bytes, `options` of a model is a dict, and `format` is set.
 
     Raises:
         PracError: what is wrong, in one line.

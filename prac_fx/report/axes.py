@@ -1,7 +1,7 @@
-"""Two steps on one pair of axes, thinned out for drawing; the peak is always among what is left.
+"""Two steps on one pair of axes, thinned out for drawing.
 
-The two steps have different events, so position is progress within a phase: every phase has the
-same place in both.
+The peak is always among what is left. The two steps have different events, so position is progress
+within a phase: every phase has the same place in both.
 """
 
 from __future__ import annotations
@@ -89,7 +89,7 @@ def byte_marks(nbytes: float) -> list[float]:
 def sample_timeline(
     timeline: Timeline, spans: list[Span], limit: int = MAX_SAMPLES
 ) -> list[Sample]:
-    """At most about `limit` events: of each stretch of a phase the one with the most bytes."""
+    """About `limit` events at most: of each stretch of a phase the one with the most bytes."""
     places = {(span.name, span.occurrence): span for span in spans}
     samples = []
     for key, phase in _phases(timeline):

@@ -22,7 +22,7 @@ CANVAS_HEIGHT = 1000
 
 @dataclass(frozen=True)
 class Layer:
-    """The area of a category on top of those below it, down to the axis: draw the first first."""
+    """The area of a category on top of those below it, down to the axis; draw the first first."""
 
     category: Category
     path: str
@@ -33,7 +33,7 @@ class StepShape:
     """One step, drawn.
 
     Attributes:
-        layers: by category, the topmost one first, each hiding the lower part of the one before.
+        layers: by category, the topmost one first. Each hides the lower part of the one before.
         area: all of it.
         outline: its upper edge.
         peak_left, peak_top: place of the peak, in percent of the canvas.

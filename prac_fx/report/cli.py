@@ -1,4 +1,4 @@
-"""The command: has a model analysed or a report loaded, and writes it in the given format."""
+"""The command: it has a model analysed or a report loaded, and writes it in the given format."""
 
 from __future__ import annotations
 
@@ -27,11 +27,11 @@ from prac_fx.report.text_layout import printable
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Command line.
+    """Run the command.
 
     Returns:
-        The exit code: 0; 1 when the peak is above --fail-if-above; 2 after an error. An error is a
-        line, below the traceback of the user's own code where that failed.
+        The exit code: 0; 1 when the peak is above --fail-if-above; 2 after an error. An error is
+            one line. Where the user's own code failed, its traceback stands above that line.
     """
     try:
         arguments = parse_arguments(argv)

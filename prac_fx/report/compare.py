@@ -1,6 +1,7 @@
 """Two reports side by side: totals, peaks, and the values that are kept differently.
 
-Values are the same when module, operator, shape and dtype are, and their number among such values.
+Two values are the same when their module, operator, shape and dtype are, and their number among
+values that share these.
 """
 
 from __future__ import annotations
@@ -35,7 +36,7 @@ class Difference(TypedDict):
 
 
 class TotalPair(TypedDict):
-    """A total of both."""
+    """A total of both reports."""
 
     name: str
     a_nbytes: int
@@ -115,7 +116,7 @@ def _differences(a: Document, b: Document) -> list[Difference]:
 
 
 def _totals(document: Document) -> dict[str, int]:
-    """By name, those that are known."""
+    """The known totals, by name."""
     totals, peak = document["totals"], document["peak"]
     nbytes_by_name = {
         "saved before": totals["saved_before_nbytes"],
@@ -237,7 +238,7 @@ def _values_table(comparison: Comparison, top: int, style: Style) -> str:
 
 
 def _merged(pairs: list[ValuePair]) -> list[list[ValuePair]]:
-    """Pairs that differ only in the number of their layer, those with the largest change first."""
+    """Pairs that differ only in the number of their layer, together; the largest change first."""
     groups: dict[tuple[object, ...], list[ValuePair]] = {}
     for pair in pairs:
         sides = (tuple(side.values()) if side else None for side in (pair["a"], pair["b"]))

@@ -34,7 +34,7 @@ from prac_fx.memory.analysis import AnalysedStep
 from prac_fx.memory.repeated_blocks import ANALYSED
 from prac_fx.memory.timeline import StepMemory
 
-# Most things that are listed for a peak; the rest is summed up by category.
+# A peak lists at most so many things. The rest is summed up by category.
 _MAX_LIVE = 400
 
 

@@ -33,7 +33,7 @@ class MemoryReport:
 
     Attributes:
         step: the analysed step, plain Inductor's and ours.
-        config: the options it was made with.
+        config: the options it was analysed with.
         alternatives: other ways to train the same model; empty when they were not asked for.
         measured_on: device that real steps ran on; empty when none did.
         fits: bytes that the largest batches fit; None when they were not asked for.

@@ -126,7 +126,7 @@ def _palette() -> str:
 
 
 def _hash(text: str) -> str:
-    """What a content security policy names an inline script or style by."""
+    """The name of an inline script or style in a content security policy."""
     digest = hashlib.sha256(text.encode()).digest()
     return f"'sha256-{base64.b64encode(digest).decode()}'"
 

@@ -1,4 +1,7 @@
-"""A progress bar for what takes more than two seconds: on standard error, on a terminal only."""
+"""A progress bar for what takes more than two seconds.
+
+It is drawn on standard error, and only on a terminal.
+"""
 
 from __future__ import annotations
 
@@ -38,7 +41,7 @@ def progress_bar() -> Iterator[Progress]:
 
 
 def _draw(bar: tqdm[Any]) -> None:
-    bar.last_print_t = time.time()  # or closing it would not clear what it does not know of
+    bar.last_print_t = time.time()  # closing the bar clears only what it knows to be drawn
     bar.refresh()
 
 

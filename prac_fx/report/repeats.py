@@ -23,17 +23,17 @@ class Repeat:
 
     @property
     def first(self) -> Value:
-        """One for all: they share everything that a report shows but the path."""
+        """The first value. It stands for all: but for the path they share what a report shows."""
         return self.values[0]
 
     @property
     def before_nbytes(self) -> int:
-        """Of all of them together."""
+        """Bytes of all of them together, without prac."""
         return sum(value["nbytes_before"] for value in self.values)
 
     @property
     def after_nbytes(self) -> int:
-        """Of all of them together."""
+        """Bytes of all of them together, with prac."""
         return sum(value["nbytes_after"] for value in self.values)
 
 
@@ -97,7 +97,7 @@ def _name(group: list[Live]) -> str:
 
 
 def _pattern(paths: list[str]) -> str:
-    """A name for all of them: `*` for the number of the layer, or a list if there is no more."""
+    """A name for all paths: `*` for the number of the layer, else a list of them."""
     distinct = list(dict.fromkeys(paths))
     pattern = any_layer(distinct[0])
     if len(distinct) > 1 and pattern != "*":

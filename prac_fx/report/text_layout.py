@@ -14,7 +14,7 @@ from prac_fx.report.wording import shortened
 WIDTH = 100
 
 _MIN_PATH = 12
-# Longer ones are in no model, but in a file that wants to keep us busy.
+# No model has longer ones. A file that wants to keep us busy may.
 _MAX_NAME = 1000
 _MAX_PARAGRAPH = 10_000
 
@@ -22,7 +22,7 @@ _MAX_PARAGRAPH = 10_000
 def printable(data: Any) -> Any:
     r"""The same data with line breaks and control codes in its text spelled out: `\n`, `\x1b`.
 
-    What a report file says must not move the cursor of a terminal, nor break a table's lines.
+    What a report file says must not move the cursor of a terminal, nor break the lines of a table.
     A text that is too long to be read is cut.
     """
     if isinstance(data, dict):
@@ -38,7 +38,7 @@ def printable(data: Any) -> Any:
 
 
 def cut(text: str, width: int) -> str:
-    """The beginning of a text that is longer than this."""
+    """The text; only its beginning when it is longer than this."""
     return text if len(text) <= width else text[: width - 3] + "..."
 
 

@@ -131,7 +131,7 @@ def reason_codes(document: Document) -> list[str]:
 
 
 def is_listed(value: Value) -> bool:
-    """Inputs and parameters are saved without costing memory: they are counted, not listed."""
+    """Is the value listed? Inputs and parameters, which are saved at no cost, are only counted."""
     return value["reason"] != "input"
 
 

@@ -1,12 +1,13 @@
-"""Which data-parallel replica this process is, and which tensor stands for a parameter from step to step.
+"""Which data-parallel replica this process is, and which tensor owns a parameter's state.
 
-Replicas that see different data and average their gradients should draw different random numbers: the variance of
-the estimate then falls with their number. Ranks that share data must draw the same ones. A tensor-parallel group
-computes the gradients of replicated parameters (norms, biases) on each of its ranks, reduces none of them, and relies
-on equal results: other noise on each rank would let the copies drift apart, without an error.
+Replicas that see different data and average their gradients should draw different random numbers:
+the variance of the estimate then falls with their number. Ranks that share data must draw the same
+ones. A tensor-parallel group computes the gradients of replicated parameters (norms, biases) on
+each of its ranks and reduces none of them. It relies on equal results. Other noise on each rank
+would let the copies drift apart, without an error.
 
-So a rank draws as what its wrapper says it is. DistributedDataParallel and `fully_shard` know their data-parallel
-group, and only that; whatever neither of them reduces draws as replica 0.
+So a rank draws as what its wrapper says it is. DistributedDataParallel and `fully_shard` know their
+data-parallel group, and only that. What neither of them reduces draws as replica 0.
 """
 
 from __future__ import annotations
@@ -40,7 +41,10 @@ def is_distributed(value: object) -> bool:
 
 
 def sharded_parameters() -> dict[int, Sharded]:
-    """All parameters under `fully_shard`, by the identity of the unsharded one; empty without it."""
+    """All parameters under `fully_shard`, by the identity of the unsharded one.
+
+    Empty when nothing is under `fully_shard`.
+    """
     return {
         id(parameter._unsharded_param): Sharded(
             parameter.sharded_param, _place(parameter.mesh_info)
@@ -58,9 +62,9 @@ def _place(mesh_info: Any) -> int:
 
 
 def home_of(parameter: Tensor, sharded: Mapping[int, Sharded]) -> Tensor:
-    """The tensor that owns a parameter's state: the parameter itself, or the one that FSDP keeps sharded."""
-    found = sharded.get(id(parameter))
-    return parameter if found is None else found.home
+    """The tensor that owns a parameter's state: itself, or the one that FSDP keeps sharded."""
+    entry = sharded.get(id(parameter))
+    return parameter if entry is None else entry.home
 
 
 def replica_of(parameter: Tensor, sharded: Mapping[int, Sharded], across_ranks: str) -> int:

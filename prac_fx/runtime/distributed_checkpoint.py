@@ -22,17 +22,19 @@ class CheckpointState:
 
         dcp.save({"model": model_state, "prac": prac_fx.CheckpointState(model)}, checkpoint_id=path)
 
-    Every rank has bases and draws of its own, so each packs its state as one entry `rank_<n>`, read back by the same
-    rank: that resumes bit for bit. One more entry, `shared`, is what any one rank has; a rank that the saved run did
-    not have starts from it, and draws its own random numbers from then on. Ranks that are gone are left out.
+    Every rank has bases and draws of its own. Each packs its state as one entry, `rank_<n>`, and
+    the same rank reads it back: that resumes bit for bit. One more entry, `shared`, is what any one
+    rank has. A rank that the saved run did not have starts from it, and draws its own random
+    numbers from then on. Entries of ranks that are gone are left out.
 
-    A checkpoint that lacks an entry (more ranks than before, or saved without this backend) is refused by
-    `dcp.load`, unless it is allowed for this part:
+    A checkpoint lacks an entry when there are more ranks than before, or when it was saved without
+    this backend. `dcp.load` refuses it, unless that is allowed for this part:
 
         dcp.load({"prac": prac_fx.CheckpointState(model)}, checkpoint_id=path,
                  planner=DefaultLoadPlanner(allow_partial_load=True))
 
-    What is found then is loaded, and if nothing is, training goes on from fresh bases.
+    Then the entries that are there are loaded. If there are none, training goes on from fresh
+    bases.
 
     Args:
         model: as for `prac_fx.state_dict`.
@@ -53,18 +55,18 @@ class CheckpointState:
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Take over this rank's entry, else the shared one, else nothing.
 
-        Entries are read with `weights_only=True`. Parameters that this rank's model does not have are left out:
-        pipeline stages may lie elsewhere than in the saved run.
+        Entries are read with `weights_only=True`. Parameters that this rank's model does not have
+        are left out: pipeline stages may lie elsewhere than in the saved run.
 
         Raises:
-            StateError: an entry is not what `state_dict` returned, or does not fit the model. Nothing is
-                changed then.
+            StateError: an entry is not what `state_dict` returned, or does not fit the model.
+                Nothing is changed then.
         """
         if not isinstance(state, Mapping):
             raise StateError(f"state of all ranks: expected a mapping, got {shown(state)}")
         for key in (_own_key(), _SHARED):
             packed = state.get(key)
-            # an entry that the checkpoint lacks is still the object that was handed out to be filled
+            # where the checkpoint lacks an entry, the object that was handed out is still in place
             if packed is None or packed is self._issued.get(key):
                 continue
             load_state_dict(self._model, _unpack(packed, key), strict=False)

@@ -1,4 +1,7 @@
-"""How often state was moved to another device: whoever holds its tensors for a device compares the count."""
+"""How often state was moved to another device.
+
+Who holds the tensors of some state for a device compares the count.
+"""
 
 from __future__ import annotations
 

@@ -1,7 +1,8 @@
-"""Names of random streams: the same in every run, different from owner to owner and from replica to replica.
+"""Names of random streams: the same in every run, different for each owner.
 
-A stream is a hash of the seed, of names, and of what tells one model part from another that has the same names. The
-replica (`data_parallel`) is no part of it: it is mixed in with each draw, so that one saved state serves all ranks.
+A stream is a hash of the seed, of names, and of what tells one model part from another that has the
+same names. The replica (`data_parallel`) is no part of it. It is mixed in with each draw, so that
+one saved state serves all ranks.
 """
 
 from __future__ import annotations
@@ -42,15 +43,17 @@ class Draws:
 
 
 def identity_of(parameters: Sequence[Tensor]) -> tuple[object, ...]:
-    """What tells apart parts of a model whose names are the same, such as blocks that are compiled one by one.
+    """What tells apart parts of a model that have the same names.
 
-    That is some numbers of the largest parameters: they are the same in the next run and on every data-parallel rank,
-    and differ between blocks. (Those of a norm are all ones.) Where tensor-parallel ranks hold different parts of
-    them, the numbers would differ between ranks that have to draw alike. Then the order in which the parts first ran
+    Blocks that are compiled one by one are such parts. What tells them apart is some numbers of the
+    largest parameters: they are the same in the next run and on every data-parallel rank, and
+    differ between blocks. (Those of a norm are all ones.) Tensor-parallel ranks may hold different
+    parts of these parameters, yet have to draw alike. There the order in which the parts first ran
     tells them apart: such ranks run the same program in step.
 
     Args:
-        parameters: of the compiled graph, as the forward pass sees them. Quantised ones do not count.
+        parameters: those of the compiled graph, as the forward pass sees them. Quantised ones do
+            not count.
     """
     numbers: list[float] = []
     readable = [parameter for parameter in parameters if _is_readable(parameter)]

@@ -1,8 +1,8 @@
 """The seed of stochastic rounding: a number for each training step, owned by a parameter.
 
-The compiled forward reads it from a tensor that stays at one address; between steps a new number is written there.
-Numbers follow from a stream and a count, so that resuming needs no more than those, and the user's random stream is
-never read.
+The compiled forward reads it from a tensor that stays at one address. Between steps a new number is
+written there. The numbers follow from a stream and a count: resuming needs no more than those, and
+the user's random stream is never read.
 """
 
 from __future__ import annotations
@@ -53,7 +53,10 @@ class RoundingSeed:
 
 
 def step_number(start: int, step: int) -> int:
-    """The number of a step, in 0 .. 2**63 - 1: SplitMix64 (Steele, Lea, Flood 2014) from `start`."""
+    """The number of a step, in 0 .. 2**63 - 1.
+
+    It is that of SplitMix64 (Steele, Lea, Flood 2014) from `start`.
+    """
     number = (start + (step + 1) * 0x9E3779B97F4A7C15) & _MASK
     number = ((number ^ (number >> 30)) * 0xBF58476D1CE4E5B9) & _MASK
     number = ((number ^ (number >> 27)) * 0x94D049BB133111EB) & _MASK
@@ -69,13 +72,16 @@ def rounding_seed_of(owner: Tensor) -> RoundingSeed | None:
 
 
 def set_rounding_seed(owner: Tensor, stream: str, steps: int, device: torch.device) -> RoundingSeed:
-    """Give a parameter a seed, or overwrite the one it has: compiled code is bound to that very tensor."""
-    found = _SEEDS.get(owner)
-    if found is None:
+    """Give a parameter a seed, or overwrite the one it has.
+
+    It is overwritten in place: compiled code is bound to that very tensor.
+    """
+    state = _SEEDS.get(owner)
+    if state is None:
         with torch.inference_mode(False), torch.no_grad():
             seed = torch.zeros((), dtype=torch.int64, device=device)
-        found = _SEEDS.setdefault(owner, RoundingSeed(seed, stream))
-    elif found.seed.device != device:
-        move_in_place(found.seed, device)
-    found.restart(stream, steps, found.replica)
-    return found
+        state = _SEEDS.setdefault(owner, RoundingSeed(seed, stream))
+    elif state.seed.device != device:
+        move_in_place(state.seed, device)
+    state.restart(stream, steps, state.replica)
+    return state

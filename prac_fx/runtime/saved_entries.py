@@ -1,9 +1,14 @@
-"""One entry of a saved state: what is written into it, and every check before any of it is believed.
+"""One entry of a saved state: what is written into it, and the checks before it is believed.
 
-Whether an entry belongs to the model is told by the shape of its parameter, which is saved with it. The number of
-features does not tell: it need not be a dimension of the parameter that owns the state. A weight that is computed from
-several parameters (`weight_norm`, a merged LoRA) gives it to the first of them, and so do an einsum, which takes several
-dimensions as one, tensor parallelism, which cuts them, and "paper", where the first parameter of a graph owns it all.
+The shape of its parameter is saved with an entry, and tells whether the entry belongs to the model.
+The number of features does not tell: it need not be a dimension of the parameter that owns the
+state.
+
+- A weight that is computed from several parameters (`weight_norm`, a merged LoRA) gives the state
+  to the first of them.
+- An einsum takes several dimensions as one.
+- Tensor parallelism cuts dimensions.
+- With "paper" the first parameter of a graph owns all of its state.
 """
 
 from __future__ import annotations
@@ -48,7 +53,7 @@ _SHORT.maxdict = 8
 
 @dataclass(frozen=True)
 class LoadedSubspace:
-    """A subspace that was read, and the parameter of this name, which is to own it."""
+    """A subspace that was read, and the parameter that is to own it, with its name."""
 
     name: str
     owner: Tensor
@@ -57,7 +62,7 @@ class LoadedSubspace:
 
 @dataclass(frozen=True)
 class LoadedSeed:
-    """What a seed of stochastic rounding goes on from, and the parameter of this name, which is to own it."""
+    """What a seed of stochastic rounding goes on from, and its owner, with the owner's name."""
 
     name: str
     owner: Tensor
@@ -71,7 +76,8 @@ class LoadedSeed:
 def subspace_entry(name: str, owner: Tensor, subspace: Subspace) -> dict[str, Any] | None:
     """What is saved of a subspace; None when its basis is damaged, and a new one serves better.
 
-    Rows with a number that is not finite are saved as zeros: the next refresh learns as little from either.
+    Rows with a number that is not finite are saved as zeros. The next refresh learns as little from
+    either.
     """
     key = subspace.key
     if not is_basis(subspace.basis, key.codec.principal // key.codec.blocks):
@@ -101,7 +107,7 @@ def seed_entry(name: str, seed: RoundingSeed) -> dict[str, Any]:
 
 
 def parameter_of(entry: object, where: str) -> str:
-    """Name of the parameter that an entry is of.
+    """Name of the parameter of an entry.
 
     Args:
         entry: not checked yet.
@@ -206,7 +212,8 @@ def _check_shape(saved: object, owner: Tensor, where: str) -> None:
     shape = tuple(_count(size, where, "a size in parameter_shape") for size in saved)
     if shape != tuple(owner.shape):
         raise StateError(
-            f"{where}: saved for a parameter of shape {shown(shape)}, the model's has {tuple(owner.shape)}"
+            f"{where}: saved for a parameter of shape {shown(shape)}, the model's has "
+            f"{tuple(owner.shape)}"
         )
 
 
@@ -222,7 +229,7 @@ def _codec(saved: object, where: str) -> PracCodec:
 
 
 def _broken_rule(codec: PracCodec) -> str:
-    """What holds for every codec of the planner and not for this one; empty when all does."""
+    """The rule that codecs of the planner keep and this one breaks; empty when it breaks none."""
     if not codec.features or not codec.blocks:
         return "features and blocks are at least 1"
     if any(count % codec.blocks for count in (codec.features, codec.principal, codec.random)):

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 
 def next_due(step: int, every: int, phase: int) -> int:
-    """The step at which to do again what was done at `step` and is done every so many steps.
+    """The step at which work that was done at `step` is due again.
 
-    Early steps drift fast, so the interval first doubles: 1, 2, 4, ... After that the times lie on a grid
-    whose phase differs from site to site, so that no single step pays for all sites.
+    Early steps drift fast, so the interval first doubles: 1, 2, 4, ... After that the times lie on
+    a grid. Its phase differs from site to site, so that no single step pays for all sites.
 
     Args:
         step: number of the present step, from 0.

@@ -27,7 +27,8 @@ from prac_fx.runtime.subspace_state import Subspace, SubspaceKey, adopt, owned_b
 
 STATE_VERSION = 4
 
-# Parts of names that wrappers add: a checkpoint of a wrapped model fits the bare one, and the other way round.
+# Parts of names that wrappers add. Without them a wrapped model's checkpoint fits the bare one,
+# and the other way round.
 _WRAPPERS = ("_orig_mod.", "_checkpoint_wrapped_module.")
 _FIELDS = ("version", "subspaces", "rounding")
 
@@ -35,12 +36,12 @@ _FIELDS = ("version", "subspaces", "rounding")
 def state_dict(model: torch.nn.Module) -> dict[str, Any]:
     """All state that we keep for a model's parameters, to be saved beside the model's own state.
 
-    Under data parallelism it is the state of this rank; see `CheckpointState` for that of all ranks.
+    Under data parallelism it is the state of this rank. `CheckpointState` has that of all ranks.
 
     Returns:
-        Plain tensors, numbers and text, so that `torch.load(weights_only=True)` reads it. The tensors
-        are copies. Loading it on the same rank resumes a run bit for bit. A basis that is damaged (see
-        `is_basis`) is left out: who loads this starts from a new one.
+        Plain tensors, numbers and text, so that `torch.load(weights_only=True)` reads it. The
+        tensors are copies. Loading it on the same rank resumes a run bit for bit. A basis that is
+        damaged (see `is_basis`) is left out: who loads this starts from a new one.
     """
     subspaces, seeds = [], []
     for name, owner in _owners(model).items():
@@ -53,17 +54,20 @@ def state_dict(model: torch.nn.Module) -> dict[str, Any]:
 
 
 def _owners(model: torch.nn.Module) -> dict[str, Tensor]:
-    """The tensors that own the state of a model's parameters, by name, whatever the model is wrapped in."""
+    """The tensors that own the state of a model's parameters, by name.
+
+    The names are the same whatever the model is wrapped in.
+    """
     while isinstance(model, DistributedDataParallel) or hasattr(model, "_orig_mod"):
         inner: Any = model
         model = inner.module if isinstance(model, DistributedDataParallel) else inner._orig_mod
     sharded = sharded_parameters()
-    found = {}
+    owners = {}
     for name, parameter in model.named_parameters():
         for wrapper in _WRAPPERS:
             name = name.replace(wrapper, "")
-        found[name] = home_of(parameter, sharded)
-    return found
+        owners[name] = home_of(parameter, sharded)
+    return owners
 
 
 @torch.inference_mode(False)  # a basis made within inference mode could not be refreshed outside
@@ -73,9 +77,12 @@ def load_state_dict(
 ) -> None:
     """Restore what `state_dict` returned, before or after the model's first compiled step.
 
-    State is matched by parameter name; what `torch.compile`, DistributedDataParallel and checkpoint wrappers add to
-    names does not count. Parameters that `state` does not mention keep what they have. State of another
-    data-parallel rank is taken over too, and from the next step on this rank draws its own random numbers.
+    State is matched by parameter name. What `torch.compile`, DistributedDataParallel and checkpoint
+    wrappers add to names does not count. Parameters that `state` does not mention keep what they
+    have. State of another data-parallel rank is taken over too. From the next step on this rank
+    draws its own random numbers.
+
+    All of `state` is checked before anything is changed.
 
     Args:
         model: as in `state_dict`, wrapped in the same way or not.
@@ -83,11 +90,11 @@ def load_state_dict(
         strict: refuse parameters that the model does not have, instead of leaving them out.
 
     Raises:
-        StateError: it is not what `state_dict` returned for such a model: another version; missing, unknown or
-            ill-typed fields; the same state twice; a parameter that the model does not have, that has another
-            shape there, or that has no values yet; numbers that contradict each other; a basis or rows of another
-            shape or dtype, sparse, without values or not finite; a basis that is not orthonormal. All of `state`
-            is checked before anything is changed.
+        StateError: it is not what `state_dict` returned for such a model. It has another version;
+            missing, unknown or ill-typed fields; the same state twice; a parameter that the model
+            does not have, that has another shape there, or that has no values yet; numbers that
+            contradict each other; a basis or rows of another shape or dtype, sparse, without values
+            or not finite; or a basis that is not orthonormal.
     """
     try:
         subspaces, seeds = _read(_owners(model), state, strict)
@@ -146,10 +153,10 @@ def _entries(
 
 
 def _check_distinct(subspaces: list[LoadedSubspace], seeds: list[LoadedSeed]) -> None:
-    """Of two entries for one state, one would be lost."""
+    """Refuse two entries for one state: one of them would be lost."""
     seen: set[tuple[str, SubspaceKey | None]] = set()
-    keys = [(one.name, one.subspace.key) for one in subspaces]
-    for name, key in [*keys, *((one.name, None) for one in seeds)]:
+    keys = [(entry.name, entry.subspace.key) for entry in subspaces]
+    for name, key in [*keys, *((entry.name, None) for entry in seeds)]:
         if (name, key) in seen:
             what = "rounding state" if key is None else "subspace state"
             slot = "" if key is None else f", slot {key.slot} with this codec and dtype"

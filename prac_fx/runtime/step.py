@@ -1,4 +1,4 @@
-"""What runs in each step: find this instance's subspaces, keep them fresh, append them to the arguments."""
+"""What runs in each step: find the subspaces, keep them fresh, append them to the arguments."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from prac_fx.torch_compat import FakeTensor, has_saved_tensors_hooks
 
 @dataclass(frozen=True)
 class StateInput:
-    """One argument that we append to a compiled graph: a basis, sampled rows or the seed of rounding.
+    """One argument that we append to a compiled graph: basis, sampled rows or seed of rounding.
 
     Attributes:
         name: of its placeholder.
@@ -39,7 +39,7 @@ class StateInput:
 
 def state_inputs(plan: Plan) -> list[StateInput]:
     """The arguments that the rewritten graph takes after Dynamo's, in order."""
-    found = []
+    inputs = []
     for number, site in enumerate(plan.sites):
         subspace = site.codec.subspace
         if subspace is None:
@@ -47,13 +47,13 @@ def state_inputs(plan: Plan) -> list[StateInput]:
         shapes = {"basis": subspace.basis_shape}
         if subspace.sample_rows:
             shapes["rows"] = (subspace.sample_rows, subspace.features)
-        found += [
+        inputs += [
             StateInput(f"prac_{what}_{number}", shape, site.dtype, site.device)
             for what, shape in shapes.items()
         ]
     if plan.is_random:
-        found.append(StateInput("prac_seed", (), torch.int64, _rounding_device(plan)))
-    return found
+        inputs.append(StateInput("prac_seed", (), torch.int64, _rounding_device(plan)))
+    return inputs
 
 
 def _rounding_device(plan: Plan) -> torch.device:
@@ -63,9 +63,14 @@ def _rounding_device(plan: Plan) -> torch.device:
 
 @dataclass(frozen=True)
 class _Binding:
-    """The states of one instance of a compiled graph: one set of owners, each at its argument index.
+    """The states of one instance of a compiled graph, which has one set of owners.
 
-    `moves` is the count of moves when they were bound: another graph may have moved them to its own device since.
+    Attributes:
+        owners: each with its argument index.
+        states: those of the instance.
+        tensors: those of the states.
+        moves: the count of moves when they were bound. Another graph may have moved them to its own
+            device since.
     """
 
     owners: tuple[tuple[int, weakref.ref[Tensor]], ...]
@@ -93,8 +98,9 @@ def training_step(
         config: seed and schedule.
 
     Returns:
-        A callable with the arguments of Dynamo's own graph. Each call is one forward pass that will have
-        a backward: without gradients Dynamo compiles another graph, which this backend leaves alone.
+        A callable with the arguments of Dynamo's own graph. Each call is one forward pass that will
+        have a backward. Without gradients Dynamo compiles another graph, which this backend leaves
+        alone.
     """
     indices = list(
         dict.fromkeys(
@@ -105,7 +111,7 @@ def training_step(
     if not indices:
         return compiled
     first = indices[0]
-    # by identity of the first owner; an entry leaves with that parameter
+    # By identity of the first owner. An entry leaves with that parameter.
     bindings: dict[int, _Binding] = {}
 
     def bind(args: Sequence[Any]) -> _Binding:
@@ -132,7 +138,8 @@ def training_step(
             state.begin_step()
         tensors = binding.tensors
         if has_saved_tensors_hooks():
-            # a hook may keep what it is given where autograd's references do not count it: an alias counts
+            # A hook may keep what it is given where autograd's references do not count it. An alias
+            # counts.
             tensors = tuple(tensor.detach() for tensor in tensors)
         return compiled(*args, *tensors)
 
@@ -165,14 +172,18 @@ def _states_of(
 
 
 def _tensors_of(states: Sequence[Subspace | RoundingSeed]) -> tuple[Tensor, ...]:
-    found: list[Tensor | None] = []
+    tensors: list[Tensor | None] = []
     for state in states:
-        found += [state.seed] if isinstance(state, RoundingSeed) else [state.basis, state.rows]
-    return tuple(tensor for tensor in found if tensor is not None)
+        tensors += [state.seed] if isinstance(state, RoundingSeed) else [state.basis, state.rows]
+    return tuple(tensor for tensor in tensors if tensor is not None)
 
 
 def _without_values(plan: Plan) -> list[Tensor]:
-    """State for a call with fake tensors: DistributedDataParallel's graph splitter asks each part for its strides."""
+    """State for a call with fake tensors.
+
+    DistributedDataParallel's graph splitter makes such calls: it asks each part for its strides.
+    """
     return [
-        torch.empty(one.shape, dtype=one.dtype, device=one.device) for one in state_inputs(plan)
+        torch.empty(state.shape, dtype=state.dtype, device=state.device)
+        for state in state_inputs(plan)
     ]

@@ -1,9 +1,9 @@
 """Subspace state: one `Subspace` per site, owned by the parameter whose gradient it serves.
 
-Owned means: found through a weak reference to the parameter and freed with it. State therefore survives
-recompiles, changing shapes and `torch._dynamo.reset()`, and each of N identical blocks that share one
-compiled graph has its own. Under `fully_shard` the owner is the sharded parameter, which the model shows between
-steps, although the forward pass sees another one.
+State hangs on its owner by a weak reference, and is freed with it. So it survives recompiles,
+changing shapes and `torch._dynamo.reset()`. Each of N identical blocks that share one compiled
+graph has its own. Under `fully_shard` the owner is the sharded parameter, which the model shows
+between steps, although the forward pass sees another one.
 """
 
 from __future__ import annotations
@@ -53,8 +53,8 @@ class Subspace:
 
     Attributes:
         key: which site of its owner this is.
-        basis: P = [Q1, sqrt(k) Q2], shape `codec.basis_shape`. Changed only in place, so that its address
-            can be captured in a CUDA graph.
+        basis: P = [Q1, sqrt(k) Q2], shape `codec.basis_shape`. Changed only in place, so that its
+            address can be captured in a CUDA graph.
         rows: (s, n), written by each training forward pass; None when there is no principal part.
         stream: identifies this site's random stream.
         replica: number under which this process draws from it.
@@ -83,23 +83,26 @@ class Subspace:
         self.due = min(self.next_refresh, self.next_tail)
 
     def configure(self, config: PracConfig, role: ProjectedRole, replica: int) -> None:
-        """Take over the schedule that `config` has for a role, and the number under which to draw."""
+        """Take over the schedule that `config` has for a role, and the number to draw under."""
         assert config.refresh_every is not None
         self.refresh_every = config.refresh_every
         self.tail_every = config.for_role("tail_every", role) or config.refresh_every
         self.draw_as(replica)
 
     def draw_as(self, replica: int) -> None:
-        """From now on draw under this number; a tail that was drawn under another one is due for a new draw."""
+        """Draw under this number from now on.
+
+        A tail that was drawn under another one is due for a new draw.
+        """
         if replica != self.replica:
             self.replica = replica
             self.due = self.next_tail = self.steps
 
     def begin_step(self) -> None:
-        """Count one training forward pass; before it, refresh what is due.
+        """Count one training forward pass. Refresh before it what is due.
 
-        A backward that is still to come holds the basis it was encoded with. As long as one does, the
-        refresh waits: changing the basis under it would make its gradient wrong.
+        A backward that is still to come holds the basis it was encoded with. As long as one does,
+        the refresh waits: changing the basis under it would make its gradient wrong.
         """
         if self.steps >= self.due and autograd_references(self.basis) == 1:
             self._refresh()
@@ -107,7 +110,10 @@ class Subspace:
 
     @torch.no_grad()
     def _refresh(self) -> None:
-        """Renew what is due: the tail in any case, the principal basis on its schedule or when it is damaged."""
+        """Renew what is due.
+
+        That is the tail in any case, and the principal basis on its schedule or when it is damaged.
+        """
         codec = self.key.codec
         r1, r2 = codec.principal // codec.blocks, codec.random // codec.blocks
         q1 = self.basis[..., :r1].to(working_dtype(self.key.dtype))
@@ -145,7 +151,10 @@ _OWNERS: MutableMapping[Tensor, dict[SubspaceKey, Subspace]] = WeakTensorKeyDict
 
 
 def subspaces_of(parameter: Tensor) -> dict[SubspaceKey, Subspace]:
-    """All states of one parameter, as the model or as the forward pass sees it; empty when it has none."""
+    """All states of one parameter; empty when it has none.
+
+    The parameter may be as the model sees it, or as the forward pass does.
+    """
     return owned_by(home_of(parameter, sharded_parameters()))
 
 
@@ -177,17 +186,17 @@ def subspace_for(
         config: seed and schedule.
         role: selects the schedule, where it is one per role.
     """
-    found = owned_by(owner).get(key)
-    if found is None:
+    subspace = owned_by(owner).get(key)
+    if subspace is None:
         stream = draws.stream(config.seed, key.slot, key.codec.features)
-        found = _create(key, device, stream, draws.replica)
-        adopt(owner, found)
-    elif found.basis.device != device:
-        for tensor in (found.basis, found.rows):
+        subspace = _create(key, device, stream, draws.replica)
+        adopt(owner, subspace)
+    elif subspace.basis.device != device:
+        for tensor in (subspace.basis, subspace.rows):
             if tensor is not None:
                 move_in_place(tensor, device)
-    found.configure(config, role, draws.replica)
-    return found
+    subspace.configure(config, role, draws.replica)
+    return subspace
 
 
 def rounding_seed_for(
@@ -201,12 +210,12 @@ def rounding_seed_for(
         draws: names the random stream of a new seed; the replica counts for every seed.
         config: seed.
     """
-    found = rounding_seed_of(owner)
-    stream = draws.stream(config.seed, "rounding") if found is None else found.stream
-    steps = 0 if found is None else found.steps
-    found = set_rounding_seed(owner, stream, steps, device)
-    found.restart(stream, steps, draws.replica)
-    return found
+    state = rounding_seed_of(owner)
+    stream = draws.stream(config.seed, "rounding") if state is None else state.stream
+    steps = 0 if state is None else state.steps
+    state = set_rounding_seed(owner, stream, steps, device)
+    state.restart(stream, steps, draws.replica)
+    return state
 
 
 def _generator(device: torch.device, stream: str, draw: int | str, replica: int) -> torch.Generator:

@@ -1,1 +1,1 @@
-"""Random training programs, compiled by `backend="prac"` and by plain Inductor: `python -m tests.fuzz`."""
+"""Random training programs, compiled by prac and by plain Inductor: `python -m tests.fuzz`."""

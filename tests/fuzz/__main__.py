@@ -39,9 +39,10 @@ if __name__ == "__main__":  # from the root of the repository
             with torch.autocast("cpu", torch.bfloat16, enabled={autocast}):
                 results = step(*values)
             loss_of(results).backward()
-            found = {{n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}}
-            found.update({{f"input {{i}}": values[i].grad for i in {requires_grad}}})
-            drawn.append(found)
+            trained = [(n, p.grad) for n, p in model.named_parameters() if p.grad is not None]
+            gradients = {{name: gradient.clone() for name, gradient in trained}}
+            gradients.update({{f"input {{i}}": values[i].grad for i in {requires_grad}}})
+            drawn.append(gradients)
         drawn = drawn[len({batches}) - 1 :]
         return results, {{n: torch.stack([d[n] for d in drawn]).double() for n in drawn[0]}}
 
@@ -49,11 +50,12 @@ if __name__ == "__main__":  # from the root of the repository
     with no_code_generation() as plans:
         ours, noisy = run(torch.compile, 64, backend="prac", options={options})
     print("forward equal:", [torch.equal(a, b) for a, b in zip(plain, ours)])
-    print("encoded:", [(site.value, site.codec.describe()) for plan in plans for site in plan.sites])
+    sites = [site for plan in plans for site in plan.sites]
+    print("encoded:", [(site.value, site.codec.describe()) for site in sites])
     for name, gradient in exact.items():
-        error = noisy[name] - gradient
-        size = gradient.norm()
-        print(f"{{name}}: mean of 64 draws off by {{error.mean(0).norm() / size:.3g}}, one draw by {{error[0].norm() / size:.3g}}")
+        error = (noisy[name] - gradient) / gradient.norm()
+        mean, first = error.mean(0).norm(), error[0].norm()
+        print(f"{{name}}: mean of 64 draws off by {{mean:.3g}}, one draw by {{first:.3g}}")
 """
 
 
@@ -68,7 +70,7 @@ def show(program: Program, failure: Failure) -> str:
         batches=list(program.batches),
         autocast=program.autocast,
         options=program.all_options,
-        requires_grad=[n for n, one in enumerate(program.inputs) if one.requires_grad],
+        requires_grad=[n for n, argument in enumerate(program.inputs) if argument.requires_grad],
     )
     return f'"""{how}"""\n\n{source_of(program)}{main}'
 
@@ -84,14 +86,14 @@ def main() -> int:
     arguments = parser.parse_args()
     torch.set_num_threads(1)
     if arguments.minutes is None:
-        return _one(arguments.seed or 0, arguments.policy)
+        return _run_seed(arguments.seed or 0, arguments.policy)
     first = arguments.seed if arguments.seed is not None else int(time.time()) * 1000
     if arguments.jobs > 1:
-        return _several(arguments, first)
-    return _many(first, arguments.minutes, arguments.policy, arguments.out)
+        return _run_processes(arguments, first)
+    return _run_random(first, arguments.minutes, arguments.policy, arguments.out)
 
 
-def _one(seed: int, policy: str | None) -> int:
+def _run_seed(seed: int, policy: str | None) -> int:
     program = generate(seed, policy)
     failure = check(program)
     if failure is not None:
@@ -100,7 +102,7 @@ def _one(seed: int, policy: str | None) -> int:
     return failure is not None
 
 
-def _many(first: int, minutes: float, policy: str | None, out: Path | None) -> int:
+def _run_random(first: int, minutes: float, policy: str | None, out: Path | None) -> int:
     end = time.monotonic() + 60 * minutes
     kinds: Counter[str] = Counter()
     shown: set[tuple[str, ...]] = set()
@@ -123,13 +125,13 @@ def _many(first: int, minutes: float, policy: str | None, out: Path | None) -> i
             out.mkdir(parents=True, exist_ok=True)
             name = f"{failure.kind.replace(' ', '_')}_{program.seed}.py"
             (out / name).write_text(show(program, failure))
-    found = ", ".join(f"{kind} {n}" for kind, n in kinds.most_common()) or "none"
-    print(f"{count} programs from seed {first}; failures: {found}")
+    counts = ", ".join(f"{kind} {n}" for kind, n in kinds.most_common()) or "none"
+    print(f"{count} programs from seed {first}; failures: {counts}")
     return bool(kinds)
 
 
-def _several(arguments: argparse.Namespace, first: int) -> int:
-    """As many processes, each with its own seeds."""
+def _run_processes(arguments: argparse.Namespace, first: int) -> int:
+    """Run several processes, each with its own seeds."""
     shared = ["--minutes", str(arguments.minutes)]
     shared += ["--policy", arguments.policy] if arguments.policy else []
     shared += ["--out", str(arguments.out)] if arguments.out else []

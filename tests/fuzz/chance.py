@@ -6,15 +6,17 @@ import math
 
 from torch import Tensor
 
-# how many of its standard errors a bias has to be away from chance: for the product of two means, and for one mean
+# How many of its standard errors a bias has to be away from chance. The first is for the product
+# of two means, the second for one mean.
 _CHANCE_HALVES, _CHANCE_ALONG = 20.0, 8.0
 
 
 def bias_beyond_chance(exact: Tensor, deviations: Tensor, certainty: float = 1.0) -> float:
     """Norm of the mean deviation that independent halves agree on; 0 where chance may explain it.
 
-    The product of the halves' means estimates the squared bias without the variance of the mean. Along the exact
-    gradient the deviation is one number, so that less of it can be told from chance.
+    The product of the halves' means estimates the squared bias without the variance of the mean.
+    Along the exact gradient the deviation is one number, so that less of it can be told from
+    chance.
     """
     count = len(deviations)
     halves = deviations[::2].mean(0), deviations[1::2].mean(0)

@@ -1,4 +1,7 @@
-"""One program, compiled by `backend="prac"` and by plain Inductor: what must not differ, and what may by chance."""
+"""One program, compiled by `backend="prac"` and by plain Inductor.
+
+Here is what must not differ between them, and what may differ by chance.
+"""
 
 from __future__ import annotations
 
@@ -27,11 +30,11 @@ FEW, MANY = 4, 64
 
 # relative error of a gradient that holds no noise, by the coarsest dtype that it is computed in
 _ROUNDOFF = {"float64": 1e-9, "float32": 1e-4, "float16": 2e-2, "bfloat16": 5e-2}
-# relative bias that each policy may have anyway, to second order in its rounding; twice that beside functions
-# whose share in it is not measured
-# What a group's largest element decodes to is 32 ulps off, whatever is drawn. Where a gradient vanishes but for roundoff,
-# as behind the norm of one number, that is all there is of it.
+# What a group's largest element decodes to is 32 ulps off, whatever is drawn. Where a gradient
+# vanishes but for roundoff, as behind the norm of one number, that is all there is of it.
 _ROUNDED_CODES = 50 * 32
+# Relative bias that each policy may have anyway, to second order in its rounding. Beside functions
+# whose share in it is not measured it may be twice that.
 _BIAS = {"linear": 0.01, "balanced": 0.01, "max": 0.1, "paper": math.inf}
 _SEED_NBYTES = 64
 
@@ -123,7 +126,7 @@ class _Comparison:
         return any(name not in self._input_names() for name in self.exact[-1].gradients)
 
     def _input_names(self) -> set[str]:
-        return {one.name for one in self.program.inputs}
+        return {argument.name for argument in self.program.inputs}
 
     def _results(self, ours: list[Draw]) -> Failure | None:
         for batch, want, got in zip(self.program.batches, self.exact, ours, strict=True):
@@ -179,7 +182,10 @@ class _Comparison:
         return None
 
     def _is_promised(self, name: str) -> bool:
-        """Is this gradient exact by policy: no value that PRAC stores feeds it, and there is no other noise?"""
+        """Is this gradient exact by policy?
+
+        It is where no value that PRAC stores feeds it, and there is no other noise.
+        """
         if self.program.policy == "linear":
             return name not in self.noisy
         return name == self._bias_before_loss()
@@ -195,7 +201,9 @@ class _Comparison:
         is_loss = loss.kind.startswith("loss") and loss.kind != "loss: huber"
         if not is_head or not is_loss or loss.args != (head.out,):
             return ""
-        uses = sum(member in one.members for one in statements for member in head.members)
+        uses = sum(
+            member in statement.members for statement in statements for member in head.members
+        )
         return f"{head.members[0][0]}.bias" if uses == 1 else ""
 
     def _is_near(self, name: str, got: Tensor, want: Tensor) -> bool:
@@ -227,7 +235,7 @@ class _Comparison:
         return float(self.exact[-1].gradients[name].double().norm())
 
     def _bias(self, name: str, draws: list[Draw]) -> Failure | None:
-        """A bias that is neither chance, nor roundoff, nor what noise in well-conditioned functions costs."""
+        """A bias beyond chance, roundoff, and what noise in well-conditioned functions costs."""
         exact, deviations = self._deviations(name, draws)
         size, bias = float(exact.norm()), bias_beyond_chance(exact, deviations)
         if (
@@ -247,7 +255,8 @@ class _Comparison:
         return Failure(
             "biased",
             f"{name}: bias {bias / size:.3g} of the gradient, {len(draws)} draws with an error of "
-            f"{single / size:.3g} each; noise in well-conditioned functions costs {unavoidable / size:.3g}",
+            f"{single / size:.3g} each; noise in well-conditioned functions costs "
+            f"{unavoidable / size:.3g}",
         )
 
     @property
@@ -304,7 +313,10 @@ def recorded_plans() -> Iterator[list[Plan]]:
 
 @contextlib.contextmanager
 def recorded_noise() -> Iterator[set[str]]:
-    """Context that gives the names of the gradients which factored sites feed, in all graphs compiled in it."""
+    """Context that gives the names of the gradients which factored sites feed.
+
+    They are those of all graphs that are compiled in it.
+    """
     noisy: set[str] = set()
 
     def record(done: Pass, work: Work) -> None:
@@ -324,9 +336,9 @@ def _fed_by(graph: fx.Graph, readers: set[str], argument_names: Any) -> set[str]
             reached.add(node)
     output = next(iter(graph.find_nodes(op="output")))
     results: Any = output.args[0]
-    found = set()
+    fed = set()
     for result, description in zip(results, output.meta["desc"], strict=True):
         index = gradient_argument_index(description)
         if index is not None and result in reached:
-            found.add(argument_names[index])
-    return found
+            fed.add(argument_names[index])
+    return fed

@@ -1,4 +1,7 @@
-"""A random program from a seed. Statements are tried eagerly: what raises or blows up is left out."""
+"""A random program from a seed.
+
+Statements are tried eagerly. What raises or blows up is left out.
+"""
 
 from __future__ import annotations
 
@@ -22,9 +25,9 @@ def generate(seed: int, policy: str | None = None, most: int = 6) -> Program:
     """The program of a seed.
 
     Args:
-        seed: a program of its own.
-        policy: instead of the seed's, which are taken in turn.
-        most: statements, before the last layer and the loss.
+        seed: names the program.
+        policy: instead of the seed's; seeds take the policies in turn.
+        most: most statements before the last layer and the loss.
     """
     with warnings.catch_warnings(), torch.random.fork_rng(devices=[]):
         warnings.simplefilter("ignore")  # torch's, about what is left out again
@@ -56,7 +59,7 @@ def _inputs(rng: random.Random) -> tuple[Input, ...]:
     shape = rng.choice(inner)
     made = []
     for number in range(rng.choice([1, 1, 2])):
-        # a few magnitudes that linear layers and norms pass on; outliers only as large as 4 bits can stand
+        # Linear layers and norms pass on a few magnitudes. Outliers are as large as 4 bits stand.
         scale = rng.choice([1.0, 1.0, 1.0, 0.1, 3.0, 1e-3])
         outlier = rng.choice([1.0, 1.0, 3.0])
         layouts = ["contiguous", "contiguous", "transposed", "strided"]
@@ -78,11 +81,11 @@ def _sizes(shape: tuple[int, ...]) -> list[object]:
 def _with_statements(program: Program, rng: random.Random, most: int) -> Program:
     torch.manual_seed(program.seed)
     builder = Builder(rng, {})
-    for one, value in zip(program.inputs, load(_runnable(program)).inputs(4), strict=True):
+    for argument, value in zip(program.inputs, load(_runnable(program)).inputs(4), strict=True):
         if value.is_floating_point():
-            builder.values[one.name] = value
+            builder.values[argument.name] = value
         else:
-            builder.tokens[one.name] = 50
+            builder.tokens[argument.name] = 50
     growth = _Growth(builder)
     wanted = rng.randint((most + 1) // 2, most)
     for _ in range(60):
@@ -101,10 +104,10 @@ def _with_statements(program: Program, rng: random.Random, most: int) -> Program
     outputs = [last]
     if rng.random() < 0.35:
         outputs = [growth.grow(loss, last) or last]
-    made = [one.out for one in growth.statements]
+    made = [statement.out for statement in growth.statements]
     if made and rng.random() < 0.25:
         outputs.append(rng.choice(made))
-    read = {name for one in growth.statements for name in one.args}
+    read = {name for statement in growth.statements for name in statement.args}
     dangling = [name for name in made if name not in {*read, *outputs}]
     outputs += dangling if rng.random() < 0.6 else []
     if not any(builder.values[name].requires_grad for name in outputs):
@@ -188,10 +191,10 @@ def _is_sound(value: Tensor) -> bool:
 def _needed(statements: list[Statement], outputs: list[str]) -> tuple[Statement, ...]:
     needed = set(outputs)
     kept = []
-    for one in reversed(statements):
-        if one.out in needed:
-            needed.update(one.args)
-            kept.append(one)
+    for statement in reversed(statements):
+        if statement.out in needed:
+            needed.update(statement.args)
+            kept.append(statement)
     return tuple(reversed(kept))
 
 
@@ -200,7 +203,7 @@ def _runnable(program: Program) -> Program:
 
 
 def _frozen(program: Program, rng: random.Random) -> tuple[str, ...]:
-    members = [name for one in program.statements for name, _ in one.members]
+    members = [name for statement in program.statements for name, _ in statement.members]
     if len(members) < 2 or rng.random() < 0.8:
         return ()
     frozen = [name for name in dict.fromkeys(members) if rng.random() < 0.4]

@@ -1,4 +1,7 @@
-"""What noise costs where it is harmless: eager autograd with rounded saved values in well-conditioned statements."""
+"""What noise costs where it is harmless.
+
+Eager autograd runs with rounded saved values in well-conditioned statements.
+"""
 
 from __future__ import annotations
 
@@ -19,8 +22,9 @@ _MIN_FEATURES = 8
 def smooth_bias(program: Program, bits: int) -> dict[str, float]:
     """Bias of each gradient when all that smooth statements save is rounded stochastically.
 
-    Noise in a saved value is unbiased to first order only. How much the rest amounts to depends on the numbers, such
-    as an outlier that sets a coarse scale; this measures it without any of our code.
+    Noise in a saved value is unbiased to first order only. How much the rest amounts to depends on
+    the numbers, such as an outlier that sets a coarse scale. This measures it without any of our
+    code.
 
     Args:
         program: runs in eager mode.

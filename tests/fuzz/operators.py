@@ -1,4 +1,4 @@
-"""The statements that programs are made of: each maker looks at a value and proposes code, or None."""
+"""The statements that programs are made of: a maker looks at a value and proposes code, or None."""
 
 from __future__ import annotations
 
@@ -269,7 +269,8 @@ def _norm(builder: Builder, x: str) -> Draft | None:
     if value.dim() == 4:
         choices += [f"nn.BatchNorm2d({value.shape[1]})", f"nn.InstanceNorm2d({value.shape[1]})"]
     code = rng.choice(choices)
-    # torch's own GroupNorm on channels_last may crash the process where only its weights need gradients
+    # Torch's own GroupNorm on channels_last may crash the process where only its weights need
+    # gradients.
     taken = "{0}.contiguous()" if "GroupNorm" in code else "{0}"
     return Draft("norm: " + code.split("(")[0], f"{{out}} = {builder.member(code)}({taken})", (x,))
 

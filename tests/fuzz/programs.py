@@ -22,7 +22,8 @@ HELPERS: Mapping[str, str] = {
 def rows(shape, scale=1.0, outlier=1.0, layout="contiguous", seed=0):
     generator = torch.Generator().manual_seed(seed)
     values = torch.randn(shape, generator=generator) * scale
-    values[..., 0] *= torch.where(torch.arange(len(values)).view(-1, *[1] * (values.dim() - 2)) % 5 == 0, outlier, 1.0)
+    number = torch.arange(len(values)).view(-1, *[1] * (values.dim() - 2))
+    values[..., 0] *= torch.where(number % 5 == 0, outlier, 1.0)
     if layout == "transposed":
         return values.transpose(-1, -2).contiguous().transpose(-1, -2)
     if layout == "strided":
@@ -106,7 +107,8 @@ class Statement:
         out: name of the result.
         args: names of the arguments.
         members: attributes of the model that it uses, with their constructors.
-        smooth: noise in what it saves for backward costs no more than noise in well-conditioned functions does.
+        smooth: noise in what it saves for backward costs no more than noise in well-conditioned
+            functions does.
     """
 
     kind: str
@@ -167,15 +169,15 @@ def source_of(program: Program, *, noisy: bool = False) -> str:
 
     Args:
         program: what to print.
-        noisy: what well-conditioned statements save passes through `self.noise()`, a context manager.
+        noisy: well-conditioned statements run within `self.noise()`, a context manager.
     """
-    members = dict(member for one in program.statements for member in one.members)
+    members = dict(member for statement in program.statements for member in statement.members)
     lines = ["class Model(nn.Module):", "    def __init__(self):", "        super().__init__()"]
     lines += [f"        self.{name} = {code}" for name, code in members.items()]
     lines += [
         f"        self.{name}.requires_grad_(False)" for name in program.frozen if name in members
     ]
-    arguments = ", ".join(one.name for one in program.inputs)
+    arguments = ", ".join(argument.name for argument in program.inputs)
     lines += ["", f"    def forward(self, {arguments}):"]
     for statement in program.statements:
         if noisy and statement.smooth:
@@ -184,7 +186,7 @@ def source_of(program: Program, *, noisy: bool = False) -> str:
             lines.append(statement.text())
     lines += [f"        return {', '.join(program.outputs)},", "", ""]
     lines += ["def inputs(batch):", "    return ("]
-    lines += [f"        {one.code}," for one in program.inputs]
+    lines += [f"        {argument.code}," for argument in program.inputs]
     body = "\n".join([*lines, "    )", ""])
     helpers = [text for name, text in HELPERS.items() if re.search(rf"\b{name}\b", body)]
     return HEADER + "\n".join([*(text.strip("\n") + "\n\n" for text in helpers), body])

@@ -1,4 +1,4 @@
-"""Training steps of a program: its model with its weights, compiled in some way, and what one step gives."""
+"""Training steps of a program: its model with its weights, compiled, and what one step gives."""
 
 from __future__ import annotations
 
@@ -24,7 +24,10 @@ class Draw:
 
 @dataclass
 class Run:
-    """A compiled model with its inputs; `draw` is one training step with the same random numbers each time."""
+    """A compiled model with its inputs.
+
+    `draw` is one training step, with the same random numbers each time.
+    """
 
     program: Program
     model: nn.Module
@@ -48,8 +51,8 @@ class Run:
         dtype = getattr(torch, self.program.dtype)
         inputs = [x.to(dtype) if x.is_floating_point() else x for x in self.make_inputs(batch)]
         inputs = [change(x) if change and x.is_floating_point() else x for x in inputs]
-        for one, value in zip(self.program.inputs, inputs, strict=True):
-            value.requires_grad_(one.requires_grad)
+        for argument, value in zip(self.program.inputs, inputs, strict=True):
+            value.requires_grad_(argument.requires_grad)
         torch.manual_seed(0)
         with torch.autocast("cpu", torch.bfloat16, enabled=self.program.autocast):
             results = self.step(*inputs)
@@ -58,9 +61,9 @@ class Run:
         held = held_nbytes(loss, known)
         loss.backward()
         gradients = {n: p.grad for n, p in self.model.named_parameters() if p.grad is not None}
-        for one, value in zip(self.program.inputs, inputs, strict=True):
+        for argument, value in zip(self.program.inputs, inputs, strict=True):
             if value.grad is not None:
-                gradients[one.name] = value.grad
+                gradients[argument.name] = value.grad
         buffers = [b.clone() for b in self.model.buffers()]
         return Draw(
             tuple(r.detach().clone() for r in (*results, *buffers)),

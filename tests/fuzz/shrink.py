@@ -1,4 +1,7 @@
-"""A failing program made small: statements, inputs and options go while the same kind of failure remains."""
+"""A failing program made small.
+
+Statements, inputs and options go while the same kind of failure remains.
+"""
 
 from __future__ import annotations
 
@@ -31,8 +34,8 @@ def shrink(program: Program, failure: Failure, check: Check, limit: int = 40) ->
             if len(tried) == limit:
                 return program
             tried.add(candidate)
-            found = check(candidate)
-            if found is not None and found.kind == failure.kind:
+            remaining = check(candidate)
+            if remaining is not None and remaining.kind == failure.kind:
                 program, smaller = candidate, True
                 break
     return program
@@ -49,8 +52,8 @@ def _candidates(program: Program) -> Iterator[Program]:
             kept = program.statements[: number + 1]
             yield _pruned(replace(program, statements=kept, outputs=(kept[-1].out,)))
     for statement in program.statements:
-        for argument in statement.args:
-            yield _without(program, statement, argument)
+        for name in statement.args:
+            yield _without(program, statement, name)
     if len(program.batches) > 1:
         yield replace(program, batches=program.batches[:1], dynamic=None)
         yield replace(program, batches=program.batches[:2])
@@ -59,18 +62,18 @@ def _candidates(program: Program) -> Iterator[Program]:
     if program.frozen:
         yield replace(program, frozen=())
     for option in program.options:
-        yield replace(program, options=tuple(one for one in program.options if one != option))
-    for number, one in enumerate(program.inputs):
-        for simpler in _simpler_inputs(one.code):
+        yield replace(program, options=tuple(other for other in program.options if other != option))
+    for number, argument in enumerate(program.inputs):
+        for simpler in _simpler_inputs(argument.code):
             inputs = list(program.inputs)
-            inputs[number] = replace(one, code=simpler, requires_grad=False)
+            inputs[number] = replace(argument, code=simpler, requires_grad=False)
             yield replace(program, inputs=tuple(inputs))
 
 
 def _simpler_inputs(code: str) -> Iterator[str]:
-    found = re.fullmatch(r"rows\((\(.*\)), ([^,]+), ([^,]+), '(\w+)', (\d+)\)", code)
-    if found:
-        shape, scale, outlier, layout, seed = found.groups()
+    match = re.fullmatch(r"rows\((\(.*\)), ([^,]+), ([^,]+), '(\w+)', (\d+)\)", code)
+    if match:
+        shape, scale, outlier, layout, seed = match.groups()
         if layout != "contiguous":
             yield f"rows({shape}, {scale}, {outlier}, 'contiguous', {seed})"
         if (scale, outlier) != ("1.0", "1.0"):
@@ -80,9 +83,11 @@ def _simpler_inputs(code: str) -> Iterator[str]:
 def _without(program: Program, gone: Statement, instead: str) -> Program:
     """The program with one statement's result replaced by one of its arguments."""
     statements = tuple(
-        replace(one, args=tuple(instead if name == gone.out else name for name in one.args))
-        for one in program.statements
-        if one is not gone
+        replace(
+            statement, args=tuple(instead if name == gone.out else name for name in statement.args)
+        )
+        for statement in program.statements
+        if statement is not gone
     )
     outputs = tuple(
         dict.fromkeys(instead if name == gone.out else name for name in program.outputs)
@@ -91,12 +96,15 @@ def _without(program: Program, gone: Statement, instead: str) -> Program:
 
 
 def _pruned(program: Program) -> Program:
-    """Without statements and inputs that no output needs."""
+    """The program without statements and inputs that no output needs."""
     needed = set(program.outputs)
     kept = []
-    for one in reversed(program.statements):
-        if one.out in needed:
-            needed.update(one.args)
-            kept.append(one)
-    inputs = tuple(one for one in program.inputs if one.name in needed) or program.inputs[:1]
+    for statement in reversed(program.statements):
+        if statement.out in needed:
+            needed.update(statement.args)
+            kept.append(statement)
+    inputs = (
+        tuple(argument for argument in program.inputs if argument.name in needed)
+        or program.inputs[:1]
+    )
     return replace(program, statements=tuple(reversed(kept)), inputs=inputs)

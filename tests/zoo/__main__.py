@@ -1,6 +1,7 @@
-"""`python -m tests.zoo [NAMES] [--policy WAY] [--json FILE]`: check architectures, one line for each.
+"""`python -m tests.zoo [NAMES] [--policy WAY] [--json FILE]`: a line for each architecture.
 
-With `--report`, what a report says is saved is checked instead, for each of them twice: as it is, and with graph breaks.
+With `--report` it checks what a report says is saved, for each of them twice: as it is, and with
+graph breaks.
 """
 
 from __future__ import annotations
@@ -31,15 +32,16 @@ def main() -> int:
     names = given.names or list(ARCHITECTURES)
     failed = _check_reports(names, given.policy) if given.report else _check(names, given)
     print(
-        f"{len(names)} architectures, {len(failed)} failed{': ' if failed else ''}{', '.join(failed)}"
+        f"{len(names)} architectures, {len(failed)} failed"
+        f"{': ' if failed else ''}{', '.join(failed)}"
     )
     return 1 if failed else 0
 
 
 def _check_reports(names: Sequence[str], policies: Sequence[str] | None) -> list[str]:
-    """Those whose report is wrong."""
+    """Names of those whose report is wrong."""
     failed = []
-    for name in [one + breaks for one in names for breaks in ("", BREAKS)]:
+    for name in [architecture + breaks for architecture in names for breaks in ("", BREAKS)]:
         for policy in policies or ["balanced", "max"]:
             start = time.monotonic()
             try:
@@ -55,7 +57,7 @@ def _check_reports(names: Sequence[str], policies: Sequence[str] | None) -> list
 
 
 def _check(names: Sequence[str], given: argparse.Namespace) -> list[str]:
-    """Those that break a promise."""
+    """Names of those that break a promise."""
     saved: dict[str, dict[str, int]] = {}
     failed = []
     for name in names:
@@ -68,7 +70,7 @@ def _check(names: Sequence[str], given: argparse.Namespace) -> list[str]:
             failed.append(name)
             continue
         print(f"{result} [{time.monotonic() - start:.0f} s]", flush=True)
-        ways = {way: one.saved for way, one in result.ways.items()}
+        ways = {way: outcome.saved for way, outcome in result.ways.items()}
         saved[name] = {"plain": result.plain_saved, **ways}
         failed += [name] if result.failures else []
         if given.json:

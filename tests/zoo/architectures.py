@@ -1,4 +1,4 @@
-"""Architectures of transformers in tiny configurations with random weights: nothing is downloaded."""
+"""Tiny architectures of transformers with random weights: nothing is downloaded."""
 
 from __future__ import annotations
 
@@ -16,13 +16,15 @@ Build = Callable[[], tuple[nn.Module, Inputs]]
 
 VOCABULARY = 128
 _BATCH, _LENGTH = 8, 32
-# token ids below this are special ones in some architecture: padding, begin, end, mask, classification
+# In some architecture, token ids below this are special: padding, begin, end, mask, classification.
 _SPECIAL = 5
 
-# One block says as much as two, in half the time, but where blocks alternate or pass something on to the next one.
+# One block says as much as two, in half the time. Not so where blocks alternate or pass something
+# on to the next one.
 _TWO_BLOCKS = {"num_hidden_layers": 2}
 
-# Configurations translate most of these names to their own. Settings that an architecture does not have are ignored.
+# Configurations translate most of these names to their own. They ignore settings that their
+# architecture does not have.
 _TEXT: dict[str, Any] = {
     "vocab_size": VOCABULARY,
     "hidden_size": 64,
@@ -342,7 +344,8 @@ _IMAGE_CLASSIFIERS: dict[str, dict[str, Any]] = {
         "image_size": 32,
         "num_labels": 10,
     },
-    # smaller images end in one position, where a gradient through batch norm is noise beside what cancels
+    # Smaller images end in one position. There a gradient through batch norm is noise beside what
+    # cancels.
     "mobilevit": {
         "image_size": 64,
         "patch_size": 2,
@@ -354,7 +357,7 @@ _IMAGE_CLASSIFIERS: dict[str, dict[str, Any]] = {
 
 
 def _config(model_type: str, settings: dict[str, Any]) -> Any:
-    """A configuration without dropout, skipped layers or auxiliary losses that draw random numbers."""
+    """A configuration without dropout, skipped layers, or auxiliary losses that draw numbers."""
     given = {name: value for name, value in settings.items() if value is not None}
     config = AutoConfig.for_model(model_type, **given)
     _without_dropout(config)
@@ -381,7 +384,10 @@ def _model(head: str, model_type: str, settings: dict[str, Any], **options: Any)
 
 
 def _unsettle(model: nn.Module) -> None:
-    """Move parameters that start as constants, such as zero biases and gates, to where training would take them."""
+    """Move parameters that start as constants to where training would take them.
+
+    Such are zero biases and gates.
+    """
     generator = torch.Generator().manual_seed(3)
     with torch.no_grad():
         for parameter in model.parameters():
@@ -622,10 +628,10 @@ _ALSO_EAGER = {
 
 
 def _all() -> dict[str, Build]:
-    found: dict[str, Build] = {}
+    builds: dict[str, Build] = {}
 
     def add(build: Callable[..., tuple[nn.Module, Inputs]], *names: str) -> None:
-        found.update({name: functools.partial(build, name) for name in names})
+        builds.update({name: functools.partial(build, name) for name in names})
 
     add(_decoder, *_DECODERS)
     add(_encoder, *_ENCODERS)
@@ -642,7 +648,7 @@ def _all() -> dict[str, Build]:
         "data2vec-audio",
     )
     add(_vision_tower, "clip_vision_model", "siglip_vision_model")
-    found |= {
+    builds |= {
         "canine": _canine,
         "whisper": _whisper,
         "audio_spectrogram_transformer": _spectrogram,
@@ -657,19 +663,19 @@ def _all() -> dict[str, Build]:
         "patchtst": _time_series,
     }
     for name in ("roberta", "deberta-v2", "distilbert"):
-        found[f"{name}:classifier"] = functools.partial(_classifier, name)
+        builds[f"{name}:classifier"] = functools.partial(_classifier, name)
     for name in ("llama", "gpt2", "gemma2", "mamba2"):  # the caller computes the loss
-        found[f"{name}:logits"] = functools.partial(
+        builds[f"{name}:logits"] = functools.partial(
             _without_loss, "AutoModelForCausalLM", name, {**_TEXT, **_DECODERS[name]}
         )
     for name in ("bert", "modernbert", "clip_text_model"):
-        found[f"{name}:hidden"] = functools.partial(
+        builds[f"{name}:hidden"] = functools.partial(
             _without_loss, "AutoModel", name, {**_TEXT, **_ENCODERS.get(name, {})}
         )
     for build, names in _ALSO_EAGER.items():
         for name in names:
-            found[f"{name}:eager"] = functools.partial(build, name, attn_implementation="eager")
-    return found
+            builds[f"{name}:eager"] = functools.partial(build, name, attn_implementation="eager")
+    return builds
 
 
 ARCHITECTURES: dict[str, Build] = _all()

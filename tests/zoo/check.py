@@ -1,6 +1,7 @@
 """Holds the backend to its promises on one architecture: forward bits, gradients, saved bytes.
 
-Everything runs operator by operator, so what differs from plain graphs is the encoding and nothing else.
+Everything runs operator by operator. What differs from plain graphs is the encoding and nothing
+else.
 """
 
 from __future__ import annotations
@@ -35,7 +36,8 @@ from tests.compiling import gradients
 from tests.uncompiled import no_code_generation, plain_graphs
 from tests.zoo.architectures import ARCHITECTURES, Build
 
-# Options to check. In a first step the bases of PRAC say nothing yet, and every draw needs a tail of its own.
+# Options to check. In a first step the bases of PRAC say nothing yet, and every draw needs a tail
+# of its own.
 WAYS: dict[str, dict[str, Any]] = {
     "linear": {"policy": "linear"},
     "balanced": {"policy": "balanced"},
@@ -44,15 +46,16 @@ WAYS: dict[str, dict[str, Any]] = {
     "max:recompute": {"policy": "max", "weight_gradient": "recompute"},
 }
 _DRAWS = 6
-# as shares of the norm of the exact gradient, all parameters together; linear is exact but for what PRAC estimates
+# Bounds, as shares of the norm of the exact gradient, all parameters together. Linear is exact but
+# for what PRAC estimates.
 _MAX_BIAS = {"linear": 0.0, "balanced": 0.01, "max": 0.05}
 _MAX_ERROR = {"linear": 0.0, "balanced": 0.05, "max": 0.6}
 _MAX_PROJECTED_BIAS = 0.4
-# of one parameter's gradient; there are many, and their errors are estimated from few draws
+# Bounds for the gradient of one parameter. There are many, and few draws estimate their errors.
 _MAX_BIAS_ALONE = {"linear": 0.0, "balanced": 0.05, "max": 0.25}
-# a bias counts when it is this many standard errors beyond its bound
+# A bias counts when it is this many standard errors beyond its bound.
 _STANDARD_ERRORS, _STANDARD_ERRORS_ALONE = 3.0, 5.0
-# parameters with a smaller share of the gradient are not looked at alone
+# Parameters with a smaller share of the gradient are not looked at alone.
 _SMALL_SHARE = 1e-3
 
 Gradients = dict[str, Tensor]
@@ -61,7 +64,7 @@ Backend = Callable[..., Callable[..., Any]]
 
 @dataclass(frozen=True)
 class Noise:
-    """Of estimated gradients, as shares of the norm of the exact one.
+    """The noise of estimated gradients, as shares of the norm of the exact one.
 
     Attributes:
         error: root mean square of one draw's deviation.
@@ -88,8 +91,8 @@ class Outcome:
 
     Attributes:
         saved: bytes that compiled functions hold for backward.
-        noise: of all gradients but those that PRAC estimates.
-        projected: of those.
+        noise: that of all gradients but those that PRAC estimates.
+        projected: that of the gradients that PRAC estimates.
         worst: the noise of the parameter with the largest bias of its own, by name.
         retries: how many values the backend kept because the rewritten graph failed.
         failures: every promise that it breaks, in words.
@@ -111,7 +114,7 @@ class Outcome:
 
 @dataclass
 class Result:
-    """Of one architecture: bytes that plain graphs hold for backward, and what each way does."""
+    """What plain graphs of one architecture hold for backward, in bytes, and what each way does."""
 
     name: str
     plain_saved: int
@@ -120,15 +123,15 @@ class Result:
 
     @property
     def failures(self) -> list[str]:
-        """Of all ways."""
-        return [f"{way}: {text}" for way, one in self.ways.items() for text in one.failures]
+        """The failures of all ways."""
+        return [f"{way}: {text}" for way, outcome in self.ways.items() for text in outcome.failures]
 
     def __str__(self) -> str:
         graphs = "1 graph" if self.graphs == 1 else f"{self.graphs} graphs"
         parts = [f"{self.name}: plain {self.plain_saved:,} B in {graphs}"]
-        for way, one in self.ways.items():
-            ratio = one.saved / self.plain_saved if self.plain_saved else math.nan
-            parts.append(f"{way} {one.saved:,} ({ratio:.2f}) {one}")
+        for way, outcome in self.ways.items():
+            ratio = outcome.saved / self.plain_saved if self.plain_saved else math.nan
+            parts.append(f"{way} {outcome.saved:,} ({ratio:.2f}) {outcome}")
         verdict = "ok" if not self.failures else "FAILED " + "; ".join(self.failures)
         return " | ".join([*parts, verdict])
 
@@ -174,34 +177,34 @@ def _outcome(run: _Run, plain: _Run, policy: str) -> Outcome:
     return outcome
 
 
-# -- what is compared -------------------------------------------------------------------------------
+# -- what is compared ------------------------------------------------------------------------------
 
 
 def _differences(run: _Run, plain: _Run) -> list[str]:
-    """What holds in every way and does not here."""
-    found = [f"fell back: {text}" for text in run.fallbacks]
+    """What holds in every way and does not here, in words."""
+    differences = [f"fell back: {text}" for text in run.fallbacks]
     if run.graphs != plain.graphs:
-        found.append(f"{run.graphs} graphs instead of {plain.graphs}")
+        differences.append(f"{run.graphs} graphs instead of {plain.graphs}")
     if not torch.equal(run.loss, plain.loss):
-        found.append(f"loss {float(run.loss)!r} instead of {float(plain.loss)!r}")
+        differences.append(f"loss {float(run.loss)!r} instead of {float(plain.loss)!r}")
     if not all(map(torch.equal, run.outputs, plain.outputs)):
-        found.append("other outputs")
+        differences.append("other outputs")
     if run.estimates[0].keys() != plain.gradients.keys():
-        found.append("gradients of other parameters")
-    if not all(bool(g.isfinite().all()) for one in run.estimates for g in one.values()):
-        found.append("gradients are not finite")
+        differences.append("gradients of other parameters")
+    if not all(bool(g.isfinite().all()) for estimate in run.estimates for g in estimate.values()):
+        differences.append("gradients are not finite")
     if not run.fallbacks:
-        found += _misjudged_bytes(run, plain)
+        differences += _misjudged_bytes(run, plain)
     if run.held > plain.held:
-        found.append(f"{run.held} B held, {plain.held} without")
-    return found
+        differences.append(f"{run.held} B held, {plain.held} without")
+    return differences
 
 
 def _misjudged_bytes(run: _Run, plain: _Run) -> list[str]:
     """What a report says against what the graphs hold, apart from what they were given.
 
-    A graph that no parameter enters has no plan, such as that of a loss after a graph break. It holds what it holds without
-    us.
+    A graph that no parameter enters has no plan, such as that of a loss after a graph break. It
+    holds what it holds without us.
     """
     before = sum(value.nbytes_before for rows in run.rows for value in rows)
     after = sum(value.nbytes_after for rows in run.rows for value in rows)
@@ -222,13 +225,14 @@ def _estimated_by_prac(run: _Run) -> set[str]:
         for name in value.read_by
     }
     first: dict[int, str] = {}
-    found = set()
-    # a tied parameter has several names; Dynamo's may have a prefix, where a decorator wraps forward
+    estimated = set()
+    # A tied parameter has several names. Dynamo's may have a prefix, where a decorator wraps
+    # forward.
     for name, parameter in run.model.named_parameters(remove_duplicate=False):
         first.setdefault(id(parameter), name)
-        if any(one.endswith(f".{name}") for one in read_by):
-            found.add(first[id(parameter)])
-    return found
+        if any(reader.endswith(f".{name}") for reader in read_by):
+            estimated.add(first[id(parameter)])
+    return estimated
 
 
 def _worst(run: _Run, exact: Gradients, names: Iterable[str]) -> tuple[str, Noise] | None:
@@ -246,7 +250,7 @@ def _worst(run: _Run, exact: Gradients, names: Iterable[str]) -> tuple[str, Nois
 
 
 def noise_of(estimates: Sequence[Gradients], exact: Gradients, names: Iterable[str]) -> Noise:
-    """Of the gradients of some parameters together.
+    """The noise of the gradients of some parameters together.
 
     Inner products of different draws' deviations have the squared bias as their mean.
     """
@@ -254,7 +258,9 @@ def noise_of(estimates: Sequence[Gradients], exact: Gradients, names: Iterable[s
     size = 0.0
     for name in names:
         gradient = exact[name].double()
-        draws = torch.stack([(one[name].double() - gradient).flatten() for one in estimates])
+        draws = torch.stack(
+            [(estimate[name].double() - gradient).flatten() for estimate in estimates]
+        )
         products += draws @ draws.mT
         size += float(gradient.square().sum())
     products /= size or 1.0  # of gradients of zero the deviation itself
@@ -263,7 +269,7 @@ def noise_of(estimates: Sequence[Gradients], exact: Gradients, names: Iterable[s
     return Noise(math.sqrt(float(products.diag().mean())), statistics.fmean(pairs), margin)
 
 
-# -- running ----------------------------------------------------------------------------------------
+# -- running ---------------------------------------------------------------------------------------
 
 
 class _Run:
@@ -273,11 +279,12 @@ class _Run:
         loss: of the last step.
         outputs: floating-point results of the last step.
         held: bytes that compiled functions held for backward in the first step.
-        held_own: those of them that the compiled function has made itself that holds them.
+        held_own: the part of `held` that the compiled function which holds it has made itself.
         estimates: gradients of each step.
         graphs: how many graphs Dynamo made in all steps.
-        first_graphs: in the first one.
-        rows: what a report says of those of the first step that parameters enter, one list for each.
+        first_graphs: how many it made in the first one.
+        rows: what a report says of the graphs of the first step that parameters enter, one list for
+            each.
         fallbacks: reasons for which a graph was compiled plainly.
         retries: reasons for which a value could not be encoded.
     """
@@ -328,7 +335,7 @@ class _Run:
 
     @property
     def gradients(self) -> Gradients:
-        """Of the last step."""
+        """The gradients of the last step."""
         return self.estimates[-1]
 
 
@@ -350,9 +357,9 @@ def _prac(build: Build, options: Mapping[str, Any], steps: int = 1) -> _Run:
                 run.step()
     run.retries = retries
     run.fallbacks = [
-        str(one.message).partition(": ")[2]
-        for one in caught
-        if "plain Inductor" in str(one.message)
+        str(warning.message).partition(": ")[2]
+        for warning in caught
+        if "plain Inductor" in str(warning.message)
     ]
     return run
 
@@ -363,20 +370,26 @@ def _rows(plan: Plan, partitions: Mapping[Plan, PartitionedGraph]) -> Sequence[P
 
 @contextmanager
 def _partitions() -> Iterator[Mapping[Plan, PartitionedGraph]]:
-    """The rewritten graphs by their plans: torch's partitioner decides anew on what the plan leaves as it is."""
-    found: dict[Plan, PartitionedGraph] = {}
+    """The rewritten graphs by their plans.
+
+    Torch's partitioner decides anew on what the plan leaves as it is.
+    """
+    partitions: dict[Plan, PartitionedGraph] = {}
     run = pipeline.RewritePartitioner.run
 
     def recorded(self: Any, *args: Any) -> PartitionedGraph:
-        found[self._plan] = result = run(self, *args)
+        partitions[self._plan] = result = run(self, *args)
         return result
 
     with patch.object(pipeline.RewritePartitioner, "run", recorded):
-        yield found
+        yield partitions
 
 
 def shared_traces() -> AbstractContextManager[Any]:
-    """Codecs are traced once for all architectures instead of once for each graph: half of the time."""
+    """Trace codecs once for all architectures instead of once for each graph.
+
+    That halves the time.
+    """
 
     def inliner(graph: fx.Graph) -> Inliner:
         made = Inliner(graph)
@@ -392,22 +405,25 @@ _TRACED: dict[object, fx.GraphModule] = {}
 @contextmanager
 def _retries() -> Iterator[list[str]]:
     """Messages of the backend about values that it could not encode after all."""
-    found: list[str] = []
+    messages: list[str] = []
 
     class Handler(logging.Handler):
         def emit(self, record: logging.LogRecord) -> None:
-            found.append(record.getMessage())
+            messages.append(record.getMessage())
 
     logger, handler = logging.getLogger("prac_fx.compiler.two_phases"), Handler(logging.WARNING)
     logger.addHandler(handler)
     try:
-        yield found
+        yield messages
     finally:
         logger.removeHandler(handler)
 
 
 def loss_and_results(output: Any) -> tuple[Tensor, list[Tensor]]:
-    """The model's loss, or one of ours from its results: a random direction and their mean square."""
+    """The model's loss and its floating-point results.
+
+    Without a loss, one of ours stands in: a random direction of the results, and their mean square.
+    """
     values = output.values() if hasattr(output, "values") else output
     results = [value for value in values if isinstance(value, Tensor) and value.is_floating_point()]
     loss = getattr(output, "loss", None)

@@ -1,7 +1,7 @@
 """The bytes that a report says are saved for backward, against those that a step holds.
 
-Both without code generation. What Inductor copies into another memory layout is therefore not among
-what is compared.
+Both are without code generation. So what Inductor copies into another memory layout is not
+compared.
 """
 
 from __future__ import annotations
@@ -28,12 +28,12 @@ from tests.zoo.check import loss_and_results, shared_traces
 
 @dataclass(frozen=True)
 class Prediction:
-    """Of one architecture and one policy.
+    """What a report predicts for one architecture and one policy.
 
     Attributes:
         name: of the architecture; with `BREAKS` behind it where graph breaks are inserted.
         policy: of our backend.
-        graphs: that have a backward.
+        graphs: how many of them have a backward.
         plain: bytes that plain Inductor is said to save, and that it holds.
         ours: likewise with our backend.
     """
@@ -46,7 +46,7 @@ class Prediction:
 
     @property
     def holds(self) -> bool:
-        """Is it right?"""
+        """Is the prediction right?"""
         return len(set(self.plain)) == len(set(self.ours)) == 1
 
     def __str__(self) -> str:
@@ -55,8 +55,8 @@ class Prediction:
 
         graphs = "1 graph" if self.graphs == 1 else f"{self.graphs} graphs"
         return (
-            f"{self.name} {self.policy}: {graphs}, plain {text(*self.plain)}, ours {text(*self.ours)}, "
-            f"{'ok' if self.holds else 'FAILED'}"
+            f"{self.name} {self.policy}: {graphs}, plain {text(*self.plain)}, "
+            f"ours {text(*self.ours)}, {'ok' if self.holds else 'FAILED'}"
         )
 
 
@@ -92,7 +92,7 @@ def predict(name: str, policy: str) -> Prediction:
 
 
 def _held(build: Build, backend: Callable[..., Any], **given: Any) -> int:
-    """What the compiled functions of the first step hold."""
+    """The bytes that the compiled functions of the first step hold."""
     torch._dynamo.reset()
     model, inputs = build()
     torch.manual_seed(1)
@@ -101,8 +101,7 @@ def _held(build: Build, backend: Callable[..., Any], **given: Any) -> int:
     return held_nbytes(loss, all_tensors(model, inputs.values()))
 
 
-# -- graph breaks
-# -----------------------------------------------------------------------------------
+# -- graph breaks ----------------------------------------------------------------------------------
 
 
 def _with_breaks(build: Build) -> tuple[nn.Module, dict[str, torch.Tensor]]:
