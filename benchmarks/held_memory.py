@@ -13,14 +13,15 @@ from torch import Tensor, nn
 from prac_fx.runtime.subspace_state import subspaces_of
 
 
-def held_nbytes(result: Tensor, exclude: Iterable[Tensor]) -> int:
+def held_nbytes(result: Tensor | Iterable[Tensor], exclude: Iterable[Tensor]) -> int:
     """Bytes of all distinct storages that the compiled functions behind `result` hold for backward.
 
     Args:
-        result: a tensor with an autograd graph.
+        result: a tensor with an autograd graph, or several.
         exclude: parameters, buffers, inputs and subspace state: held anyway.
     """
-    return _nbytes_of(_compiled_functions([result]), exclude)
+    results = [result] if isinstance(result, Tensor) else result
+    return _nbytes_of(_compiled_functions(results), exclude)
 
 
 def own_nbytes(results: Iterable[Any], exclude: Iterable[Tensor]) -> int:

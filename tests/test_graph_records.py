@@ -54,8 +54,7 @@ def _only_record() -> GraphRecord:
     return record
 
 
-# -- every graph that has a backward has a record
-# ---------------------------------------------------------
+# -- every graph that has a backward has a record --------------------------------------------------
 
 
 def test_a_fallback_has_a_record(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -102,8 +101,7 @@ def test_the_typed_form_of_the_backend_has_records_too() -> None:
     assert compiled_graphs() == []
 
 
-# -- how long it lives
-# -----------------------------------------------------------------------------------
+# -- how long it lives -----------------------------------------------------------------------------
 
 
 def test_a_record_leaves_with_its_graph() -> None:
@@ -124,8 +122,7 @@ def test_reset_forgets_the_graphs() -> None:
     assert check_plans() == 0
 
 
-# -- modules that share a graph
-# ----------------------------------------------------------------------------
+# -- modules that share a graph --------------------------------------------------------------------
 
 
 def _instances() -> list[int]:

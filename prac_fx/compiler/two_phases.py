@@ -116,8 +116,7 @@ def failed_value(error: BaseException | None) -> str:
     return next(values, "")
 
 
-# -- phase 1
-# ----------------------------------------------------------------------------------------
+# -- phase 1 ---------------------------------------------------------------------------------------
 
 
 class _NoBackward(Exception):
@@ -174,8 +173,7 @@ def call_partitioner(
     raise AssertionError("the joint graph was compiled without a call of the partitioner")
 
 
-# -- phase 2
-# ----------------------------------------------------------------------------------------
+# -- phase 2 ---------------------------------------------------------------------------------------
 
 
 def compile_rewritten(
@@ -233,8 +231,7 @@ def rewritten_patches(plan: Plan, patches: Mapping[str, Any]) -> dict[str, Any]:
     return {**({} if on_cpu else gpu_fusion_patches()), **patches}
 
 
-# -- a graph that is left alone
-# ----------------------------------------------------------------------
+# -- a graph that is left alone --------------------------------------------------------------------
 
 
 def compile_plain(

@@ -28,7 +28,7 @@ def values_after(plan: Plan, rewritten: PartitionedGraph) -> list[PlannedValue]:
         stored = [saved.pop(name) for name in names if name in saved]
         if stored:
             rows.append(replace(value, nbytes_after=sum(one.nbytes for one in stored)))
-        elif value.nbytes_before and value.reason != "derived":
+        elif (value.nbytes_before or value.nbytes_after) and value.reason != "derived":
             rows.append(replace(value, decision="recompute", reason="min_cut", nbytes_after=0))
         else:
             rows.append(value)
