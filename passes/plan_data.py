@@ -68,7 +68,8 @@ REASONS = {
     "stored_instead": "stored in the place of what it is computed from, and of that a rounding "
     "error would be too much",
     "derived": "follows from values that are stored anyway, without a matmul",
-    "no_parameter": "no parameter enters the graph, such as that of a loss after a graph break: plain Inductor compiles it",
+    "no_parameter": "no parameter enters the graph, such as that of a loss after a graph break: "
+    "plain Inductor compiles it",
     "min_cut": "torch's min-cut decides otherwise once the other values are encoded",
     "cannot_rewrite": "the rewritten graph failed a check, so plain Inductor compiles this graph",
     "checkpointed": "inside a checkpointed region: backward computes it again",

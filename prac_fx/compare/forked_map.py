@@ -35,7 +35,7 @@ def forked_map(
     processes: int,
     progress: Callable[[T, int], None],
 ) -> list[R]:
-    """`[function(item) for item in items]`, in forked processes if more than one of either is given.
+    """`[function(item) for item in items]`, in forked processes if there are several of both.
 
     Args:
         function: any callable; nothing that it changes is seen here. Its results are pickled.

@@ -39,7 +39,8 @@ _FP8 = {
 }
 
 _DRAWS_ANEW = (
-    "torch has backward draw random numbers (dropout) anew, so that its gradients are not those of the forward pass; "
+    "torch has backward draw random numbers (dropout) anew, so that its gradients are not those "
+    "of the forward pass; "
     'backend="prac" within the same budget draws once'
 )
 
@@ -178,7 +179,7 @@ def analyse_way(
 
 
 def row_of(way: Way, found: AnalysedStep, plain: AnalysedStep | None) -> Alternative:
-    """The row of an analysis; FLOPs are compared with those of `plain`, if that is the same step."""
+    """The row of an analysis; FLOPs are set against those of `plain` if it is the same step."""
     added = added_flops(found.flops_after, plain)
     if way.config is None and added is not None and added < -_ROUNDING:
         # exact gradients with fewer FLOPs: Dynamo left parts of the model to Python, which no graph

@@ -111,7 +111,7 @@ def _checked_compile(
     inductor_options: Mapping[str, Any],
     given: object,
 ) -> Callable[..., Any]:
-    """What both forms of the backend do once the options are split: the remaining checks, then compile.
+    """What both forms of the backend do once the options are split: check the rest, compile.
 
     Args:
         gm: Dynamo's graph.
@@ -128,8 +128,9 @@ def _checked_compile(
         )
     if config.across_ranks == "independent" and any(map(is_distributed, example_inputs)):
         raise PracOptionError(
-            'prac.across_ranks="independent" contradicts a DTensor argument: the ranks of its mesh share data, and '
-            'with noise of their own their copies of replicated parameters would drift apart; "auto" lets data-parallel '
+            'prac.across_ranks="independent" contradicts a DTensor argument: the ranks of its mesh '
+            "share data, and with noise of their own their copies of replicated parameters would "
+            'drift apart; "auto" lets data-parallel '
             "ranks alone draw independently"
         )
     patches = config_patches(mode, inductor_options)
@@ -142,11 +143,15 @@ def _checked_compile(
     return _compile(gm, example_inputs, config, patches)
 
 
-_BIASED = "prac.random=0 (PAC) gives biased gradients: the random part is what makes the estimator unbiased"
+_BIASED = (
+    "prac.random=0 (PAC) gives biased gradients: the random part is what makes the estimator "
+    "unbiased"
+)
 _PROJECTED = (
-    'prac.input_gradient="prac" (policy "paper") projects what the input gradient reads: that noise passes '
-    "through every earlier layer and makes gradients noisy and biased. A small LLaMA ended at a validation loss "
-    'of 2.30 instead of 1.73 (benchmarks/results/convergence.md); policy "balanced" saves more and stays at it'
+    'prac.input_gradient="prac" (policy "paper") projects what the input gradient reads: that '
+    "noise passes through every earlier layer and makes gradients noisy and biased. A small LLaMA "
+    "ended at a validation loss of 2.30 instead of 1.73 (benchmarks/results/convergence.md); "
+    'policy "balanced" saves more and stays at it'
 )
 
 

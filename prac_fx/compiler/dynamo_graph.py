@@ -39,7 +39,7 @@ class DynamoGraph:
 
     @property
     def requires_grad(self) -> bool:
-        """Does an argument require a gradient? If not, the graph has no backward; else nearly always."""
+        """Does an argument require a gradient? Only then can the graph have a backward."""
         return torch.is_grad_enabled() and any(map(_requires_grad, self.placeholders))
 
     @property

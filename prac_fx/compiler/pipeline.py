@@ -1,4 +1,4 @@
-"""The two partitioners that run the passes, one in each phase of compilation, and the cache key of what they make."""
+"""The partitioners that run the passes in the two phases, and the cache key of what they make."""
 
 from __future__ import annotations
 
@@ -91,13 +91,15 @@ class RewritePartitioner(CustomPartitionerFn):
 
     Args:
         plan: from the first phase.
-        first_state: argument index of the first state placeholder; they follow in site order, the basis
-            and, where the codec samples rows, the row buffer; then the seed, if any site needs it.
+        first_state: argument index of the first state placeholder; they follow in site order, the
+            basis and, where the codec samples rows, the row buffer; then the seed, if any site
+            needs it.
         config: part of the compile cache key.
     """
 
     def __init__(self, plan: Plan, first_state: int, config: PracConfig) -> None:
-        # torch's cache key hashes a pickle of this object, too: where a job writes its report must not count
+        # torch's cache key hashes a pickle of this object, too, in which the path of a job's
+        # report must not count
         self._plan, self._config = plan, dataclasses.replace(config, report=None)
         self._first_state = first_state
         self._key = cache_key(plan, config)
@@ -115,7 +117,8 @@ class RewritePartitioner(CustomPartitionerFn):
         """Rewrite and partition.
 
         Raises:
-            CannotRewriteError: the graph is not the one that was planned, or an invariant does not hold.
+            CannotRewriteError: the graph is not the one that was planned, or an invariant does
+                not hold.
         """
         work = Work(gm, joint_inputs, options, self._config, plan=self._plan)
         work.find_state = self._find_state
@@ -145,12 +148,12 @@ class RewritePartitioner(CustomPartitionerFn):
         return State(sites, seed)
 
     def uuid(self) -> str:
-        """Hash of our sources, the configuration and the plan (torch._inductor.custom_graph_pass)."""
+        """Hash of our sources, the options and the plan (torch._inductor.custom_graph_pass)."""
         return self._key
 
 
 class PlainPartitioner(CustomPartitionerFn):
-    """For graphs that are left to plain Inductor: torch's partitioner, but nothing random is drawn anew."""
+    """For graphs left to plain Inductor: torch's partitioner, but nothing random is drawn anew."""
 
     def __call__(
         self, gm: fx.GraphModule, joint_inputs: Sequence[object], **options: Any
@@ -159,12 +162,12 @@ class PlainPartitioner(CustomPartitionerFn):
         return partition_drawing_once(gm, joint_inputs, **options)
 
     def uuid(self) -> str:
-        """Hash of our sources: torch's cache must not mix up these graphs with those of its own partitioner."""
+        """Hash of our sources: torch's cache keeps these apart from its own partitioner's."""
         return _sources_digest().hex()
 
 
 def cache_key(plan: Plan, config: PracConfig) -> str:
-    """What the compiled result depends on besides torch's own inputs; a warm cache is keyed by it."""
+    """What the compiled result depends on besides torch's own inputs: key of a warm cache."""
     digest = hashlib.blake2b(_sources_digest(), digest_size=16)
     digest.update(config.cache_key().encode())
     identity = (plan.sites, plan.clones, plan.statistics, plan.fingerprint)

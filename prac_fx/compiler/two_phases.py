@@ -82,7 +82,7 @@ def in_two_phases(
     first_plan: Plan | None = None,
     log_level: int = logging.WARNING,
 ) -> tuple[Plan | None, _Result | None]:
-    """Plan a graph and rewrite it; a value whose encoding fails is kept, and the rest planned again.
+    """Plan a graph and rewrite it. A value whose encoding fails is kept; the rest is tried again.
 
     Args:
         graph: Dynamo's.
@@ -111,7 +111,7 @@ def in_two_phases(
 
 
 def failed_value(error: BaseException | None) -> str:
-    """The value at fault, from our own error or what Inductor made of it; empty if there is none."""
+    """The value at fault, from our error or what Inductor made of it; empty for none."""
     values = (cause.value for cause in causes(error) if isinstance(cause, CannotRewriteError))
     return next(values, "")
 
@@ -183,7 +183,7 @@ def compile_rewritten(
     patches: Mapping[str, Any],
     inner_compile: Compiled | None = None,
 ) -> Compiled:
-    """Phase 2: compile with the partitioner that applies the plan. Arguments: `plan_and_compile`."""
+    """Phase 2: compile with the partitioner that applies the plan. See `plan_and_compile`."""
     inner_compile = without_lossy_splits(without_higher_peak(inner_compile or compile_fx_inner))
     inner_compile = with_backward_net(inner_compile, strict=config.strict)
     partitioner = RewritePartitioner(plan, len(graph.example_inputs), config)
@@ -197,7 +197,7 @@ def lower_rewritten(
     partitioner: RewritePartitioner,
     inner_compile: Compiled,
 ) -> Compiled:
-    """Have AOTAutograd trace a graph with state placeholders, and call a partitioner and a compiler.
+    """Have AOTAutograd trace a graph with state placeholders, and call what is given.
 
     Args:
         graph: Dynamo's.

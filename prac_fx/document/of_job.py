@@ -83,7 +83,7 @@ def job_document(records: Sequence[GraphRecord], config: PracConfig) -> Document
 def _of_all_instances(
     graphs: Iterable[RecordedGraph], of: Callable[[GraphRecord], Sequence[GraphTensor]]
 ) -> list[GraphTensor]:
-    """Tensors of the graphs, once for each module; of a name in several graphs, as a tied weight, once."""
+    """Tensors of the graphs, once for each module; a tied weight of several graphs once."""
     tensors: dict[object, GraphTensor] = {}
     instances: dict[object, int] = {}
     for graph in graphs:

@@ -82,7 +82,7 @@ class AnalysedStep:
 
     @property
     def draws_anew(self) -> bool:
-        """Does torch's partitioner have a backward draw random numbers again? Gradients are wrong then."""
+        """Does torch's partitioner have a backward draw anew? Gradients are wrong then."""
         return any(call.before.draws_anew for call in self.calls)
 
     @property
@@ -112,7 +112,7 @@ class AnalysedStep:
 
     @property
     def handed_over_before_nbytes(self) -> int:
-        """Bytes that plain Inductor's forward graphs hand to their backward, without the step's inputs."""
+        """Bytes that plain Inductor's forward graphs hand to their backward, without inputs."""
         handed_over = (self._of_all_blocks(_handed_over(call.before)) for call in self.calls)
         return sum(handed_over) + self.between_before_nbytes
 

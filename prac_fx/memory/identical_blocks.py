@@ -14,7 +14,7 @@ from prac_fx.memory.repeated_blocks import ANALYSED, Repeated
 
 
 def identical_blocks(model: Callable[..., Any], at_least: int) -> Repeated | None:
-    """The longest list of at least so many modules that differ in their parameters' values alone."""
+    """The longest list of at least so many modules that differ in parameter values alone."""
     if not isinstance(model, nn.Module):
         return None
     found = [
@@ -38,7 +38,7 @@ def with_few_blocks(model: nn.Module, repeated: Repeated) -> nn.Module:
 
 
 def _identical(first: nn.Module, other: nn.Module, distance: int) -> bool:
-    """Same modules, sizes and settings; a number that counts the blocks may differ by their distance."""
+    """Same modules, sizes and settings; a number that counts blocks differs by their distance."""
     modules, others = dict(first.named_modules()), dict(other.named_modules())
     if list(modules) != list(others):
         return False

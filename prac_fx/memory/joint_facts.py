@@ -1,4 +1,4 @@
-"""What a joint graph tells of a step besides its buffers: what is the loss, whose gradient is what."""
+"""What a joint graph tells of a step: what is the loss, whose gradient is what."""
 
 from __future__ import annotations
 
@@ -84,7 +84,7 @@ def _is_number(output: object) -> bool:
 def _forward_loss(
     loss: fx.Node, classification: Classification
 ) -> tuple[set[fx.Node], set[fx.Node]]:
-    """What computes the loss after the last parameter, and those of it that read something before."""
+    """What computes the loss after the last parameter, and what of it reads something before."""
     found: set[fx.Node] = set()
     logits: set[fx.Node] = set()
     pending = [loss]

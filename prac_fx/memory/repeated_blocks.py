@@ -56,7 +56,7 @@ class Repeated:
         return self.total - ANALYSED
 
     def block_of(self, path: str) -> int | None:
-        """Number of the block that a module belongs to, by its path, among those that were analysed."""
+        """Number of the block that a module belongs to, by its path, among the analysed ones."""
         rest = path.removeprefix(f"{self.module}.")
         number = rest.partition(".")[0]
         return int(number) if rest != path and number.isdigit() else None
@@ -66,7 +66,7 @@ class Repeated:
         return 1 + self.more if self.block_of(path) == MIDDLE else 1
 
     def moved(self, path: str, middle: int) -> str:
-        """A path of the analysed model in the whole one; the middle block stands for block `middle`."""
+        """A path of the analysed model in the whole one; the middle block stands for `middle`."""
         block = self.block_of(path)
         if block is None or block < MIDDLE:
             return path

@@ -123,7 +123,7 @@ class _Simulation:
             self.of_storage[storage] = key
 
     def _drop_results(self) -> None:
-        """The forward pass has returned: the caller keeps the loss, or all results if there is none."""
+        """The forward pass has returned: the caller keeps the loss, or all results without one."""
         if not self.graphs:
             return
         last = len(self.graphs) - 1

@@ -35,7 +35,8 @@ class Call:
         trainable: argument indices of the trained parameters.
         arguments: storage of each argument.
         results: storage of each result.
-        existing: the arguments whose storage is older than the step, with Dynamo's names of where they come from.
+        existing: the arguments whose storage is older than the step, with Dynamo's names of where
+            they come from.
     """
 
     before: PlannedGraph
@@ -143,7 +144,7 @@ class _Planner:
         return run
 
     def _plain(self, graph: DynamoGraph) -> PlannedGraph | None:
-        """The graph by plain Inductor, with our plan; known already if its joint graph was planned."""
+        """The graph by plain Inductor, with our plan; known if its joint graph is."""
         if self.config is not None and self.known and graph.is_planned:
             plan = analyse_graph(graph, self.config, self.patches)
             for known in self.known:

@@ -52,9 +52,10 @@ def without_recompile_limit() -> Any:
 
 @contextmanager
 def with_fresh_size_profile() -> Iterator[None]:
-    """Context in which Dynamo has seen no code before, and so no size that changes from call to call.
+    """Context in which Dynamo has seen no code before, and so no size that changes.
 
-    A size that changed is symbolic from then on, wherever the same code runs. Source: `_CODE_STATE` (torch._dynamo.pgo).
+    A size that changed is symbolic from then on, wherever the same code runs. Source: `_CODE_STATE`
+    (torch._dynamo.pgo).
     """
     with patch.object(pgo, "_CODE_STATE", defaultdict(pgo.CodeState)):
         yield
