@@ -1,11 +1,10 @@
 """What a step saves, and the FLOPs it takes, within torch's memory budgets.
 
 torch's partitioner runs on one trace of the whole model. To meet `activation_memory_budget` the
-partitioner chooses among the blocks of a deep model, so that
-none of them stands for the others, and what it chooses in a shallow model says little about a deep
-one. Partitioning is exact and, of all that an analysis does, the smaller part. The peak is not
-found here: it depends on when Inductor runs what is computed again, sometimes many blocks before it
-is needed.
+partitioner chooses among the blocks of a deep model. So none of them stands for the others, and
+what it chooses in a shallow model says little about a deep one. Partitioning is exact and, of all
+that an analysis does, the smaller part. The peak is not found here: it depends on when Inductor
+runs what is computed again, sometimes many blocks before it is needed.
 """
 
 from __future__ import annotations

@@ -56,8 +56,9 @@ def with_backward_net(
             except Exception as error:
                 raise_signal(error)
                 warn(
-                    'backend="prac": Inductor cannot compile the backward of this graph, which runs '
-                    f"operator by operator instead, slowly: {type(error).__name__}: {one_line(error)}"
+                    'backend="prac": Inductor cannot compile the backward of this graph, which '
+                    "runs operator by operator instead, slowly: "
+                    f"{type(error).__name__}: {one_line(error)}"
                 )
                 log.debug("backward", exc_info=error)
                 return run_eagerly(untouched)
