@@ -81,7 +81,7 @@ def test_a_rewritten_graph_without_state_has_a_record() -> None:
     record = _only_record()
     assert record.plan is not None
     assert record.plan.sites
-    assert not any(site.has_state for site in record.plan.sites)
+    assert not any(site.owner for site in record.plan.sites)
     assert not record.plan.is_random
     assert check_plans() == 1
 
