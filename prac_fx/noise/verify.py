@@ -126,7 +126,7 @@ def _check(model: object, steps: object) -> None:
         )
     if not isinstance(steps, int) or isinstance(steps, bool) or steps < 2:
         raise VerifyError(
-            f"verify: steps={steps!r}: expected an int of at least 2; one draw has no interval"
+            f"verify: steps={steps!r}: an int of at least 2, for one draw has no interval"
         )
 
 
