@@ -39,7 +39,6 @@ def test_architecture(name: str, way: str) -> None:
 PREDICTED = [
     ("gpt2", "balanced"),
     ("bert+breaks", "balanced"),
-    ("rwkv", "max"),  # its plan once depended on addresses
     ("wav2vec2", "balanced"),  # many graphs, and a view whose storage tracing has lost
 ]
 
