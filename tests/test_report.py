@@ -192,6 +192,7 @@ def test_json_options_are_the_whole_configuration(
         "include": ["1", "*.up"],
         "exclude": [],
         "rules": [],
+        "skip_passes": [],
     }
     del expected["report"]  # where a job writes its own
     assert result["options"] == expected
