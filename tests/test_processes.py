@@ -86,5 +86,5 @@ def test_torch_logs_show_the_plan(cold: Any) -> None:
 
 def test_plan_and_graphs_are_trace_artifacts(cold: Any) -> None:
     trace = "".join(path.read_text() for path in cold[3].rglob("*") if path.is_file())
-    for name in ("prac_plan", "prac_joint_graph_before", "prac_joint_graph_after"):
+    for name in ("prac_plan", "prac_after_merge_duplicates", "prac_after_rewrite"):
         assert f'"name": "{name}"' in trace

@@ -18,9 +18,9 @@ from torch import nn
 from benchmarks.held_memory import all_tensors, held_nbytes
 from prac_fx.compare.ways import blocks_of
 from prac_fx.compiler.dynamo_backend import prac
-from prac_fx.config import read_options
 from prac_fx.memory.analysis import analyse_step
 from prac_fx.memory.step import Step
+from prac_fx.options import read_options
 from tests.uncompiled import no_code_generation, plain_graphs
 from tests.zoo.architectures import ARCHITECTURES, Build
 from tests.zoo.check import loss_and_results, shared_traces
