@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 import torch.fx as fx
 
-from prac_fx.graph.graph_edit import storage_of, tensor_value
+from prac_fx.graph.graph_edit import fake_result, storage_of, tensor_value
 from prac_fx.torch_compat import FakeTensor
 
 
@@ -26,8 +26,7 @@ def restore_views(graph: fx.Graph) -> None:
         arguments = {storage_of(argument) for argument in node.all_input_nodes} - {None}
         if not node.target.is_view or not arguments or storage_of(node) in arguments:
             continue
-        args, kwargs = fx.node.map_arg((node.args, node.kwargs), lambda one: one.meta["val"])
-        with value.fake_mode, torch.no_grad():
-            again = node.target(*args, **kwargs)
+        with torch.no_grad():
+            again = fake_result(node)
         if isinstance(again, FakeTensor) and again.stride() == value.stride():
             node.meta["val"] = again
