@@ -30,7 +30,7 @@ from prac_fx.memory.saved_rows import values_unplanned
 from prac_fx.passes.draws import draws_anew, partition_drawing_once
 from prac_fx.passes.partition import PartitionedGraph
 from prac_fx.passes.plan_data import Plan, PlannedValue
-from prac_fx.passes.runner import merge_duplicates
+from prac_fx.passes.runner import Pass, Work, merge_duplicates, observed
 from prac_fx.passes.survey import saved_values
 from prac_fx.torch_compat import (
     CustomPartitionerFn,
@@ -219,12 +219,13 @@ class _PlainPartitioner(CustomPartitionerFn):
     def __call__(
         self, gm: fx.GraphModule, joint_inputs: Sequence[object], **options: Any
     ) -> tuple[fx.GraphModule, fx.GraphModule]:
-        merge_duplicates(gm)
-        self._observer.look(gm, options, self._arguments.parameters)
         if self._config is not None and self._is_planned:
-            self.plan = analyse(
+            self.plan = analyse(  # merges duplicates first of all
                 gm, joint_inputs, options, config=self._config, arguments=self._arguments
             )
+        else:
+            merge_duplicates(gm)
+        self._observer.look(gm, options, self._arguments.parameters)
         halves = min_cut_rematerialization_partition(gm, joint_inputs, **options)
         self.draws_anew = draws_anew(gm.graph, *halves)
         if self._config is not None and self.draws_anew:
@@ -253,9 +254,12 @@ class _RewritePartitioner(RewritePartitioner):
     def run(
         self, gm: fx.GraphModule, joint_inputs: Sequence[object], options: Mapping[str, Any]
     ) -> PartitionedGraph:
-        merge_duplicates(gm)
-        self._observer.look(gm, options, self._parameters)
-        self.result = super().run(gm, joint_inputs, options)
+        def look(done: Pass, work: Work) -> None:
+            if done.name == "merge_duplicates":
+                self._observer.look(work.gm, options, self._parameters)
+
+        with observed(look):
+            self.result = super().run(gm, joint_inputs, options)
         return self.result
 
     def uuid(self) -> None:  # type: ignore[override]
