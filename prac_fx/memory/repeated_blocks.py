@@ -17,14 +17,12 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
+from prac_fx.document.schema import CATEGORIES, Category, StepPhase
 from prac_fx.memory.simulation import held_at, step_events
 from prac_fx.memory.step_plan import StepPlan
 from prac_fx.memory.timeline import (
-    CATEGORIES,
-    Category,
     Event,
     Live,
-    Phase,
     StepMemory,
     highest,
 )
@@ -175,7 +173,11 @@ def _cuts(events: Sequence[Event], repeated: Repeated, by_most: bool) -> _Cuts:
 
 
 def _starts(
-    events: Sequence[Event], repeated: Repeated, phase: Phase, order: Sequence[int], by_most: bool
+    events: Sequence[Event],
+    repeated: Repeated,
+    phase: StepPhase,
+    order: Sequence[int],
+    by_most: bool,
 ) -> list[int]:
     """The same event of each block in a pass: that which adds most to what stays, or the first.
 

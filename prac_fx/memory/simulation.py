@@ -11,10 +11,11 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
+from prac_fx.document.schema import CATEGORIES, Category, StepPhase
 from prac_fx.graph.origin import Origin
 from prac_fx.memory.inductor_buffers import Kernel, Value
 from prac_fx.memory.step_plan import StepPlan
-from prac_fx.memory.timeline import CATEGORIES, Category, Event, Live, Phase, StepMemory, highest
+from prac_fx.memory.timeline import Event, Live, StepMemory, highest
 
 _Key = tuple[object, ...]
 
@@ -199,7 +200,7 @@ class _Simulation:
         for key in [key for key, held in self.held.items() if not held.holders]:
             self._release(key, ())
 
-    def _event(self, phase: Phase, node: str, origin: Origin) -> None:
+    def _event(self, phase: StepPhase, node: str, origin: Origin) -> None:
         if len(self.events) == self.stop_at:
             self.stopped = [held.live for held in self.held.values() if held.live.nbytes]
         self.events.append(Event(phase, node, origin, dict(self.sums)))

@@ -9,9 +9,10 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from prac_fx.document.schema import Category
 from prac_fx.graph.nbytes import storage_nbytes
 from prac_fx.memory.step import Step, captured_name
-from prac_fx.memory.timeline import Category, Live
+from prac_fx.memory.timeline import Live
 from prac_fx.torch_compat import storage_key, tree_leaves
 
 

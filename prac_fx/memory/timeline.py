@@ -4,34 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Literal
 
+from prac_fx.document.schema import Category, StepPhase
 from prac_fx.graph.origin import Origin
-
-Category = Literal[
-    "parameters",
-    "buffers",
-    "inputs",
-    "gradients",
-    "optimizer",
-    "saved",
-    "state",
-    "temporary",
-    "loss",
-]
-CATEGORIES: tuple[Category, ...] = (
-    "parameters",
-    "buffers",
-    "inputs",
-    "gradients",
-    "optimizer",
-    "saved",
-    "state",
-    "temporary",
-    "loss",
-)
-Phase = Literal["forward", "loss", "backward", "optimizer"]
-PHASES: tuple[Phase, ...] = ("forward", "loss", "backward", "optimizer")
 
 
 @dataclass(frozen=True)
@@ -66,7 +41,7 @@ class Event:
         nbytes: bytes held, by category.
     """
 
-    phase: Phase
+    phase: StepPhase
     node: str
     origin: Origin
     nbytes: Mapping[Category, int]
