@@ -15,7 +15,8 @@ from collections.abc import Sequence
 import torch
 import torch.fx as fx
 
-from prac_fx.graph.graph_edit import Inliner, erase_dead
+from prac_fx.graph.graph_edit import erase_dead
+from prac_fx.graph.inliner import Inliner
 from prac_fx.passes.encoded import EncodedSite
 from prac_fx.passes.roles import MATMULS
 

@@ -11,7 +11,6 @@ compiles plain Inductor's.
 
 from __future__ import annotations
 
-import operator
 from collections.abc import Collection, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
@@ -20,7 +19,7 @@ from typing import Any
 import torch.fx as fx
 
 from prac_fx.errors import CannotRewriteError
-from prac_fx.graph.graph_edit import allocating_node, storage_of
+from prac_fx.graph.graph_edit import allocating_node, source_of_results, storage_of
 from prac_fx.passes.draws import partition_drawing_once
 from prac_fx.passes.encoded import EncodedSite
 from prac_fx.passes.plan_data import Plan
@@ -107,14 +106,9 @@ def _keep_what_budget_keeps(graph: fx.Graph, plan: Plan) -> list[fx.Node]:
     for node in nodes:
         # torch ignores the tag on a view, or on one of several results: their source needs it
         allocated = allocating_node(node)
-        for tagged in (node, allocated, *_source_of_results(allocated)):
+        for tagged in (node, allocated, *source_of_results(allocated)):
             tagged.meta["recompute"] = CheckpointPolicy.MUST_SAVE
     return nodes
-
-
-def _source_of_results(node: fx.Node) -> list[fx.Node]:
-    """The operator with several results that a node is a result of; none for any other node."""
-    return node.all_input_nodes[:1] if node.target is operator.getitem else []
 
 
 def _partition_with_outputs(

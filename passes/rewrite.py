@@ -25,7 +25,13 @@ import torch.fx as fx
 from torch import Tensor
 
 from prac_fx.errors import CannotRewriteError
-from prac_fx.graph.graph_edit import Inliner, allocating_node, tensor_value, without_views
+from prac_fx.graph.graph_edit import (
+    allocating_node,
+    source_of_results,
+    tensor_value,
+    without_views,
+)
+from prac_fx.graph.inliner import Inliner
 from prac_fx.graph.nbytes import size_hint
 from prac_fx.graph.written import WrittenChannelsLast
 from prac_fx.passes.classify import classify
@@ -91,6 +97,13 @@ def _must_save(node: fx.Node) -> None:
         node.meta["recompute"] = CheckpointPolicy.MUST_SAVE
 
 
+def _must_save_encoding(stored: fx.Node) -> None:
+    # under a memory budget torch ignores the tag on a view, or on one of several results
+    node = without_views(stored)
+    for tagged in (node, *source_of_results(node)):
+        tagged.meta["recompute"] = CheckpointPolicy.MUST_SAVE
+
+
 class _Editor:
     """Adds the encoding of one site after another.
 
@@ -127,7 +140,7 @@ class _Editor:
             label=f"encode[{site.codec.describe()}]",
         ).results
         for node in stored:
-            _must_save(without_views(node))
+            _must_save_encoding(node)
         readers = tuple((nodes[name], side) for name, side in site.readers)
         first = min((reader for reader, _ in readers), key=self._position.__getitem__)
         parts = _unpacked(site, stored, first, inline)
@@ -189,7 +202,7 @@ class _Editor:
             label=f"encode[{codec.describe()}]",
         ).results
         for node in stored:
-            _must_save(without_views(node))
+            _must_save_encoding(node)
         return EncodedSite(site, state, value, matrix, stored)
 
     def _after(self, *nodes: fx.Node | None) -> fx.Node:

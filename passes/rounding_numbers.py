@@ -8,7 +8,9 @@ rows. It is longer than that number, and each site begins a little further on. S
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 
+import torch
 import torch.fx as fx
 from torch import Tensor
 
@@ -18,11 +20,11 @@ from prac_fx.codecs.rounding import (
     as_table,
     column_numbers,
     row_numbers,
-    stretch,
 )
-from prac_fx.graph.graph_edit import Inliner
+from prac_fx.graph.inliner import Inliner
 from prac_fx.passes.plan_data import Plan, Site
 
+_aten = torch.ops.aten
 _FORWARD = "is_forward"
 
 
@@ -53,27 +55,28 @@ class RoundingNumbers:
         features, per_row, columns = site.codec.features, rounding.rows, rounding.columns
         row, column = self._rows_done, self._columns_done
         self._rows_done, self._columns_done = row + STRETCH_ALIGNMENT, column + aligned(columns)
+        table = self._table(column_numbers, self._columns, seed, value)
+        of_columns = stretch(table, column, columns, self._inline, before=before)
         count = value.meta["val"].numel() // features * per_row
-        tables = [self._table(column_numbers, self._columns, seed, value)]
         if isinstance(count, int):
-            tables.append(self._table(row_numbers, aligned(count + self._rows), seed, value))
+            table = self._table(row_numbers, aligned(count + self._rows), seed, value)
+            return stretch(table, row, count, self._inline, before=before), of_columns
 
-        def stretches(x: Tensor, seed: Tensor, *tables: Tensor) -> tuple[Tensor, Tensor]:
-            rows, of_columns = x.numel() // features * per_row, stretch(tables[0], column, columns)
-            if len(tables) > 1:
-                return stretch(tables[1], row, rows), of_columns
+        def numbers_of_rows(x: Tensor, seed: Tensor) -> Tensor:
             # a symbolic number of rows has a table of its own
-            return row_numbers(rows + row, seed)[row : row + rows], of_columns
+            count = x.numel() // features * per_row
+            return row_numbers(count + row, seed)[row : row + count]
 
-        return self._inline(
-            stretches,
-            [value, seed, *tables],
+        of_rows = self._inline(
+            numbers_of_rows,
+            [value, seed],
             before=before,
             tag=_FORWARD,
             like=value,
-            key=("numbers", features, per_row, row, column),
-            name="numbers",
-        ).results
+            key=("numbers", features, per_row, row),
+            name="row_numbers",
+        ).result
+        return of_rows, of_columns
 
     def _table(
         self, numbers: Callable[[int, Tensor], Tensor], count: int, seed: fx.Node, like: fx.Node
@@ -91,3 +94,14 @@ class RoundingNumbers:
                 name=name,
             ).result
         return self._tables[name, count]
+
+
+def stretch(table: fx.Node, start: int, count: int, inline: Inliner, *, before: fx.Node) -> fx.Node:
+    """Add the numbers of a table from `start`, a multiple of `STRETCH_ALIGNMENT`: a view, (count,).
+
+    It is not traced: there is one for each site, and each is another one.
+    """
+    add = partial(inline.operator, before=before, tag=_FORWARD, like=table)
+    words = add(_aten.slice.Tensor, (table, 0, start // 2, (start + count + 1) // 2))
+    numbers = add(_aten.view.dtype, (words, torch.float32))
+    return add(_aten.slice.Tensor, (numbers, 0, 0, count)) if count % 2 else numbers

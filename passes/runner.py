@@ -20,7 +20,8 @@ import torch.fx as fx
 from prac_fx.config import SKIPPABLE_PASSES, PracConfig
 from prac_fx.errors import CannotRewriteError
 from prac_fx.graph.aliases import restore_views
-from prac_fx.graph.graph_edit import Inliner, with_names_in_order
+from prac_fx.graph.graph_edit import with_names_in_order
+from prac_fx.graph.inliner import Inliner, expand
 from prac_fx.passes.classify import Classification, classify
 from prac_fx.passes.encoded import EncodedSite, State
 from prac_fx.passes.factor import factor
@@ -212,6 +213,13 @@ def _sample(work: Work) -> None:
     sample(work.partitioned.fw, work.encoded)
 
 
+def _expand(work: Work) -> None:
+    for gm in (work.partitioned.fw, work.partitioned.bw):
+        expand(gm.graph)
+        gm.graph.lint()
+        gm.recompile()
+
+
 REWRITING = (
     Pass("merge_duplicates", lambda work: merge_duplicates(work.gm), lambda work: work.gm),
     Pass("check_fingerprint", _check_fingerprint),
@@ -219,6 +227,7 @@ REWRITING = (
     Pass("factor", _factor, lambda work: work.gm),
     Pass("partition", _partition, lambda work: work.partitioned.fw),
     Pass("sample", _sample, lambda work: work.partitioned.fw),
+    Pass("expand", _expand),
 )
 
 

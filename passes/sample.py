@@ -18,7 +18,7 @@ import torch
 import torch.fx as fx
 from torch import Tensor
 
-from prac_fx.graph.graph_edit import Inliner
+from prac_fx.graph.inliner import Inliner
 from prac_fx.passes.encoded import EncodedSite
 
 _BITS = 16

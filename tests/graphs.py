@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Callable
 from typing import Any
 
@@ -12,7 +13,7 @@ from torch import Tensor
 from prac_fx.compiler.dynamo_graph import DynamoGraph
 from prac_fx.compiler.eager_graphs import run_eagerly
 from prac_fx.compiler.two_phases import analyse_graph, compile_rewritten
-from prac_fx.graph.graph_edit import LABEL
+from prac_fx.graph.templates import Template
 from prac_fx.options import split_options
 from prac_fx.passes.partition import PartitionedGraph
 from prac_fx.passes.plan_data import Plan, PlannedValue
@@ -40,9 +41,11 @@ class Traced:
         """Leave the text of the graph after each editing pass, and the result."""
         if work.plan is None or work.arguments is not None:
             return
-        if done.name == "partition":
-            self.result = work.partitioned  # `sample` still edits it
-        elif done.graph is not None and done.name != "sample":
+        if done.name in ("partition", "sample"):
+            self.result = work.partitioned  # `expand` still edits it
+            self.graphs["fw"] = readable(work.partitioned.fw.graph)
+            self.graphs["bw"] = readable(work.partitioned.bw.graph)
+        elif done.graph is not None:
             name = "joint" if done.name == "merge_duplicates" else done.name
             self.graphs[name] = readable(done.graph(work).graph)
 
@@ -68,8 +71,6 @@ def trace(
             with observed(traced.record), functorch_config.patch(enable_autograd_cache=False):
                 compile_rewritten(graph, plan, config, {}, run_eagerly)
             assert traced.result is not None
-            traced.graphs["fw"] = readable(traced.result.fw.graph)
-            traced.graphs["bw"] = readable(traced.result.bw.graph)
         return gm.forward
 
     torch._dynamo.reset()
@@ -80,59 +81,44 @@ def trace(
 def readable(graph: fx.Graph) -> str:
     """A graph as short text: one line a node, its shape, and whether it must be in backward.
 
-    All that belongs to one encoding, decoding, weight gradient or sample is one line. So plan and
-    rewrite can be read, and do not change with the codec. Operators are numbered in order of
-    appearance: torch's own numbers depend on its version.
+    The results of an encoding stand on its line. Operators are numbered in order of appearance:
+    torch's own numbers depend on its version.
     """
-    parts = _parts(graph)
-    names, lines = _names(graph, parts), []
+    names, lines = _names(graph), []
     for node in graph.nodes:
-        members = parts.get(node, [node])
         if node.op == "placeholder":
             if node.users:
                 lines.append(f"{names[node]}: {_shape(node)}")
         elif node.op == "output":
             outputs = fx.node.map_arg(node.args, names.__getitem__)
             lines.append("return " + ", ".join(map(str, _flat(outputs))))
-        elif node is members[-1]:
-            lines.append(_line(members, names))
+        elif not _is_result(node):
+            lines.append(_line(node, names))
     return "\n".join(lines)
 
 
-def _parts(graph: fx.Graph) -> dict[fx.Node, list[fx.Node]]:
-    """What each node is part of, by node."""
-    parts: dict[object, list[fx.Node]] = {}
-    for node in graph.nodes:
-        if LABEL in node.meta and node.op == "call_function":
-            parts.setdefault(node.meta[LABEL], []).append(node)
-    return {node: members for members in parts.values() for node in members}
+def _is_result(node: fx.Node) -> bool:
+    """Is the node one of several results of a template?"""
+    return node.target is operator.getitem and isinstance(node.all_input_nodes[0].target, Template)
 
 
-def _line(members: list[fx.Node], names: dict[fx.Node, str]) -> str:
-    last = members[-1]
-    must = last.meta.get("partitioner_tag") == "must_be_in_backward"
+def _line(node: fx.Node, names: dict[fx.Node, str]) -> str:
+    must = node.meta.get("partitioner_tag") == "must_be_in_backward"
     behind = "  # backward" if must else ""
-    if LABEL not in last.meta:
-        args, kwargs = fx.node.map_arg((last.args, last.kwargs), names.__getitem__)
-        given = [str(arg).replace("'", "") for arg in args]
-        given += [f"{key}={value}" for key, value in kwargs.items()]
-        call = f"{_operator(last)}({', '.join(given)})"
-        return f"{names[last]} = {call} -> {_shape(last)}{behind}"
-    inside = set(members)
-    given = dict.fromkeys(
-        names[arg] for node in members for arg in node.all_input_nodes if arg not in inside
-    )
-    results = [node for node in members if not inside.issuperset(node.users)]
-    made = ", ".join(names[node] for node in results)
-    shapes = ", ".join(map(_shape, results))
-    return f"{made} = {last.meta[LABEL][0]}({', '.join(given)}) -> {shapes}{behind}"
+    args, kwargs = fx.node.map_arg((node.args, node.kwargs), names.__getitem__)
+    given = [str(arg).replace("'", "") for arg in args]
+    given += [f"{key}={value}" for key, value in kwargs.items()]
+    results = [user for user in node.users if _is_result(user)] or [node]
+    made, shapes = (", ".join(map(of, results)) for of in (names.__getitem__, _shape))
+    return f"{made} = {_operator(node)}({', '.join(given)}) -> {shapes}{behind}"
 
 
-def _names(graph: fx.Graph, parts: dict[fx.Node, list[fx.Node]]) -> dict[fx.Node, str]:
+def _names(graph: fx.Graph) -> dict[fx.Node, str]:
     counts: dict[str, int] = {}
     names = {}
     for node in graph.nodes:
-        if node.op != "call_function" or node in parts:
+        ours = isinstance(node.target, Template) or _is_result(node)
+        if node.op != "call_function" or ours:
             names[node] = node.name
             continue
         count = counts[_operator(node)] = counts.get(_operator(node), 0) + 1

@@ -15,12 +15,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from prac_fx.codecs import QuantCodec
 from prac_fx.codecs.rounding import (
     _MULTIPLIERS,
-    STRETCH_ALIGNMENT,
-    aligned,
-    as_table,
     column_numbers,
     row_numbers,
-    stretch,
     uniform,
 )
 from prac_fx.runtime.rounding_seed import step_number
@@ -182,19 +178,6 @@ def test_same_arguments_same_numbers(numbers: Callable[..., Tensor]) -> None:
     assert torch.equal(whole[:70], numbers(70, seed))
     for changed in (other, seed ^ 1, seed ^ (1 << 40)):
         assert float((numbers(4000, changed) % 1 == whole % 1).double().mean()) < 0.01
-
-
-@pytest.mark.parametrize("count", [1, 4, 7, 12])
-def test_a_stretch_is_a_view_of_its_part_of_the_table(count: int) -> None:
-    """It begins where kernels count on buffers to begin, and takes no memory of its own."""
-    numbers = column_numbers(32, _seeds(2)[1])
-    table = as_table(numbers)
-    assert [aligned(size) for size in (0, 1, 4, 5)] == [0, 4, 4, 8]
-    for start in range(0, 32 - aligned(count), STRETCH_ALIGNMENT):
-        found = stretch(table, start, count)
-        assert torch.equal(found, numbers[start : start + count])
-        assert found.data_ptr() == numbers.data_ptr() + 4 * start
-        assert found.data_ptr() % 16 == numbers.data_ptr() % 16
 
 
 class _NoOverflow(TorchDispatchMode):

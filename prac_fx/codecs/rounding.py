@@ -73,12 +73,6 @@ def as_table(numbers: Tensor) -> Tensor:
     return numbers.view(torch.int64)
 
 
-def stretch(table: Tensor, start: int, count: int) -> Tensor:
-    """Numbers of a table from `start`, a multiple of `STRETCH_ALIGNMENT`; float32, (count,)."""
-    words = table[start // 2 : (start + count + 1) // 2]
-    return words.view(torch.float32)[:count]
-
-
 def aligned(count: int) -> int:
     """The next multiple of `STRETCH_ALIGNMENT`."""
     return -(-count // STRETCH_ALIGNMENT) * STRETCH_ALIGNMENT

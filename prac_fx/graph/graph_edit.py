@@ -1,12 +1,11 @@
-"""Editing joint graphs: tensor code becomes aten nodes, with the metadata that torch needs."""
+"""Joint graphs: views and storages in them, names, copies, dead nodes."""
 
 from __future__ import annotations
 
 import operator
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -15,16 +14,8 @@ from torch import Tensor
 
 from prac_fx.torch_compat import (
     FakeTensor,
-    inductor_decompositions,
-    make_fx,
-    rename_node,
     storage_key,
 )
-
-# What an inlined node takes over from the node it belongs to. "custom" holds annotations of the
-# user's that have to cover every node, such as
-# torch.autograd.graph.region_activation_memory_budget.
-_INHERITED = ("stack_trace", "nn_module_stack", "seq_nr", "custom")
 
 # Operators that hand on the same elements in another shape. Slice, select and expand are left out
 # on purpose: they hand on fewer elements, or repeated ones.
@@ -83,6 +74,11 @@ def _viewed(node: fx.Node) -> fx.Node | None:
     return next((arg for arg in node.all_input_nodes if storage_of(arg) in storages), None)
 
 
+def source_of_results(node: fx.Node) -> list[fx.Node]:
+    """The operator with several results that a node is a result of; none for any other node."""
+    return node.all_input_nodes[:1] if node.target is operator.getitem else []
+
+
 def storage_of(node: object) -> int | None:
     """Identity of the storage of the tensor that a node stands for; None without storage."""
     value = tensor_value(node) if isinstance(node, fx.Node) else None
@@ -94,119 +90,6 @@ def _storage(value: Tensor) -> int | None:
         return storage_key(value)
     except NotImplementedError:
         return None
-
-
-@dataclass(frozen=True)
-class Inlined:
-    """What a call of an `Inliner` added.
-
-    Attributes:
-        nodes: all new nodes, in order.
-        results: the nodes that stand for the function's results.
-    """
-
-    nodes: tuple[fx.Node, ...]
-    results: tuple[fx.Node, ...]
-
-    @property
-    def result(self) -> fx.Node:
-        """The only result."""
-        (result,) = self.results
-        return result
-
-
-# in the metadata of a node: what it is part of, as text, and the first node of that part
-LABEL = "prac_fx_part_of"
-
-
-class Inliner:
-    """Copies traced tensor code into a graph, and traces each distinct shape only once.
-
-    Example: `inline(codec.encode, [x, basis], before=output)` adds what `codec.encode` does as aten
-    nodes.
-    """
-
-    def __init__(self, graph: fx.Graph) -> None:
-        self.graph = graph
-        self._traced: dict[object, fx.GraphModule] = {}
-
-    def __call__(
-        self,
-        function: Callable[..., Tensor | tuple[Tensor, ...]],
-        args: Sequence[fx.Node],
-        *,
-        before: fx.Node,
-        tag: str,
-        like: fx.Node,
-        key: object,
-        name: str,
-        label: str = "",
-    ) -> Inlined:
-        """Inline `function(*args)`.
-
-        Args:
-            function: code on tensors without data-dependent control flow.
-            args: the nodes to call it with.
-            before: the new nodes go in front of this node.
-            tag: `partitioner_tag` of the new nodes (torch._functorch.partitioners).
-            like: node whose source location the new nodes carry.
-            key: identifies the function in the trace cache, together with the arguments' shapes.
-            name: of the results; further ones are numbered.
-            label: what all of the new nodes are together, for whoever prints the graph.
-        """
-        values = [arg.meta["val"] for arg in args]
-        cache_key = (key, tuple(map(_signature, values)))
-        traced = self._traced.get(cache_key)
-        if traced is None:
-            # the lambda is there because make_fx counts the `self` of a bound method as an argument
-            trace = make_fx(
-                lambda *tensors: function(*tensors), decomposition_table=inductor_decompositions()
-            )
-            traced = trace(*values)
-            self._traced[cache_key] = traced
-        inlined = self._copy(traced, args, before, tag, like)
-        for node in inlined.nodes if label else ():
-            node.meta[LABEL] = (label, inlined.nodes[0].name)
-        for result in inlined.results:
-            if result in inlined.nodes:
-                rename_node(result, name)
-        return inlined
-
-    def _copy(
-        self,
-        traced: fx.GraphModule,
-        args: Sequence[fx.Node],
-        before: fx.Node,
-        tag: str,
-        like: fx.Node,
-    ) -> Inlined:
-        env = dict(zip(traced.graph.find_nodes(op="placeholder"), args, strict=True))
-        added: list[fx.Node] = []
-        with self.graph.inserting_before(before):
-            for node in traced.graph.nodes:
-                if node.op == "placeholder" or node.op == "output":
-                    continue
-                if node.op != "call_function":
-                    raise AssertionError(f"traced code has a {node.op} node: {node.format_node()}")
-                copied = self.graph.node_copy(node, env.__getitem__)
-                copied.meta = {"val": fake_result(copied), "partitioner_tag": tag}
-                for field in _INHERITED:
-                    if field in like.meta:
-                        copied.meta[field] = like.meta[field]
-                env[node] = copied
-                added.append(copied)
-        returned: Any = next(iter(traced.graph.find_nodes(op="output"))).args[0]
-        results = returned if isinstance(returned, list | tuple) else (returned,)
-        return Inlined(tuple(added), tuple(env[result] for result in results))
-
-
-def _signature(value: Tensor) -> object:
-    return (
-        tuple(map(str, value.shape)),
-        tuple(map(str, value.stride())),
-        value.dtype,
-        value.device,
-    )
 
 
 def fake_result(node: fx.Node) -> Any:

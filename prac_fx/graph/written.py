@@ -16,7 +16,8 @@ import torch
 import torch.fx as fx
 from torch import Tensor
 
-from prac_fx.graph.graph_edit import Inliner, tensor_value
+from prac_fx.graph.graph_edit import tensor_value
+from prac_fx.graph.inliner import Inliner
 from prac_fx.torch_compat import GraphLowering, V, inductor_ir, register_lowering
 
 _aten = torch.ops.aten

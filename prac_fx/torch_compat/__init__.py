@@ -5,6 +5,7 @@ prac_fx or passes may import from a module whose path has a leading underscore. 
 changes of torch's behaviour.
 """
 
+from torch._C import _DisableAutocast as without_autocast
 from torch._dynamo.exc import ShortenTraceback
 from torch._functorch import config as functorch_config
 from torch._functorch._aot_autograd.utils import make_boxed_func
@@ -84,7 +85,9 @@ from prac_fx.torch_compat.patches import (
 from prac_fx.torch_compat.tensors import (
     autograd_references,
     existing_storages,
+    fake_tensor_in,
     has_saved_tensors_hooks,
+    meta_storage,
     split_size,
     storage_key,
 )
@@ -120,6 +123,7 @@ __all__ = [
     "drawing_once",
     "estimate_peak_memory",
     "existing_storages",
+    "fake_tensor_in",
     "fresh_inductor_cache",
     "fsdp_parameters",
     "functorch_config",
@@ -142,6 +146,7 @@ __all__ = [
     "lower_and_schedule",
     "make_boxed_func",
     "make_fx",
+    "meta_storage",
     "min_cut_rematerialization_partition",
     "offloaded_node",
     "peak_estimate",
@@ -161,6 +166,7 @@ __all__ = [
     "tree_leaves",
     "tree_map_only",
     "with_fresh_size_profile",
+    "without_autocast",
     "without_autograd_cache",
     "without_memory_budget",
     "without_recompile_limit",

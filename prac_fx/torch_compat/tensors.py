@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import gc
+from typing import Any
 
 import sympy
 import torch
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.multiprocessing.reductions import StorageWeakRef
+from torch.utils._python_dispatch import _disable_current_modes
 
 
 def storage_key(value: torch.Tensor) -> int:
@@ -60,3 +63,30 @@ def split_size(size: torch.SymInt) -> tuple[int, sympy.Expr]:
     """
     factor, rest = sympy.expand(size.node.expr).primitive()
     return int(factor), rest
+
+
+def meta_storage(nbytes: int | torch.SymInt) -> torch.UntypedStorage:
+    """A storage without memory behind it, as fake tensors have."""
+    with _disable_current_modes():
+        return torch.empty(nbytes, dtype=torch.uint8, device="meta").untyped_storage()
+
+
+def fake_tensor_in(
+    storage: torch.UntypedStorage,
+    mode: FakeTensorMode,
+    dtype: torch.dtype,
+    device: torch.device,
+    layout: tuple[Any, Any, Any],
+) -> FakeTensor:
+    """A fake tensor in a storage that others may share.
+
+    Args:
+        storage: from `meta_storage`, or of another fake tensor.
+        mode: the new tensor's.
+        dtype: of its elements.
+        device: it says that it is on this one.
+        layout: offset, size and stride, in elements.
+    """
+    with _disable_current_modes():
+        meta = torch.empty(0, dtype=dtype, device="meta")
+        return FakeTensor(mode, meta.set_(storage, *layout), device)

@@ -115,7 +115,7 @@ stored = encode[prac 38+38/128](sin_1, primals_4) -> 512x76
 permute_2 = permute(primals_3, [1, 0]) -> 128x64
 mm_2 = mm(sin_1, permute_2) -> 512x64
 sum_1 = sum(mm_2) -> scalar
-sampled_rows = sample(sin_1) -> 76x128
+sampled_rows = sample(sin_1, primals_5) -> 76x128
 copy__1 = copy_(primals_5, sampled_rows) -> 76x128
 return sum_1, primals_2, primals_3, primals_4, mm_1, stored""",
     )
@@ -153,7 +153,7 @@ mm: 512x128
 stored: 2x38x512
 tangents_1: scalar
 expand_1 = expand(tangents_1, [512, 64]) -> 512x64
-weight_gradient = weight_gradient[prac 38+38/128 x2](stored, expand_1, primals_4) -> 128x64  # backward
+weight_gradient = weight_gradient[prac 38+38/128 x2](expand_1, stored, primals_4) -> 128x64  # backward
 view_1 = view(primals_3, [128, 64]) -> 128x64
 permute_1 = permute(view_1, [1, 0]) -> 64x128
 mm_1 = mm(expand_1, permute_1) -> 512x128
@@ -233,7 +233,7 @@ stored = encode[prac 38+38/128 x2](sin_1, primals_4) -> 2x38x512
 permute_2 = permute(primals_3, [1, 0]) -> 128x64
 mm_2 = mm(sin_1, permute_2) -> 512x64
 sum_1 = sum(mm_2) -> scalar
-sampled_rows = sample(sin_1) -> 76x128
+sampled_rows = sample(sin_1, primals_5) -> 76x128
 copy__1 = copy_(primals_5, sampled_rows) -> 76x128
 return sum_1, primals_2, primals_3, primals_4, mm_1, stored""",
     )
@@ -271,7 +271,7 @@ stored: 2x256x76
 permute_2: 2x64x256
 tangents_1: scalar
 expand_1 = expand(tangents_1, [2, 256, 64]) -> 2x256x64
-weight_gradient = weight_gradient[prac 38+38/128](stored, expand_1, primals_4) -> 2x128x64  # backward
+weight_gradient = weight_gradient[prac 38+38/128](expand_1, stored, primals_4) -> 2x128x64  # backward
 permute_1 = permute(primals_3, [0, 2, 1]) -> 2x64x128
 bmm_1 = bmm(expand_1, permute_1) -> 2x256x128
 cos_1 = cos(bmm) -> 2x256x128
@@ -330,7 +330,7 @@ stored = encode[prac 38+38/128 x2](sin_1, primals_5) -> 2x38xs77
 permute_2 = permute(primals_4, [1, 0]) -> 128x64
 mm_2 = mm(sin_1, permute_2) -> s77x64
 sum_1 = sum(mm_2) -> scalar
-sampled_rows = sample(sin_1) -> 76x128
+sampled_rows = sample(sin_1, primals_6) -> 76x128
 copy__1 = copy_(primals_6, sampled_rows) -> 76x128
 return sum_1, primals_3, primals_4, primals_5, mm_1, stored, primals_2""",
     )
