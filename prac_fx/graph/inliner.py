@@ -28,6 +28,7 @@ from prac_fx.torch_compat import (
     inductor_decompositions,
     make_fx,
     rename_node,
+    replace_node,
     without_autocast,
 )
 
@@ -161,7 +162,8 @@ def expand(graph: fx.Graph) -> None:
             inlined = _add_operators(graph, template, node.args, meta, node.meta["val"])
         for index, result in enumerate(inlined.results):
             if index in stand_ins:
-                _replace(stand_ins[index], result)
+                result.meta = dict(stand_ins[index].meta)
+                replace_node(stand_ins[index], result)
         if len(template.results) > 1:
             graph.erase_node(node)
         erase_dead(inlined.nodes)
@@ -172,13 +174,6 @@ def _results_of(node: fx.Node, count: int) -> dict[int, fx.Node]:
     if count == 1:
         return {0: node}
     return {int(user.args[1]): user for user in node.users}  # type: ignore[arg-type]
-
-
-def _replace(node: fx.Node, by: fx.Node) -> None:
-    name, by.meta = node.name, dict(node.meta)
-    node.replace_all_uses_with(by)
-    node.graph.erase_node(node)
-    rename_node(by, name)
 
 
 def _add_node(

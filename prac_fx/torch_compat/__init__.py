@@ -71,6 +71,7 @@ from prac_fx.torch_compat.partitioner import (
     is_random_state,
     offloaded_node,
     rename_node,
+    replace_node,
     without_autograd_cache,
     without_memory_budget,
 )
@@ -154,6 +155,7 @@ __all__ = [
     "raise_signal",
     "register_lowering",
     "rename_node",
+    "replace_node",
     "result_index",
     "results_of",
     "saving_what_must_be_saved",

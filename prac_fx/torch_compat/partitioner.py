@@ -98,3 +98,12 @@ def _region_budget(node: fx.Node) -> object:
 def rename_node(node: fx.Node, name: str) -> None:
     """Give a node this name, or the nearest free one (fx.Node has only a private way to do it)."""
     node._rename(name)
+
+
+def replace_node(node: fx.Node, by: fx.Node) -> None:
+    """Put another node in a node's place: with its readers and its very name; erases it."""
+    name, graph = node.name, node.graph
+    node.replace_all_uses_with(by)
+    graph.erase_node(node)
+    by.name = name  # `fx.Node._rename` takes a name only once, even if its first node is gone
+    graph._graph_namespace._rename_object(by, name)
