@@ -23,6 +23,8 @@ Rewriting, from `REWRITING` in `runner`:
 5. `partition`      split the graph by min-cut, and check the invariants that must hold afterwards
 6. `sample`         edit: the forward graph copies some rows of each encoded value, for the refresh
                     of the basis
+7. `expand`         (`prac_fx.graph.inliner`) edit: the operators of each encoding and decoding in
+                    the place of its node
 
 The other files are parts of a pass, or data that passes share:
 

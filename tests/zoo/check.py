@@ -11,7 +11,7 @@ import math
 import statistics
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from itertools import combinations
 from typing import Any
@@ -19,7 +19,6 @@ from unittest.mock import patch
 
 import torch
 import torch._dynamo
-import torch.fx as fx
 from torch import Tensor
 from torch._dynamo.utils import counters
 
@@ -27,9 +26,7 @@ from benchmarks.held_memory import all_tensors, held_nbytes, own_nbytes
 from prac_fx import PracWarning
 from prac_fx.compiler import pipeline
 from prac_fx.compiler.dynamo_backend import prac
-from prac_fx.graph.graph_edit import Inliner
 from prac_fx.memory.saved_rows import values_after
-from prac_fx.passes import runner
 from prac_fx.passes.partition import PartitionedGraph
 from prac_fx.passes.plan_data import Plan, PlannedValue
 from tests.compiling import gradients
@@ -346,7 +343,6 @@ def _prac(build: Build, options: Mapping[str, Any], steps: int = 1) -> _Run:
         no_code_generation() as plans,
         _partitions() as partitions,
         _retries() as retries,
-        shared_traces(),
     ):
         run = _Run(build, prac, {"options": given})
         with warnings.catch_warnings(record=True) as caught:
@@ -383,23 +379,6 @@ def _partitions() -> Iterator[Mapping[Plan, PartitionedGraph]]:
 
     with patch.object(pipeline.RewritePartitioner, "run", recorded):
         yield partitions
-
-
-def shared_traces() -> AbstractContextManager[Any]:
-    """Trace codecs once for all architectures instead of once for each graph.
-
-    That halves the time.
-    """
-
-    def inliner(graph: fx.Graph) -> Inliner:
-        made = Inliner(graph)
-        made._traced = _TRACED
-        return made
-
-    return patch.object(runner, "Inliner", inliner)
-
-
-_TRACED: dict[object, fx.GraphModule] = {}
 
 
 @contextmanager

@@ -23,7 +23,7 @@ from prac_fx.memory.step import Step
 from prac_fx.options import read_options
 from tests.uncompiled import no_code_generation, plain_graphs
 from tests.zoo.architectures import ARCHITECTURES, Build
-from tests.zoo.check import loss_and_results, shared_traces
+from tests.zoo.check import loss_and_results
 
 
 @dataclass(frozen=True)
@@ -76,16 +76,13 @@ def predict(name: str, policy: str) -> Prediction:
         build = functools.partial(_with_breaks, build)
     options = {"prac.min_nbytes": 0, "prac.policy": policy}
     plain = _held(build, plain_graphs)
-    with no_code_generation(), shared_traces():
+    with no_code_generation():
         ours = _held(build, prac, options=options)
     torch._dynamo.reset()
     model, inputs = build()
     config, patches = read_options(options)
     torch.manual_seed(1)
-    with shared_traces():
-        step = analyse_step(
-            Step(model, (), inputs), config, {**patches, "layout_optimization": False}
-        )
+    step = analyse_step(Step(model, (), inputs), config, {**patches, "layout_optimization": False})
     return Prediction(
         name,
         policy,
