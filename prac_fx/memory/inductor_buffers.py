@@ -151,7 +151,7 @@ class _Schedule:
         """The kernels in order."""
         nodes = self.scheduler.nodes
         ends = []
-        for node, following in zip(nodes, [*nodes[1:], None], strict=True):
+        for node, following in zip(nodes, [*nodes[1:], None], strict=False):
             self._run(node)
             if following is None:
                 # stands for the call of the last kernel: Inductor drops allocations after it, as
