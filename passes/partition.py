@@ -19,7 +19,7 @@ from typing import Any
 import torch.fx as fx
 
 from prac_fx.errors import CannotRewriteError
-from prac_fx.graph.graph_edit import allocating_node, source_of_results, storage_of
+from prac_fx.graph.graph_edit import allocating_node, storage_of, tag_must_save
 from prac_fx.passes.draws import partition_drawing_once
 from prac_fx.passes.encoded import EncodedSite
 from prac_fx.passes.plan_data import Plan
@@ -104,10 +104,8 @@ def _keep_what_budget_keeps(graph: fx.Graph, plan: Plan) -> list[fx.Node]:
     kept = {value.name for value in plan.values if value.decision == "keep"}
     nodes = [node for node in graph.nodes if node.name in kept and node.op == "call_function"]
     for node in nodes:
-        # torch ignores the tag on a view, or on one of several results: their source needs it
-        allocated = allocating_node(node)
-        for tagged in (node, allocated, *source_of_results(allocated)):
-            tagged.meta["recompute"] = CheckpointPolicy.MUST_SAVE
+        node.meta["recompute"] = CheckpointPolicy.MUST_SAVE
+        tag_must_save(allocating_node(node))
     return nodes
 
 
@@ -132,7 +130,6 @@ def _partition_with_outputs(
         fw, bw = partition_drawing_once(gm, joint_inputs, **with_stored)
     for graph in (gm.graph, fw.graph):
         _replace_outputs(graph, slice(start, end), [])
-    fw.recompile()
     gm.recompile()
     return fw, bw
 

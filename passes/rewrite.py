@@ -27,7 +27,7 @@ from torch import Tensor
 from prac_fx.errors import CannotRewriteError
 from prac_fx.graph.graph_edit import (
     allocating_node,
-    source_of_results,
+    tag_must_save,
     tensor_value,
     without_views,
 )
@@ -97,13 +97,6 @@ def _must_save(node: fx.Node) -> None:
         node.meta["recompute"] = CheckpointPolicy.MUST_SAVE
 
 
-def _must_save_encoding(stored: fx.Node) -> None:
-    # under a memory budget torch ignores the tag on a view, or on one of several results
-    node = without_views(stored)
-    for tagged in (node, *source_of_results(node)):
-        tagged.meta["recompute"] = CheckpointPolicy.MUST_SAVE
-
-
 class _Editor:
     """Adds the encoding of one site after another.
 
@@ -140,7 +133,7 @@ class _Editor:
             label=f"encode[{site.codec.describe()}]",
         ).results
         for node in stored:
-            _must_save_encoding(node)
+            tag_must_save(without_views(node))
         readers = tuple((nodes[name], side) for name, side in site.readers)
         first = min((reader for reader, _ in readers), key=self._position.__getitem__)
         parts = _unpacked(site, stored, first, inline)
@@ -202,7 +195,7 @@ class _Editor:
             label=f"encode[{codec.describe()}]",
         ).results
         for node in stored:
-            _must_save_encoding(node)
+            tag_must_save(without_views(node))
         return EncodedSite(site, state, value, matrix, stored)
 
     def _after(self, *nodes: fx.Node | None) -> fx.Node:

@@ -61,5 +61,3 @@ def sample(fw: fx.GraphModule, encoded: Sequence[EncodedSite]) -> None:
         with graph.inserting_before(output):
             copied = graph.call_function(torch.ops.aten.copy_.default, (buffer, rows))
         copied.meta = {"val": buffer.meta["val"], "partitioner_tag": "is_forward"}
-    graph.lint()
-    fw.recompile()

@@ -15,14 +15,15 @@ from torch import Tensor, nn
 import prac_fx
 from prac_fx.codecs import BitCodec
 from prac_fx.compiler.retries import Retries
+from prac_fx.graph import inliner
 from prac_fx.memory.step import Step
 from prac_fx.memory.trace import trace
 from prac_fx.passes import partition as partition_pass
 from prac_fx.passes.plan_data import Plan
-from tests.compiling import step
+from tests.compiling import gradients, step
 from tests.models import rows
 from tests.passes.modules import Mlp, inputs
-from tests.uncompiled import no_code_generation
+from tests.uncompiled import compile_plain, no_code_generation
 
 OPTIONS: dict[str, Any] = {
     "prac.min_nbytes": 0,
@@ -39,7 +40,10 @@ def _no_fallback() -> Iterator[list[Plan]]:
 
 
 class Misjudged(nn.Module):
-    """Cosines that torch's partitioner computes again for plain Inductor."""
+    """Cosines that torch's partitioner computes again for plain Inductor.
+
+    It saves them for a rewritten graph if it sees the operators of the encodings in it.
+    """
 
     def __init__(self) -> None:
         super().__init__()
@@ -69,6 +73,26 @@ def test_min_cut_saves_no_more_where_it_does_not_look_into_an_encoding() -> None
     assert plan.sites
     assert plan.nbytes_after < plan.nbytes_before
     assert "cannot_rewrite" not in {value.reason for value in plan.values}
+
+
+def test_a_graph_that_would_save_more_than_plain_drops_the_value_at_fault(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Min-cut does so where it sees each operator of an encoding."""
+    monkeypatch.setattr(inliner, "_add_node", inliner._add_operators)
+    model = Misjudged()
+    x = torch.randn(11, 8, 8).transpose(1, 2)
+    torch._dynamo.mark_dynamic(x, 0)
+    step(compile_plain(model), model, x)
+    exact = gradients(model)
+    torch._dynamo.reset()
+    with _no_fallback() as plans:
+        compiled = torch.compile(model, backend="prac", options={"prac.min_nbytes": 0})
+        step(compiled, model, x)
+    (plan,) = plans
+    assert not plan.sites
+    assert "cannot_rewrite" in {value.reason for value in plan.values}
+    torch.testing.assert_close(gradients(model), exact)
 
 
 def _misjudge_all_of(monkeypatch: pytest.MonkeyPatch, sites: int) -> None:

@@ -31,15 +31,15 @@ class _Graph:
         self.output = self.graph.output(self.x)
         self.inline = Inliner(self.graph)
 
-    def add(self, function: object, *args: fx.Node, name: str = "part") -> Inlined:
+    def add(self, function: object) -> Inlined:
         return self.inline(
             function,  # type: ignore[arg-type]
-            args,
+            [self.x],
             before=self.output,
             tag="is_forward",
             like=self.x,
             key=function,
-            name=name,
+            name="part",
             label="code[7]",
         )
 
@@ -57,7 +57,7 @@ class _Graph:
 @pytest.mark.parametrize("symbolic", [False, True])
 def test_one_node_and_its_operators_return_the_same(symbolic: bool) -> None:
     made = _Graph(symbolic=symbolic)
-    inlined = made.add(_twice_and_rows, made.x)
+    inlined = made.add(_twice_and_rows)
     (node,) = made.templates
     assert getattr(node.target, "__name__", "") == "code[7]"
     x = torch.arange(24.0).view(4, 6)
@@ -77,7 +77,7 @@ def test_one_node_and_its_operators_return_the_same(symbolic: bool) -> None:
 def test_metadata_is_what_the_operators_would_return(symbolic: bool) -> None:
     """Shape, strides and offset of each node; what shares memory shares it in the metadata."""
     made = _Graph(symbolic=symbolic)
-    results = made.add(_twice_and_rows, made.x).results
+    results = made.add(_twice_and_rows).results
     values = [result.meta["val"] for result in results]
     made.output.args = (results,)
     expand(made.graph)
@@ -101,7 +101,7 @@ def test_metadata_is_what_the_operators_would_return(symbolic: bool) -> None:
 
 def test_each_use_has_memory_of_its_own() -> None:
     made = _Graph()
-    first, second = (made.add(_twice_and_rows, made.x).results for _ in range(2))
+    first, second = (made.add(_twice_and_rows).results for _ in range(2))
     made.output.args = ((*first, *second),)
     expand(made.graph)
     (results,) = made.output.args
@@ -111,7 +111,7 @@ def test_each_use_has_memory_of_its_own() -> None:
 
 def test_a_view_of_an_input_is_not_hidden_in_a_node() -> None:
     made = _Graph()
-    view = made.add(lambda x: x.view(6, 4), made.x).result
+    view = made.add(lambda x: x.view(6, 4)).result
     assert not made.templates
     assert storage_of(view) == storage_of(made.x)
 
@@ -127,15 +127,15 @@ def test_code_is_traced_once_for_graphs_of_the_same_shapes() -> None:
     targets = set()
     for _ in range(3):
         made = _Graph()
-        made.add(counted, made.x)
-        made.add(counted, made.x)
+        made.add(counted)
+        made.add(counted)
         targets |= {node.target for node in made.templates}
     assert len(calls) == len(targets) == 1
 
 
 def test_results_that_nothing_reads_leave_no_operators() -> None:
     made = _Graph()
-    doubled, more = made.add(lambda x: (x * 2, x.exp().sum()), made.x).results
+    doubled, more = made.add(lambda x: (x * 2, x.exp().sum())).results
     made.output.args = ((doubled,),)
     made.graph.erase_node(more)
     expand(made.graph)

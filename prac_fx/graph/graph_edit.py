@@ -13,6 +13,7 @@ import torch.fx as fx
 from torch import Tensor
 
 from prac_fx.torch_compat import (
+    CheckpointPolicy,
     FakeTensor,
     storage_key,
 )
@@ -74,9 +75,15 @@ def _viewed(node: fx.Node) -> fx.Node | None:
     return next((arg for arg in node.all_input_nodes if storage_of(arg) in storages), None)
 
 
-def source_of_results(node: fx.Node) -> list[fx.Node]:
-    """The operator with several results that a node is a result of; none for any other node."""
-    return node.all_input_nodes[:1] if node.target is operator.getitem else []
+def tag_must_save(allocated: fx.Node) -> None:
+    """Have torch's partitioner save what a node allocates.
+
+    Under a memory budget torch ignores the tag on one of several results, so their source has it,
+    too. It also ignores the tag on a view.
+    """
+    several = allocated.all_input_nodes[:1] if allocated.target is operator.getitem else []
+    for node in (allocated, *several):
+        node.meta["recompute"] = CheckpointPolicy.MUST_SAVE
 
 
 def storage_of(node: object) -> int | None:

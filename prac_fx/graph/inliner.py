@@ -139,8 +139,7 @@ class Inliner:
                 lambda *tensors: function(*tensors), decomposition_table=inductor_decompositions()
             )
             with without_autocast():
-                template = Template(label, trace(*values), values)
-        templates[cache_key] = template
+                template = templates[cache_key] = Template(label, trace(*values), values)
         if templates is _kept:
             _kept.move_to_end(cache_key)
             if len(_kept) > _MAX_KEPT:

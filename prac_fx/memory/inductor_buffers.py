@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from itertools import zip_longest
 from typing import Any
 
 import torch
@@ -151,7 +152,7 @@ class _Schedule:
         """The kernels in order."""
         nodes = self.scheduler.nodes
         ends = []
-        for node, following in zip(nodes, [*nodes[1:], None], strict=False):
+        for node, following in zip_longest(nodes, nodes[1:]):
             self._run(node)
             if following is None:
                 # stands for the call of the last kernel: Inductor drops allocations after it, as
