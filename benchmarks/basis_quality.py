@@ -101,19 +101,18 @@ class SiteBasis:
     def advance(self, step: int, previous_x: Tensor) -> None:
         """Refresh, or only draw a new tail, if it is time; `previous_x` is X of the last step."""
         if step >= self.due:
+            rows, iterations = None, 0
             if self.codec.principal:
                 rows = previous_x
                 if self.setting.rows is not None:
                     rows = rows[sample_positions(self.codec.sample_rows, len(rows), rows.device)]
                 cold = self.refreshed_at == 0
                 iterations = self.setting.first_iterations if cold else self.setting.iterations
-                new = subspace.refresh_principal(rows, self.q1, iterations)
-                self.q1 = self.q1 if new is None else new
-            self._renew_tail(step)
+            self._renew(step, rows, iterations)
             self.refreshed_at = step
             self.due = next_due(step, self.setting.refresh_every, self.phase)
         elif self.setting.tail_every and step - self.tail_at >= self.setting.tail_every:
-            self._renew_tail(step)
+            self._renew(step)
 
     def decompose(self, step: int, x: Tensor) -> None:
         """Set Q1 to the top directions of `x` itself."""
@@ -121,15 +120,16 @@ class SiteBasis:
         top = torch.linalg.eigh(per_block.mT @ per_block)[1].flip(-1)[..., : self.q1.shape[-1]]
         self.q1 = top.reshape(self.q1.shape)
         self.refreshed_at = step
-        self._renew_tail(step)
+        self._renew(step)
 
     def relative_error(self, x: Tensor, dy: Tensor, exact: Tensor) -> float:
         estimate = self.codec.weight_gradient(self.codec.encode(x, self.basis), dy, self.basis)
         return float((estimate - exact).norm() / exact.norm())
 
-    def _renew_tail(self, step: int) -> None:
-        r2 = self.codec.random // self.setting.blocks
-        q2 = subspace.draw_tail(self.q1, r2, self._generator("tail", step))
+    def _renew(self, step: int, rows: Tensor | None = None, iterations: int = 0) -> None:
+        shape = (*self.q1.shape[:-1], self.codec.random // self.setting.blocks)
+        directions = torch.randn(shape, generator=self._generator("tail", step))
+        self.q1, q2 = subspace.refreshed_basis(self.q1, directions, rows, iterations)
         self.basis, self.tail_at = subspace.join_basis(self.q1, q2), step
 
     def _generator(self, *purpose: object) -> torch.Generator:

@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
 from prac_fx.codecs import PracCodec
-from prac_fx.codecs.subspace import draw_tail, join_basis, tail_scale, working_dtype
+from prac_fx.codecs.subspace import join_basis, refreshed_basis, tail_scale, working_dtype
 
 # No scale is 2 here: with k = 2 the error of Theorem 15 does not depend on the draw at all.
 PRAC = PracCodec(features=12, principal=4, random=3, blocks=1, sample_rows=16)
@@ -54,7 +54,8 @@ def _top_directions(x: Tensor, codec: PracCodec) -> Tensor:
 
 
 def _basis(codec: PracCodec, q1: Tensor, generator: torch.Generator) -> Tensor:
-    return join_basis(q1, draw_tail(q1, codec.random // codec.blocks, generator))
+    shape = (*q1.shape[:-1], codec.random // codec.blocks)
+    return join_basis(*refreshed_basis(q1, torch.randn(shape, dtype=q1.dtype, generator=generator)))
 
 
 def _any_basis(codec: PracCodec, dtype: torch.dtype = torch.float64, seed: int = 1) -> Tensor:

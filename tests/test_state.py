@@ -18,11 +18,12 @@ from torch import Tensor, nn
 
 from prac_fx import CheckpointState
 from prac_fx.codecs import PracCodec
-from prac_fx.codecs.subspace import is_basis
+from prac_fx.codecs.subspace import basis_error, is_basis
 from prac_fx.config import PracConfig
 from prac_fx.errors import StateError
 from prac_fx.passes.choose import ENCODABLE_DTYPES
 from prac_fx.runtime.random_streams import Draws, identity_of
+from prac_fx.runtime.refresh import refresh
 from prac_fx.runtime.rounding_seed import RoundingSeed, rounding_seed_of, step_number
 from prac_fx.runtime.saved_entries import DTYPES as SAVED_DTYPES
 from prac_fx.runtime.saved_entries import NUMBERS
@@ -34,7 +35,7 @@ from prac_fx.runtime.subspace_state import (
     subspace_for,
     subspaces_of,
 )
-from prac_fx.torch_compat import autograd_references
+from prac_fx.torch_compat import FakeTensorMode, autograd_references
 
 CPU = torch.device("cpu")
 PRAC = PracCodec(features=16, principal=4, random=4, blocks=1, sample_rows=16)
@@ -69,9 +70,15 @@ def _subspace(
     return subspace_for(owner, key or _key(), CPU, draws, config or PracConfig())
 
 
+def _begin_step(subspace: Subspace) -> None:
+    """Before a forward pass: as the wrapper of a compiled graph does."""
+    if subspace.begin_step():
+        refresh([subspace])
+
+
 def _forward(subspace: Subspace, step: int) -> None:
     """One training forward pass: begin it, then write the rows as the compiled graph does."""
-    subspace.begin_step()
+    _begin_step(subspace)
     if subspace.rows is not None:
         subspace.rows.copy_(_randn(*subspace.rows.shape, seed=step, dtype=subspace.rows.dtype))
 
@@ -400,10 +407,10 @@ def test_late_refresh_returns_to_the_grid() -> None:
     subspace = _subspace(owner, config=PracConfig(refresh_every=10))
     phase = int(subspace.stream[:8], 16) % 10
     for waited in range(15):
-        subspace.steps = 100 + phase + waited
-        following = subspace._next_on_grid(10)
+        step = 100 + phase + waited
+        following = subspace._next_on_grid(step, 10)
         assert following % 10 == phase
-        assert 1 <= following - subspace.steps <= 10
+        assert 1 <= following - step <= 10
 
 
 @pytest.mark.parametrize(
@@ -449,11 +456,11 @@ def test_first_refresh_finds_the_subspace() -> None:
     u = torch.linalg.qr(_randn(16, 16, seed=1, dtype=torch.float64))[0]
     v = torch.linalg.qr(_randn(16, 16, seed=2, dtype=torch.float64))[0]
     values = torch.tensor([3.0] * 4 + [1.0] * 12, dtype=torch.float64)
-    subspace.begin_step()
+    _begin_step(subspace)
     assert subspace.draws == 0
     assert subspace.rows is not None
     subspace.rows.copy_((u * values) @ v.mT)
-    subspace.begin_step()
+    _begin_step(subspace)
     assert subspace.draws == 1
     q1, top = _parts(subspace)[0], v[:, :4]
     assert float(torch.linalg.matrix_norm(top - q1 @ (q1.mT @ top), ord=2)) < 0.05
@@ -471,7 +478,7 @@ def test_rows_without_information_keep_the_principal_part(value: float) -> None:
     (q1, q2), refreshed = _parts(subspace), 0
     for _ in range(12):
         draws = subspace.draws
-        subspace.begin_step()
+        _begin_step(subspace)
         refreshed += subspace.draws - draws
     assert refreshed == 3
     new_q1, new_q2 = _parts(subspace)
@@ -493,7 +500,7 @@ def test_rac_draws_a_tail_on_schedule() -> None:
     times = _steps_with_a_draw(subspace, 5)
     assert times == [1, 2, 4]
     for _ in range(45):
-        subspace.begin_step()
+        _begin_step(subspace)
         if not torch.equal(subspace.basis, seen[-1]):
             seen.append(subspace.basis.clone())
     assert subspace.rows is None
@@ -539,9 +546,9 @@ def test_a_damaged_basis_heals_at_the_next_refresh(
 
 
 def test_a_new_tail_alone_heals_the_principal_part_too() -> None:
-    """The first thing that is due, long before the next principal basis; from rows, as from a cold start."""
+    """The first thing that is due makes it sound; the refreshes after it find the directions."""
     owner = _parameter()
-    config = PracConfig(refresh_every=64, tail_every=4)
+    config = PracConfig(refresh_every=16, tail_every=4)
     subspace = _subspace(owner, _key(dtype=torch.float64), config=config)
     u = torch.linalg.qr(_randn(16, 16, seed=1, dtype=torch.float64))[0]
     v = torch.linalg.qr(_randn(16, 16, seed=2, dtype=torch.float64))[0]
@@ -550,21 +557,23 @@ def test_a_new_tail_alone_heals_the_principal_part_too() -> None:
         _forward(subspace, step)
     assert subspace.rows is not None
     subspace.rows.copy_((u * values) @ v.mT)
+    while subspace.next_tail >= subspace.next_refresh:
+        _begin_step(subspace)
     subspace.basis.fill_(float("nan"))
-    assert subspace.next_tail < subspace.next_refresh
     while not subspace.basis.isfinite().all():
         assert subspace.steps <= subspace.next_tail
-        subspace.begin_step()
+        _begin_step(subspace)
     assert _is_sound(subspace)
+    for _ in range(4 * 16):
+        _begin_step(subspace)
     q1, top = _parts(subspace)[0], v[:, :4]
     assert float(torch.linalg.matrix_norm(top - q1 @ (q1.mT @ top), ord=2)) < 0.05
-    assert subspace.refreshes == 1
 
 
 @pytest.mark.parametrize("codec", [PRAC, PRAC_4, PAC], ids=PracCodec.describe)
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), 0.0])
 def test_damaged_basis_and_rows_without_information(value: float, codec: PracCodec) -> None:
-    """Random directions as at creation, and a cold start with the next good rows."""
+    """It starts again, stays sound, and follows the next good rows."""
     owner = _parameter()
     subspace = _subspace(owner, _key(codec), config=PracConfig(refresh_every=4))
     for step in range(9):
@@ -574,29 +583,27 @@ def test_damaged_basis_and_rows_without_information(value: float, codec: PracCod
     subspace.basis.fill_(float("nan"))
     while not _is_sound(subspace):
         assert subspace.steps < 14
-        subspace.begin_step()
+        _begin_step(subspace)
     first = _parts(subspace)[0]
-    assert subspace.refreshes == 0
     for _ in range(4):  # a sound basis stays now
-        subspace.begin_step()
+        _begin_step(subspace)
     torch.testing.assert_close(_parts(subspace)[0], first, rtol=0, atol=1e-6)
     for step in range(5):
         _forward(subspace, step)
-    assert subspace.refreshes >= 1
     assert not torch.allclose(_parts(subspace)[0], first, rtol=0.1, atol=0.1)
 
 
 def test_steps_without_a_refresh_do_not_look_at_the_basis(monkeypatch: pytest.MonkeyPatch) -> None:
-    """On a GPU looking would wait for the device."""
+    """Looking costs time."""
     looked = []
 
-    def recorded(basis: Tensor, r1: int) -> bool:
-        looked.append(subspace.steps)
-        return is_basis(basis, r1)
+    def recorded(basis: Tensor, r1: int) -> Tensor:
+        looked.append(subspace.steps - 1)
+        return basis_error(basis, r1)
 
     owner = _parameter()
     subspace = _subspace(owner, config=PracConfig(refresh_every=50))
-    monkeypatch.setattr("prac_fx.runtime.subspace_state.is_basis", recorded)
+    monkeypatch.setattr("prac_fx.runtime.refresh.basis_error", recorded)
     drawn = _steps_with_a_draw(subspace, 200)
     assert looked == drawn
     assert len(drawn) < 12
@@ -613,9 +620,63 @@ def test_steps_without_a_refresh_do_not_wait_for_the_gpu() -> None:
     torch.cuda.set_sync_debug_mode("error")
     try:
         for _ in range(3):
-            state.begin_step()
+            _begin_step(state)
     finally:
         torch.cuda.set_sync_debug_mode(mode)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.parametrize("codec", CODECS, ids=PracCodec.describe)
+def test_a_refresh_does_not_wait_for_the_gpu(codec: PracCodec) -> None:
+    """Neither a cold nor a warm one, of one site or of several."""
+    owners, draws = [_parameter(seed) for seed in range(3)], Draws("weight", ())
+    gpu, config = torch.device("cuda", 0), PracConfig(refresh_every=1)
+    states = [subspace_for(owner, _key(codec), gpu, draws, config) for owner in owners]
+    refresh([state for state in states if state.begin_step()])  # libraries are loaded
+    mode = torch.cuda.get_sync_debug_mode()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        for _ in range(3):
+            refresh([state for state in states if state.begin_step()])
+    finally:
+        torch.cuda.set_sync_debug_mode(mode)
+    assert all(_is_sound(state) for state in states)
+
+
+def test_a_refresh_of_many_sites_asks_nothing_of_the_device() -> None:
+    """Fake tensors have no values: whoever asks for one gets an error."""
+    owners = [_parameter(seed) for seed in range(3)]
+    states = [_subspace(owner, config=PracConfig(refresh_every=1)) for owner in owners]
+    with FakeTensorMode(allow_non_fake_inputs=True) as mode:
+        for state in states:
+            state.basis = mode.from_tensor(state.basis)
+            state.rows = None if state.rows is None else mode.from_tensor(state.rows)
+            state.due = state.steps
+            assert state.begin_step()
+        refresh(states)
+
+
+def test_sites_refreshed_together_are_as_if_alone() -> None:
+    """Alike or not, due for a principal basis or not."""
+    together = [_parameter(seed) for seed in range(6)]
+    alone = [_parameter(seed) for seed in range(6)]
+    codecs = [PRAC, PRAC, RAC, PRAC_4, PRAC_4, PRAC]
+    config = PracConfig(refresh_every=8, tail_every=4)
+    batch, single = (
+        [_subspace(o, _key(c), config=config) for o, c in zip(owners, codecs, strict=True)]
+        for owners in (together, alone)
+    )
+    for step in range(40):
+        refresh([state for state in batch if state.begin_step()])
+        for state in single:
+            _begin_step(state)
+        for seed, states in enumerate(zip(batch, single, strict=True)):
+            for state in states:
+                if state.rows is not None:
+                    state.rows.copy_(_randn(*state.rows.shape, seed=100 * step + seed))
+    for state, other in zip(batch, single, strict=True):
+        assert state.draws == other.draws
+        torch.testing.assert_close(state.basis, other.basis, rtol=0, atol=1e-5)
 
 
 # -- a backward that is still to come --------------------------------------------------------------
@@ -648,7 +709,7 @@ def test_refresh_waits_for_backward(codec: PracCodec) -> None:
     assert weight.grad is not None
     torch.testing.assert_close(weight.grad, torch.ones_like(y) @ before.mT)
     del y
-    subspace.begin_step()
+    _begin_step(subspace)
     assert subspace.draws == 3
     assert not torch.allclose(subspace.basis, before, rtol=0.1, atol=0.1)
     assert subspace.basis.data_ptr() == address
@@ -666,10 +727,10 @@ def test_refresh_waits_for_all_of_several_backwards() -> None:
     assert subspace.draws == 0
     for left in (3, 2, 1):
         outputs.pop().backward()
-        subspace.begin_step()
+        _begin_step(subspace)
         assert subspace.draws == 0, f"{left} backwards are still to come"
     outputs.pop().backward()
-    subspace.begin_step()
+    _begin_step(subspace)
     assert subspace.draws == 1
 
 
@@ -680,7 +741,7 @@ def test_refresh_does_not_wait_for_an_abandoned_graph() -> None:
     _forward(subspace, 0)
     y = nn.Parameter(_randn(3, 16, seed=5)) @ subspace.basis
     del y
-    subspace.begin_step()
+    _begin_step(subspace)
     assert subspace.draws == 1
 
 
@@ -857,7 +918,7 @@ def test_state_of_another_replica_is_drawn_anew(bound: bool) -> None:
             state.basis, entry["basis"]
         )  # not before the step: a backward may need it
         principal, draws, due = _parts(state)[0], state.draws, state.next_refresh
-        state.begin_step()
+        _begin_step(state)
         assert (state.draws, state.steps, state.replica) == (draws + 1, 6, 3)
         if 5 < due:
             torch.testing.assert_close(_parts(state)[0], principal, rtol=0, atol=0.01)
@@ -866,7 +927,7 @@ def test_state_of_another_replica_is_drawn_anew(bound: bool) -> None:
     load_state_dict(again, saved)
     for state in _bind(again):  # by the replica that saved it: only what is due
         expected = state.draws + (state.due <= 5)
-        state.begin_step()
+        _begin_step(state)
         assert state.draws == expected
 
 

@@ -62,76 +62,86 @@ def tail_scale(n: int, r1: int, r2: int) -> float:
 
 @_without_autocast
 def orthonormalize(a: Tensor) -> Tensor:
-    """Orthonormal basis of the columns of `a`, shape (..., n, r) with r <= n, by Householder QR.
+    """Orthonormal basis of the columns of `a` by CholeskyQR2, without waiting for the device.
 
-    Rank-deficient columns are completed by arbitrary orthonormal ones, so the result always has r.
-    """
-    q: Tensor = torch.linalg.qr(a)[0]
-    return q
-
-
-@_without_autocast
-def draw_tail(q1: Tensor, r2: int, generator: torch.Generator) -> Tensor:
-    """Q2: r2 orthonormal directions, uniform in the orthogonal complement of Q1.
-
-    Source: section 4, S_o = (I - Q1 Q1^T) S with S Gaussian, then QR.
+    Source: Yamamoto, Nakatsukasa, Yanagisawa, Fukaya 2015. With A^T A = R^T R, Q = A R^-1; the same
+    once more removes what rounding left. Column j of Q lies in the span of the first j columns of
+    A, as in Householder's QR. All of it is matmuls and triangular solves, which a GPU runs for many
+    matrices at once. Columns get length 1 first, and Gram matrices are float64, so condition
+    numbers up to 10^7 do no harm.
 
     Args:
-        q1: (..., n, r1), orthonormal columns; r1 may be 0.
-        r2: at most n - r1.
-        generator: on the device of `q1`; the only source of randomness.
+        a: (..., n, r) with r <= n.
 
     Returns:
-        (..., n, r2), dtype of `q1`, orthogonal to `q1` within rounding.
+        (..., n, r), dtype of `a`. NaN for a matrix whose columns depend on each other.
     """
-    shape = (*q1.shape[:-1], r2)
-    s = torch.randn(shape, dtype=q1.dtype, device=q1.device, generator=generator)
-    s = _project_out(q1, s)
-    # A nearly square s is ill-conditioned, and QR then amplifies the rounding error along q1.
-    if 2 * r2 > q1.shape[-2] - q1.shape[-1]:
-        s = _project_out(q1, orthonormalize(s))
-    return orthonormalize(s)
-
-
-def _project_out(q1: Tensor, s: Tensor) -> Tensor:
-    """(I - Q1 Q1^T) s, twice: q1 may come from bfloat16 and be orthonormal to three digits only."""
+    q = a.to(_exact_dtype(a.device))
+    q = q / torch.linalg.vector_norm(q, dim=-2, keepdim=True)
     for _ in range(2):
-        s = s - q1 @ (q1.mT @ s)
-    return s
+        factor, failed = torch.linalg.cholesky_ex(q.mT @ q)
+        q = torch.linalg.solve_triangular(factor.mT, q, upper=True, left=False)
+        q = torch.where((failed == 0)[..., None, None], q, math.nan)
+    return q.to(a.dtype)
+
+
+def _exact_dtype(device: torch.device) -> torch.dtype:
+    """That of Gram matrices: they square the condition number."""
+    return torch.float32 if device.type == "mps" else torch.float64  # which mps does not have
 
 
 @_without_autocast
-def refresh_principal(rows: Tensor, q1: Tensor, iterations: int = 1) -> Tensor | None:
-    """Q1 after `iterations` steps of subspace iteration on sampled rows, started from the old Q1.
+def refreshed_basis(
+    q1: Tensor, directions: Tensor, rows: Tensor | None = None, iterations: int = 0
+) -> tuple[Tensor, Tensor]:
+    """Q1 after subspace iteration on sampled rows, and a new tail Q2. It waits for no device.
+
+    Source: section 4, S_o = (I - Q1 Q1^T) S with S Gaussian, then QR. Here [Q1, S] is
+    orthonormalised at once, which is the same.
 
     Args:
-        rows: (s, B * n) sampled tokens, any floating dtype.
-        q1: (..., n, r1) the old basis, float32 or float64; orthonormal columns.
-        iterations: 1 is enough when warm; more after a cold start.
+        q1: (..., n, r1) the old basis, float32 or float64, orthonormal up to the rounding of a
+            lower precision; r1 may be 0.
+        directions: S, (..., n, r2) Gaussian numbers, dtype of `q1`, with r1 + r2 <= n. They make
+            Q2 uniform in the orthogonal complement of Q1.
+        rows: (..., s, B * n) sampled tokens, any floating dtype; only for iterations. Rows that
+            hold no information (not finite, or all zero) leave Q1 as it is.
+        iterations: of subspace iteration; 1 is enough when warm, more after a cold start.
 
     Returns:
-        (..., n, r1), dtype of `q1`. None when the rows hold no information (not finite, or all
-        zero): the caller then keeps the old basis.
+        Q1 (..., n, r1) and Q2 (..., n, r2), dtype of `q1`, orthonormal columns. NaN where [Q1, S]
+        is too ill-conditioned, which S makes unlikely.
     """
+    if rows is not None:
+        for iteration in range(iterations):
+            if iteration:
+                q1 = orthonormalize(q1)
+            q1 = _iterated(rows, q1)
+    q = orthonormalize(torch.cat([q1, directions], dim=-1))
+    r1 = q1.shape[-1]
+    return q[..., :r1], q[..., r1:]
+
+
+def _iterated(rows: Tensor, q1: Tensor) -> Tensor:
+    """A step of subspace iteration, X^T X Q1 and a little of Q1; its columns span the new basis."""
     x = _split_blocks(rows, q1)
-    largest = x.abs().amax()
-    if not bool(torch.isfinite(largest)) or float(largest) == 0.0:
-        return None
+    of_site = (-3, -2, -1) if x.dim() > rows.dim() else (-2, -1)
+    largest = x.abs().amax(dim=of_site, keepdim=True)
     x = x / largest  # so that squares neither overflow nor vanish
     # a block without any signal keeps its directions, so the floor is above zero
     mean_eigenvalue = x.square().sum(dim=(-2, -1), keepdim=True) / x.shape[-1]
     mean_eigenvalue = mean_eigenvalue.clamp_min(1e-12)
-    for _ in range(iterations):
-        q1 = orthonormalize(x.mT @ (x @ q1) + _TIE_BREAK * mean_eigenvalue * q1)
-    return q1 if bool(torch.isfinite(q1).all()) else None
+    iterated = x.mT @ (x @ q1) + _TIE_BREAK * mean_eigenvalue * q1
+    return torch.where(torch.isfinite(largest) & (largest > 0), iterated, q1)
 
 
 def _split_blocks(rows: Tensor, q1: Tensor) -> Tensor:
+    """(..., s, n), or (..., B, s, n) for a basis of blocks."""
     x = rows.to(q1.dtype)
-    if q1.dim() == 2:
+    if q1.dim() == x.dim():
         return x
-    blocks, n = q1.shape[0], q1.shape[1]
-    return x.view(-1, blocks, n).transpose(0, 1)
+    blocks, n = q1.shape[-3], q1.shape[-2]
+    return x.view(*x.shape[:-1], blocks, n).transpose(-3, -2)
 
 
 def join_basis(q1: Tensor, q2: Tensor) -> Tensor:
@@ -141,11 +151,39 @@ def join_basis(q1: Tensor, q2: Tensor) -> Tensor:
 
 
 @_without_autocast
+def basis_error(p: Tensor, r1: int) -> Tensor:
+    """How far P = [Q1, sqrt(k) Q2] is from orthonormal columns [Q1, Q2]; see `is_basis`.
+
+    Source: Freivalds 1977. The Gram matrix of the columns has to give some vectors of random signs
+    back. That costs far less than to make the matrix.
+
+    Args:
+        p: (..., n, r1 + r2), any floating dtype. With r2 = 0 it is Q1 alone.
+        r1: how many of the columns are principal directions.
+
+    Returns:
+        (...), NaN where p has a number that is not finite. It is on the device of `p`.
+    """
+    n, r = p.shape[-2:]
+    q = p.to(working_dtype(p.dtype), copy=True)
+    if r == 0:
+        return q.new_zeros(q.shape[:-2])
+    q[..., r1:] /= math.sqrt(tail_scale(n, r1, r - r1))
+    generator = seeded_generator(q.device, "probes", r)
+    signs = torch.randint(0, 2, (r, _PROBES), device=q.device, generator=generator) * 2 - 1
+    probes = signs.to(q.dtype)
+    return (q.mT @ (q @ probes) - probes).abs().amax(dim=(-2, -1))
+
+
+def is_sound(error: Tensor) -> Tensor:
+    """Is this `basis_error` no more than rounding makes? Not when it is NaN."""
+    return error <= _TOLERANCE
+
+
 def is_basis(p: Tensor, r1: int) -> bool:
     """Is this P = [Q1, sqrt(k) Q2] of orthonormal columns [Q1, Q2], up to rounding?
 
-    Source: Freivalds 1977. The Gram matrix of the columns has to give some vectors of random signs
-    back. That costs far less than to make the matrix. On a GPU the answer waits for the device.
+    On a GPU the answer waits for the device.
 
     Args:
         p: (..., n, r1 + r2), any floating dtype. With r2 = 0 it is Q1 alone.
@@ -155,18 +193,10 @@ def is_basis(p: Tensor, r1: int) -> bool:
         False for a number that is not finite, for a zero or missing direction, and for wrong
         lengths.
     """
-    n, r = p.shape[-2:]
-    if r == 0:
-        return True
-    q = p.to(working_dtype(p.dtype), copy=True)
-    q[..., r1:] /= math.sqrt(tail_scale(n, r1, r - r1))
-    generator = seeded_generator(q.device, "probes", r)
-    signs = torch.randint(0, 2, (r, _PROBES), device=q.device, generator=generator) * 2 - 1
-    probes = signs.to(q.dtype)
-    error = (q.mT @ (q @ probes) - probes).abs().amax()
-    return bool(error <= _TOLERANCE)  # not when it is NaN
+    return bool(is_sound(basis_error(p, r1)).all())
 
 
+@_without_autocast
 def initial_basis(
     shape: tuple[int, ...], r1: int, dtype: torch.dtype, generator: torch.Generator
 ) -> tuple[Tensor, Tensor]:
@@ -179,7 +209,7 @@ def initial_basis(
         generator: the source of randomness; its device is the result's.
     """
     a = torch.randn(shape, dtype=dtype, device=generator.device, generator=generator)
-    q = orthonormalize(a)
+    q = torch.linalg.qr(a)[0]  # Householder's: the first basis must not fail, and may take time
     return q[..., :r1], q[..., r1:]
 
 

@@ -15,6 +15,7 @@ from prac_fx.passes.plan_data import Plan
 from prac_fx.runtime.data_parallel import home_of, replica_of, sharded_parameters
 from prac_fx.runtime.moves import move_count
 from prac_fx.runtime.random_streams import Draws, identity_of
+from prac_fx.runtime.refresh import refresh
 from prac_fx.runtime.rounding_seed import RoundingSeed
 from prac_fx.runtime.subspace_state import Subspace, SubspaceKey, rounding_seed_for, subspace_for
 from prac_fx.torch_compat import FakeTensor, has_saved_tensors_hooks
@@ -67,14 +68,16 @@ class _Binding:
 
     Attributes:
         owners: each with its argument index.
-        states: those of the instance.
-        tensors: those of the states.
+        subspaces: those of the instance, in the order of their placeholders.
+        seed: of the instance; None when nothing rounds stochastically.
+        tensors: those of the states, in the order of their placeholders.
         moves: the count of moves when they were bound. Another graph may have moved them to its own
             device since.
     """
 
     owners: tuple[tuple[int, weakref.ref[Tensor]], ...]
-    states: tuple[Subspace | RoundingSeed, ...]
+    subspaces: tuple[Subspace, ...]
+    seed: RoundingSeed | None
     tensors: tuple[Tensor, ...]
     moves: int
 
@@ -116,7 +119,7 @@ def training_step(
 
     def bind(args: Sequence[Any]) -> _Binding:
         key = id(args[first])
-        states = _states_of(args, plan, config)
+        subspaces, seed = _states_of(args, plan, config)
 
         def forget(_: object) -> None:
             bindings.pop(key, None)
@@ -125,7 +128,8 @@ def training_step(
             (index, weakref.ref(args[index], forget if index == first else None))
             for index in indices
         )
-        bindings[key] = _Binding(owners, states, _tensors_of(states), move_count())
+        tensors = _tensors_of(subspaces, seed)
+        bindings[key] = _Binding(owners, subspaces, seed, tensors, move_count())
         return bindings[key]
 
     def step(*args: Any) -> Any:
@@ -134,8 +138,11 @@ def training_step(
             if isinstance(args[first], FakeTensor):
                 return compiled(*args, *_without_values(plan))
             binding = bind(args)
-        for state in binding.states:
-            state.begin_step()
+        due = [state for state in binding.subspaces if state.begin_step()]
+        if due:
+            refresh(due)
+        if binding.seed is not None:
+            binding.seed.begin_step()
         tensors = binding.tensors
         if has_saved_tensors_hooks():
             # A hook may keep what it is given where autograd's references do not count it. An alias
@@ -148,8 +155,8 @@ def training_step(
 
 def _states_of(
     args: Sequence[Any], plan: Plan, config: PracConfig
-) -> tuple[Subspace | RoundingSeed, ...]:
-    """Find or create the states of one instance, in the order of their placeholders."""
+) -> tuple[tuple[Subspace, ...], RoundingSeed | None]:
+    """Find or create the states of one instance, subspaces in the order of their placeholders."""
     sharded = sharded_parameters()
     parameters = [arg for arg in args if isinstance(arg, nn.Parameter)]
     identity = identity_of(parameters)
@@ -157,24 +164,24 @@ def _states_of(
     def draws(index: int, name: str) -> Draws:
         return Draws(name, identity, replica_of(args[index], sharded, config.across_ranks))
 
-    states: list[Subspace | RoundingSeed] = []
+    subspaces = []
     for site in plan.sites:
         if site.owner is not None and site.codec.subspace is not None:
             owner = home_of(args[site.owner.argument], sharded)
             key = SubspaceKey(site.owner.slot, site.codec.subspace, site.dtype)
             by = draws(site.owner.argument, site.owner.name)
-            states.append(subspace_for(owner, key, site.device, by, config, site.owner.role))
+            subspaces.append(subspace_for(owner, key, site.device, by, config, site.owner.role))
+    seed = None
     if plan.is_random:
         owner = home_of(args[plan.owner], sharded)
         by = draws(plan.owner, plan.owner_name)
-        states.append(rounding_seed_for(owner, _rounding_device(plan), by, config))
-    return tuple(states)
+        seed = rounding_seed_for(owner, _rounding_device(plan), by, config)
+    return tuple(subspaces), seed
 
 
-def _tensors_of(states: Sequence[Subspace | RoundingSeed]) -> tuple[Tensor, ...]:
-    tensors: list[Tensor | None] = []
-    for state in states:
-        tensors += [state.seed] if isinstance(state, RoundingSeed) else [state.basis, state.rows]
+def _tensors_of(subspaces: Sequence[Subspace], seed: RoundingSeed | None) -> tuple[Tensor, ...]:
+    of_subspaces = [tensor for state in subspaces for tensor in (state.basis, state.rows)]
+    tensors = [*of_subspaces, None if seed is None else seed.seed]
     return tuple(tensor for tensor in tensors if tensor is not None)
 
 

@@ -16,15 +16,7 @@ from torch import Tensor
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from prac_fx.codecs import SubspaceShape
-from prac_fx.codecs.subspace import (
-    draw_tail,
-    initial_basis,
-    is_basis,
-    join_basis,
-    refresh_principal,
-    seeded_generator,
-    working_dtype,
-)
+from prac_fx.codecs.subspace import initial_basis, join_basis, seeded_generator, working_dtype
 from prac_fx.config import PracConfig, ProjectedRole
 from prac_fx.runtime.data_parallel import home_of, sharded_parameters
 from prac_fx.runtime.moves import move_in_place
@@ -61,7 +53,7 @@ class Subspace:
         steps: training forward passes begun so far.
         next_refresh, next_tail: step counts at which the principal basis or the tail is due.
         draws: how many times randomness was drawn; names the next draw.
-        refreshes: how many times the rows gave a new principal basis, since it last was random.
+        refreshes: how many times the principal basis was due.
         refresh_every, tail_every: schedule, from the options of the last compilation that bound it.
     """
 
@@ -98,48 +90,38 @@ class Subspace:
             self.replica = replica
             self.due = self.next_tail = self.steps
 
-    def begin_step(self) -> None:
-        """Count one training forward pass. Refresh before it what is due.
+    def begin_step(self) -> bool:
+        """Count one training forward pass. Is a refresh due before it (see `refresh`)?
 
         A backward that is still to come holds the basis it was encoded with. As long as one does,
         the refresh waits: changing the basis under it would make its gradient wrong.
         """
-        if self.steps >= self.due and autograd_references(self.basis) == 1:
-            self._refresh()
+        is_due = self.steps >= self.due and autograd_references(self.basis) == 1
         self.steps += 1
+        return is_due
 
-    @torch.no_grad()
-    def _refresh(self) -> None:
-        """Renew what is due.
+    def next_draw(self) -> tuple[torch.Generator, int]:
+        """Count a refresh at the step that has begun, and set when the next ones are due.
 
-        That is the tail in any case, and the principal basis on its schedule or when it is damaged.
+        Returns:
+            The generator of the new tail, and how many iterations the principal basis is due for.
         """
-        codec = self.key.codec
-        r1, r2 = codec.principal // codec.blocks, codec.random // codec.blocks
-        q1 = self.basis[..., :r1].to(working_dtype(self.key.dtype))
-        is_damaged = not is_basis(q1, r1)
-        if is_damaged:  # NaN would stay in it for ever: start again as at creation
-            generator = _generator(q1.device, self.stream, f"restart {self.draws}", self.replica)
-            q1 = initial_basis(q1.shape, r1, q1.dtype, generator)[0]
-            self.refreshes = 0
-        if self.rows is not None and (is_damaged or self.steps >= self.next_refresh):
+        iterations, step = 0, self.steps - 1
+        if self.rows is not None and step >= self.next_refresh:
             iterations = _WARM_ITERATIONS if self.refreshes else _COLD_ITERATIONS
-            new = refresh_principal(self.rows, q1, iterations)
-            if new is not None:  # else the rows say nothing, and the old basis stays
-                q1 = new
-                self.refreshes += 1
-            self.next_refresh = self._next_on_grid(self.refresh_every)
-        generator = _generator(q1.device, self.stream, self.draws, self.replica)
-        self.draws += 1
-        self.basis.copy_(join_basis(q1, draw_tail(q1, r2, generator)))
-        self.next_tail = self._next_on_grid(self.tail_every)
+            self.refreshes += 1
+            self.next_refresh = self._next_on_grid(step, self.refresh_every)
+        self.next_tail = self._next_on_grid(step, self.tail_every)
         if self.rows is None:
             self.next_refresh = self.next_tail
         self.due = min(self.next_refresh, self.next_tail)
+        self.draws += 1
+        generator = _generator(self.basis.device, self.stream, self.draws - 1, self.replica)
+        return generator, iterations
 
-    def _next_on_grid(self, every: int) -> int:
+    def _next_on_grid(self, step: int, every: int) -> int:
         phase = int(self.stream[:8], 16) % every
-        return next_due(self.steps, every, phase)
+        return next_due(step, every, phase)
 
     def nbytes(self) -> int:
         """Bytes of the tensors held."""
