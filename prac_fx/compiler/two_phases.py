@@ -38,6 +38,7 @@ from prac_fx.torch_compat import (
     compile_fx_inner,
     copy_dynamo_graph,
     gpu_fusion_patches,
+    holding_groups_in_registers,
     tracing_fake_mode,
     without_autograd_cache,
 )
@@ -208,7 +209,7 @@ def lower_rewritten(
     """
     gm, inputs = with_state_inputs(graph, plan)
     settings = {**rewritten_patches(plan, patches), "custom_partitioner_fn": partitioner}
-    with comparing_sparse_results():
+    with comparing_sparse_results(), holding_groups_in_registers():
         compiled = compile_fx(gm, inputs, inner_compile=inner_compile, config_patches=settings)
     return cast(Compiled, compiled)
 

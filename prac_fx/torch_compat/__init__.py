@@ -59,6 +59,7 @@ from prac_fx.torch_compat.dynamo import (
 )
 from prac_fx.torch_compat.inductor import (
     gpu_fusion_patches,
+    holding_groups_in_registers,
     inductor_decompositions,
     inductor_patches,
     inplace_decisions,
@@ -137,6 +138,7 @@ __all__ = [
     "has_promised_ranges",
     "has_saved_tensors_hooks",
     "has_tag_must_recompute",
+    "holding_groups_in_registers",
     "inductor_config",
     "inductor_decompositions",
     "inductor_ir",

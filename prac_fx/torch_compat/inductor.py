@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager
 from typing import Any, TypeVar, cast
 from unittest.mock import patch
 
@@ -49,6 +50,38 @@ def gpu_fusion_patches() -> dict[str, Any]:
     if hasattr(inductor_config, "loop_reindexing_after_fusion"):
         return {}
     return {"loop_ordering_after_fusion": False}
+
+
+# of a group of elements that shares a scale, in the default options
+_GROUP = 128
+
+
+def holding_groups_in_registers() -> AbstractContextManager[Any]:
+    """Context in which a GPU kernel reads a group of elements once, keeps it and reduces it.
+
+    Inductor calls that a persistent reduction. Its heuristic asks for at most 64 elements where the
+    rows of a value are padded, as those of a matmul of odd width are
+    (`InductorChoices.should_use_persistent_reduction`). It then reads each group twice, in a loop.
+    """
+    chosen = type(V.choices)
+
+    class Choices(chosen):  # type: ignore[misc, valid-type]
+        @staticmethod
+        def should_use_persistent_reduction(features: Any, cooperative_reduction: bool) -> bool:
+            if chosen.should_use_persistent_reduction(features, cooperative_reduction):
+                return True
+            elements = features.reduction_numel
+            settings = inductor_config.triton
+            return (
+                settings.persistent_reductions
+                and not cooperative_reduction
+                and isinstance(elements, int | sympy.Integer)
+                and int(elements) <= _GROUP
+            )
+
+    handler = Choices()
+    handler.__dict__.update(V.choices.__dict__)
+    return cast(AbstractContextManager[Any], V.set_choices_handler(handler))
 
 
 _Result = TypeVar("_Result")
