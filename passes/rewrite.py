@@ -162,7 +162,8 @@ class _Editor:
         state, codec, layout = self._state.sites.get(site.value), site.codec, site.layout
         anchor = self._after(value, state.basis if state else None)
         # what a mask compares is in memory already, and bools are slow to write and read on a CPU
-        is_written = not (codec.is_lossless and _compares_encoded(value, self._encoded))
+        is_there = codec.is_lossless and _compares_encoded(value, self._encoded)
+        is_written = not (is_there or _may_be_padded(value, site.device))
         source = value
         if is_written and value in self.channels_last:
             source = self.channels_last.write(value, self._inline, before=anchor, tag=_FORWARD)
@@ -201,6 +202,14 @@ class _Editor:
     def _after(self, *nodes: fx.Node | None) -> fx.Node:
         """The node behind the last of these."""
         return max((n for n in nodes if n is not None), key=self._position.__getitem__).next
+
+
+def _may_be_padded(value: fx.Node, device: torch.device) -> bool:
+    """Is this a result that is always in memory, in rows that Inductor may pad on a GPU?
+
+    Strides as they were traced would keep it from that, and matmuls of odd width are slower then.
+    """
+    return device.type != "cpu" and value.target in (_aten.mm.default, _aten.bmm.default)
 
 
 def _transposed(inline: Inliner, node: fx.Node, *, before: fx.Node, tag: str) -> fx.Node:

@@ -348,9 +348,13 @@ def test_group_of_usual_widths(name: Format, features: int, expected: int) -> No
     ("name", "features", "expected"),
     [
         ("int8", 2048, 128),
-        ("int8", 5461, 127),  # 43 of them, without padding
-        ("int4", 5461, 128),  # odd: padded by 1%
-        ("int8", 1376, 86),  # 86 of 128 threads work
+        ("int8", 5461, 128),  # 43 x 127, whose rows Inductor would pad to the same length
+        ("int8", 5464, 128),  # 46 x 119 would take fewest codes
+        ("int4", 5461, 128),
+        ("int8", 1376, 128),  # 86 divides it
+        ("int8", 1224, 128),
+        ("int8", 688, 64),  # 4% more than with 86
+        ("int8", 304, 102),  # 64 would take 7% more
         ("int8", 80, 80),
         ("int8", 193, 97),  # prime
         ("int4", 64, 64),

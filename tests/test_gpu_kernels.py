@@ -129,8 +129,27 @@ def test_settings_are_for_graphs_on_a_gpu(device: str, expected: dict[str, Any])
     )
     plan = Plan((), (site,), (), (), owner=0, owner_name="0.weight", fingerprint="")
     assert rewritten_patches(plan, {}) == expected
-    of_user = {"loop_ordering_after_fusion": True}
+    of_user = {"loop_ordering_after_fusion": True, "inplace_padding": True}
     assert rewritten_patches(plan, of_user) == of_user
+
+
+@pytest.mark.parametrize("of_plan", [True, False])
+def test_padding_an_operand_is_part_of_what_makes_it(of_plan: bool) -> None:
+    """As for a matmul of odd width; Inductor's own settings take another kernel, a copy."""
+
+    def read(x: Tensor, y: Tensor, weight: Tensor) -> tuple[Tensor]:
+        value = (x * torch.sigmoid(y)).view(-1, 5461)
+        return (torch.constant_pad_nd(value, [0, 3, 0, 0]) @ weight,)
+
+    operand = ((8, 512, 5461), torch.bfloat16)
+    with inductor_config.patch(gpu_fusion_patches() if of_plan else {}):
+        kernels = gpu_kernels(read, operand, operand, ((5464, 512), torch.bfloat16))
+    before_matmul = _of_all_rows(kernels)[:-1]
+    assert before_matmul == [["bfloat16"]] * (1 if of_plan else 2)
+
+
+def test_what_a_matmul_makes_may_have_padded_rows() -> None:
+    """Saying how it lies in memory would cost a matmul of odd width its speed."""
 
 
 def test_masks_are_packed_in_one_kernel() -> None:

@@ -41,15 +41,21 @@ def inductor_patches(mode: str | None, options: Mapping[str, Any]) -> dict[str, 
 
 
 def gpu_fusion_patches() -> dict[str, Any]:
-    """Config patches with which the GPU kernel that reads a matmul's result also encodes it.
+    """Config patches with which GPU kernels of a rewritten graph fuse as they should.
 
-    The encoding loops over groups, and the reader loops over the model's shapes. Inductor sees that
-    both read the same memory where it normalises loops. Later versions see it because they try
-    other indices; earlier ones lack the option that does so.
+    The kernel that reads a matmul's result also encodes it. The encoding loops over groups, and the
+    reader loops over the model's shapes. Inductor sees that both read the same memory where it
+    normalises loops. Later versions see it because they try other indices; earlier ones lack the
+    option that does so.
+
+    What makes an operand of a matmul of odd width also pads it. Inductor would rather pad in place
+    (`inplace_constant_pad_nd`, torch._inductor.lowering). It writes the operand for that, finds that
+    a view of it cannot be padded, and copies it.
     """
-    if hasattr(inductor_config, "loop_reindexing_after_fusion"):
-        return {}
-    return {"loop_ordering_after_fusion": False}
+    patches = {"inplace_padding": False}
+    if not hasattr(inductor_config, "loop_reindexing_after_fusion"):
+        patches["loop_ordering_after_fusion"] = False
+    return patches
 
 
 # of a group of elements that shares a scale, in the default options
