@@ -1,4 +1,4 @@
-"""The last lines of `benchmarks/gpu.sh`: a short table, and which of the targets on an H100 are met.
+"""The last lines of `benchmarks/gpu.sh`: a short table, and which targets on an H100 are met.
 
     python -m benchmarks.gpu_targets FOLDER speed|loss
 
@@ -81,9 +81,10 @@ def _speed_lines(record: Mapping[str, Any]) -> list[str]:
         lines.append(f"{name} saved {saved:6.3f} peak {peak:6.3f} GB, {first}, step {step}")
     for found in record["in_a_row"]:
         for method, row in found["methods"].items():
+            name = f"{found['model']:24.24} {method:14.14}"
+            step = f"{1e3 * row['mean_step_s']:.2f} ms, {row['ratio']:.3f}"
             lines.append(
-                f"{found['model']:24.24} {method:14.14} {row['steps']} steps in a row, "
-                f"{row['refreshes']} refreshes: {1e3 * row['mean_step_s']:.2f} ms, {row['ratio']:.3f}"
+                f"{name} {row['steps']} steps in a row, {row['refreshes']} refreshes: {step}"
             )
     return lines
 

@@ -274,16 +274,18 @@ def table_of(rows: list[dict[str, Any]]) -> str:
         if row.get("error") == NOT_RUN:
             not_run.append(row["method"])
             continue
-        if "ratio" not in row:
+        if "saved_nbytes" not in row or "saved_nbytes" not in plain:
             lines.append([row["method"], row.get("error", "not timed: plain Inductor did not run")])
             continue
-        low, middle, high = row["ratio_quartiles"]
         sizes = [
             f"{format_nbytes(row[key])} ({row[key] / plain[key]:.2f})"
             for key in ("saved_nbytes", "peak_nbytes", "total_nbytes")
         ]
-        time = f"{low:.2f} .. **{middle:.2f}** .. {high:.2f}"
-        lines.append([row["method"], *sizes, time, f"{row['tokens_per_s']:,.0f}", row["gradient"]])
+        time = ["not timed", ""]
+        if "ratio" in row:
+            low, middle, high = row["ratio_quartiles"]
+            time = [f"{low:.2f} .. **{middle:.2f}** .. {high:.2f}", f"{row['tokens_per_s']:,.0f}"]
+        lines.append([row["method"], *sizes, *time, row["gradient"]])
     headers = ["method", "saved", "peak", "total", "step time", "tokens/s", "gradient"]
     table = tabulate(lines, headers=headers, tablefmt="github", disable_numparse=True)
     return f"{table}\n\n{NOT_RUN}: {', '.join(not_run)}." if not_run else table
