@@ -114,7 +114,8 @@ def _loss_lines(record: Mapping[str, Any]) -> list[str]:
     ]
     for row in record["rows"]:
         if "unfinished" in row:
-            lines.append(f"{row['variant']:32.32} seed {row['seed']}: {row['unfinished']}")
+            run = f"{row['optimizer']}, seed {row['seed']}"
+            lines.append(f"{row['variant']:32.32} {run}: unfinished, {row['unfinished']}")
     return lines
 
 

@@ -34,7 +34,7 @@ from benchmarks.memory_time import draws_in, prepare, subspaces_in
 from benchmarks.methods import BASELINE, METHODS, Step
 from benchmarks.refresh import refresh_times
 from benchmarks.settings import Settings
-from benchmarks.shapes import PAPER, SMALL, TINY, Shape
+from benchmarks.shapes import PAPER, SMALL, TINY, Shape, build
 from prac_fx.graph.nbytes import format_nbytes
 from prac_fx.torch_compat import fresh_inductor_cache, inductor_config
 
@@ -149,7 +149,7 @@ class _Measurement:
             self.figures["rows"] += [_row(model, name, error=NOT_RUN) for name in names]
             return
         settings, shape = self.settings, model.shape
-        module, inputs = memory_time.build(shape, settings.device, settings.dtype)
+        module, inputs = build(shape, settings.device, settings.dtype)
         with ExitStack() as caches:
             for name in names:
                 caches.enter_context(fresh_inductor_cache())
