@@ -13,6 +13,7 @@ Code that was compiled for a variant serves all of its seeds.
 
 from __future__ import annotations
 
+import importlib.util
 import itertools
 import json
 import math
@@ -30,7 +31,6 @@ from torch import Tensor, nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from benchmarks.held_memory import all_tensors, held_nbytes
-from benchmarks.plots import picture
 from benchmarks.record import commit
 from benchmarks.settings import Settings
 from examples.stdlib_text import batches, library_bytes
@@ -267,6 +267,7 @@ class Trainer:
             "saved_nbytes": held,
             "seconds": seconds,
             "first_step_s": first,
+            "mean_step_s": (seconds - first) / max(1, len(losses) - 1),
         }
         if len(losses) < training.steps:
             row["unfinished"] = f"{len(losses)} of {training.steps} steps"
@@ -358,10 +359,15 @@ def _kinds(rows: list[dict[str, Any]]) -> list[tuple[str, int]]:
 
 
 def _draw(record: dict[str, Any], output: Path) -> None:
-    """Draw the training loss of each variant: mean over seeds, in a band from lowest to highest."""
+    """Draw the training loss of each variant: mean over seeds, in a band from lowest to highest.
+
+    Without matplotlib there is no picture.
+    """
     kinds, steps = _kinds(finished(record["rows"])), record["training"]["steps"]
-    if not kinds:
+    if not kinds or importlib.util.find_spec("matplotlib") is None:
         return
+    from benchmarks.plots import picture
+
     with picture(output / "convergence.svg", columns=len(kinds), width=5 * len(kinds)) as panels:
         for axes, kind in zip(panels, kinds, strict=True):
             for number, name in enumerate(VARIANTS):

@@ -8,6 +8,7 @@ The figures are those of `speed.json`, or of `convergence.json`, in the folder.
 from __future__ import annotations
 
 import json
+import math
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -90,16 +91,22 @@ def _speed_lines(record: Mapping[str, Any]) -> list[str]:
 
 
 def _losses(record: Mapping[str, Any]) -> list[dict[str, Any]]:
-    """Mean losses of each variant over the seeds that were finished, and over plain's."""
+    """For each variant its mean loss over the finished seeds, over plain's, and its fastest step.
+
+    A step is that of training: with clipping and the optimizer.
+    """
     losses: dict[str, dict[int, float]] = {}
+    steps: dict[str, float] = {}
     for row in record["rows"]:
         if (row["optimizer"], row["accumulation"]) == ("adamw", 1) and "unfinished" not in row:
             losses.setdefault(row["variant"], {})[row["seed"]] = row["validation_loss"]
+            step = row.get("mean_step_s", math.inf)  # rows of earlier versions have none
+            steps[row["variant"]] = min(step, steps.get(row["variant"], step))
     plain = losses.get("plain Inductor", {})
     rows = []
     for variant, by_seed in losses.items():
         row = {"model": _BYTES, "method": variant, "seeds": len(by_seed)}
-        rows.append({**row, "loss": fmean(by_seed.values())})
+        rows.append({**row, "loss": fmean(by_seed.values()), "step_s": steps[variant]})
         paired = [loss - plain[seed] for seed, loss in by_seed.items() if seed in plain]
         if paired:
             rows[-1]["difference"] = fmean(paired)
@@ -108,7 +115,8 @@ def _losses(record: Mapping[str, Any]) -> list[dict[str, Any]]:
 
 def _loss_lines(record: Mapping[str, Any]) -> list[str]:
     lines = [
-        f"{row['method']:32.32} {row['seeds']} seeds: {row['loss']:.4f}"
+        f"{row['method']:32.32} {1e3 * row['step_s']:.2f} ms, "
+        f"{row['seeds']} seeds: {row['loss']:.4f}"
         + (f", over plain's {row['difference']:+.4f}" if "difference" in row else "")
         for row in _losses(record)
     ]
