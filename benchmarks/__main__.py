@@ -23,6 +23,7 @@ from benchmarks.record import RESULTS, page, write_record
 from benchmarks.settings import MINUTES, Settings
 
 NAMES = (
+    "speed",
     "memory_time",
     "frontier",
     "convergence",

@@ -135,31 +135,31 @@ def _compare(shape: Shape, names: Sequence[str], settings: Settings) -> list[dic
         if settings.out_of_time:
             rows[-1]["error"] = NOT_RUN
             continue
-        prepared = _prepare(method, model, inputs)
+        prepared = prepare(method, model, inputs, shape.autocast)
         rows[-1] |= prepared["row"]
         if "step" in prepared:
             steps[method.name] = prepared["step"]
             print(shape.name, method.name, format_nbytes(rows[-1]["saved_nbytes"]), flush=True)
-    for row in rows:
-        if row["method"] in steps:
-            row["total_nbytes"] = (
-                _held_nbytes(model, inputs) + row["state_nbytes"] + row["peak_nbytes"]
-            )
     if BASELINE.name in steps:
-        seconds = _seconds(steps, model, inputs, ROUNDS[settings.size])
+        seconds = seconds_in_turn(steps, model, inputs, ROUNDS[settings.size])
         for row in rows:
             if row["method"] in seconds:
-                row |= _ratios(*seconds[row["method"]], shape.tokens)
+                row |= ratios(*seconds[row["method"]], shape.tokens)
     return rows
 
 
-def _prepare(method: Method, model: nn.Module, inputs: Mapping[str, Tensor]) -> dict[str, Any]:
+def prepare(
+    method: Method,
+    model: nn.Module,
+    inputs: Mapping[str, Tensor],
+    autocast: bool = False,
+    warm_up: int = WARM_UP,
+) -> dict[str, Any]:
     """The step function, warm, and what it allocates; or the error, which is a result, too."""
     try:
-        step = prepared(method, model)
-        for _ in range(WARM_UP):
-            train_step(step, model, inputs)
-        return {"step": step, "row": _memory(step, model, inputs)}
+        step = prepared(method, model, autocast)
+        seconds = [train_step(step, model, inputs) for _ in range(warm_up)]
+        return {"step": step, "first_s": seconds[0], "row": _memory(step, model, inputs)}
     except Exception as error:
         text = f"{type(error).__name__}: {error}".partition("\n")[0][:200]
     model.zero_grad()
@@ -170,22 +170,24 @@ def _prepare(method: Method, model: nn.Module, inputs: Mapping[str, Tensor]) -> 
 def _memory(step: Step, model: nn.Module, inputs: Mapping[str, Tensor]) -> dict[str, int]:
     model.zero_grad()
     _release()
-    steps = {id(subspace): subspace.steps for subspace in _subspaces(model)}
+    steps = {id(subspace): subspace.steps for subspace in subspaces_in(model)}
     allocated = step_allocations(lambda: step(inputs), next(model.parameters()).device)
     # methods may share states; this one's are those that have counted its step
     state = sum(
         subspace.nbytes()
-        for subspace in _subspaces(model)
+        for subspace in subspaces_in(model)
         if steps.get(id(subspace)) != subspace.steps
     )
     return {
         "saved_nbytes": allocated.saved_nbytes,
         "peak_nbytes": allocated.peak_nbytes,
         "state_nbytes": state,
+        "total_nbytes": _held_nbytes(model, inputs) + state + allocated.peak_nbytes,
     }
 
 
-def _subspaces(model: nn.Module) -> Iterator[Subspace]:
+def subspaces_in(model: nn.Module) -> Iterator[Subspace]:
+    """The states of all methods that have trained a model."""
     for parameter in model.parameters():
         yield from subspaces_of(parameter).values()
 
@@ -203,27 +205,45 @@ def _release() -> None:
         torch.cuda.empty_cache()
 
 
-def _seconds(
-    steps: dict[str, Step], model: nn.Module, inputs: Mapping[str, Tensor], rounds: int
+def seconds_in_turn(
+    steps: Mapping[str, Step],
+    model: nn.Module,
+    inputs: Mapping[str, Tensor],
+    rounds: int,
+    refreshes: bool = True,
 ) -> dict[str, tuple[list[float], list[float]]]:
-    """For each method the seconds of its own steps, and of plain Inductor's right before them."""
+    """For each method the seconds of its own steps, and of plain Inductor's right before them.
+
+    Without `refreshes` a step that refreshes a basis is run again.
+    """
     seconds: dict[str, tuple[list[float], list[float]]] = {name: ([], []) for name in steps}
-    for _ in range(rounds):
+    for _ in range(rounds if refreshes else 3 * rounds):
         for name, step in steps.items():
+            own, of_plain = seconds[name]
+            if len(own) == rounds:
+                continue
             plain = train_step(steps[BASELINE.name], model, inputs)
-            seconds[name][0].append(train_step(step, model, inputs))
-            seconds[name][1].append(plain)
+            drawn = draws_in(model)
+            time = train_step(step, model, inputs)
+            if refreshes or draws_in(model) == drawn:
+                own.append(time)
+                of_plain.append(plain)
     return seconds
 
 
-def _ratios(own: list[float], plain: list[float], tokens: int) -> dict[str, Any]:
-    ratios = [a / b for a, b in zip(own, plain, strict=True)]
+def draws_in(model: nn.Module) -> int:
+    """How many times a basis of the model was renewed, in whole or in part."""
+    return sum(subspace.draws for subspace in subspaces_in(model))
+
+
+def ratios(own: list[float], plain: list[float], tokens: int) -> dict[str, Any]:
+    over_plain = [a / b for a, b in zip(own, plain, strict=True)]
     median = statistics.median(own)
     return {
         "step_s": median,
         "tokens_per_s": tokens / median,
-        "ratio": statistics.median(ratios),
-        "ratio_quartiles": statistics.quantiles(ratios, n=4),
+        "ratio": statistics.median(over_plain),
+        "ratio_quartiles": statistics.quantiles(over_plain, n=4),
     }
 
 
@@ -239,7 +259,7 @@ def body(record: dict[str, Any]) -> str:
     for row in record["rows"]:
         models.setdefault(row["model"], []).append(row)
     for name, rows in models.items():
-        parts.append(f"## {name} ({rows[0]['shape']})\n\n{_table(rows)}")
+        parts.append(f"## {name} ({rows[0]['shape']})\n\n{table_of(rows)}")
     if record["compile"].get("methods"):
         parts.append(_compile_table(record["compile"]))
     if any(name in PAPER_TOTALS or name in PAPER_HOURS for name in models):
@@ -247,22 +267,25 @@ def body(record: dict[str, Any]) -> str:
     return "\n\n".join(parts) + "\n"
 
 
-def _table(rows: list[dict[str, Any]]) -> str:
+def table_of(rows: list[dict[str, Any]]) -> str:
+    """Memory and time of one model's methods; the first one is plain Inductor."""
     plain, lines, not_run = rows[0], [], []
     for row in rows:
         if row.get("error") == NOT_RUN:
             not_run.append(row["method"])
             continue
-        if "ratio" not in row:
+        if "saved_nbytes" not in row or "saved_nbytes" not in plain:
             lines.append([row["method"], row.get("error", "not timed: plain Inductor did not run")])
             continue
-        low, middle, high = row["ratio_quartiles"]
         sizes = [
             f"{format_nbytes(row[key])} ({row[key] / plain[key]:.2f})"
             for key in ("saved_nbytes", "peak_nbytes", "total_nbytes")
         ]
-        time = f"{low:.2f} .. **{middle:.2f}** .. {high:.2f}"
-        lines.append([row["method"], *sizes, time, f"{row['tokens_per_s']:,.0f}", row["gradient"]])
+        time = ["not timed", ""]
+        if "ratio" in row:
+            low, middle, high = row["ratio_quartiles"]
+            time = [f"{low:.2f} .. **{middle:.2f}** .. {high:.2f}", f"{row['tokens_per_s']:,.0f}"]
+        lines.append([row["method"], *sizes, *time, row["gradient"]])
     headers = ["method", "saved", "peak", "total", "step time", "tokens/s", "gradient"]
     table = tabulate(lines, headers=headers, tablefmt="github", disable_numparse=True)
     return f"{table}\n\n{NOT_RUN}: {', '.join(not_run)}." if not_run else table

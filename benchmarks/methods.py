@@ -155,14 +155,16 @@ class _Backend:
             return compiled
 
 
-def prepared(method: Method, model: nn.Module) -> Step:
+def prepared(method: Method, model: nn.Module, autocast: bool = False) -> Step:
     """The forward pass of a method: inputs in, loss out.
 
     Args:
         method: what to do.
         model: a transformers model that returns its loss. It stays as it is; its parameters are
             shared.
+        autocast: run it under bfloat16 autocast.
     """
+    device = next(model.parameters()).device.type
     model = copy.deepcopy(model, {id(p): p for p in model.parameters()})
     if method.checkpoint != "none":
         settings: dict[str, Any] = {"use_reentrant": False}
@@ -179,7 +181,8 @@ def prepared(method: Method, model: nn.Module) -> Step:
         run = torch.compile(model, backend=_Backend(method))
 
     def step(inputs: Mapping[str, Tensor]) -> Tensor:
-        loss: Tensor = run(**inputs).loss
+        with torch.autocast(device, torch.bfloat16, enabled=autocast):
+            loss: Tensor = run(**inputs).loss
         return loss
 
     return step

@@ -6,6 +6,7 @@ import json
 import os
 import platform
 import shlex
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -42,14 +43,19 @@ def machine() -> str:
 def commit() -> str:
     """Short hash of the checked-out commit.
 
-    It has a `+` behind it when files differ from the commit. It is empty outside a repository.
+    It has a `+` behind it when files differ from the commit. It is empty outside a repository, and
+    where there is no git.
     """
 
     def git(*args: str) -> str:
+        command = ["git", *args]
         done = subprocess.run(
-            ["git", *args], capture_output=True, text=True, cwd=RESULTS.parent, check=False
+            command, capture_output=True, text=True, cwd=RESULTS.parent, check=False
         )
         return done.stdout.strip()
+
+    if shutil.which("git") is None:
+        return ""
 
     changed = git("status", "--porcelain", "--untracked-files=no", "--", ":!benchmarks/results")
     return git("rev-parse", "--short", "HEAD") + ("+" if changed else "")

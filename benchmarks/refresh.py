@@ -20,8 +20,9 @@ from __future__ import annotations
 import statistics
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
+from statistics import fmean
 from typing import Any
 from unittest.mock import patch
 
@@ -121,6 +122,26 @@ class _Stopwatch:
         self._patch.stop()
 
 
+def refresh_times(subspaces: Iterable[Subspace], device: torch.device) -> list[dict[str, Any]]:
+    """Seconds of one more refresh of each state, by shape: the sites of a shape, and their mean.
+
+    A state that has no principal part yet, or needs no rows, is renewed as it would be in training.
+    """
+    seconds: dict[tuple[int, int, int], list[float]] = {}
+    for subspace in subspaces:
+        codec = subspace.key.codec
+        subspace.next_refresh = min(subspace.next_refresh, subspace.steps)
+        begin = _now(device)
+        subspace._refresh()
+        shape = (codec.features, codec.principal + codec.random, codec.blocks)
+        seconds.setdefault(shape, []).append(_now(device) - begin)
+    names = ("features", "rank", "blocks")
+    return [
+        {**dict(zip(names, shape, strict=True)), "sites": len(times), "seconds": fmean(times)}
+        for shape, times in sorted(seconds.items())
+    ]
+
+
 def _now(device: torch.device) -> float:
     if device.type == "cuda":
         torch.cuda.synchronize()
@@ -180,7 +201,7 @@ def _scheduled(
         at_step[due] += 1
         together[due] = together.get(due, 0.0) + cost
     return {
-        "seconds_per_refresh": statistics.fmean(each.values()),
+        "seconds_per_refresh": fmean(each.values()),
         "share": sum(each.values()) / every / median_step,
         "most_together": max(at_step.values()),
         "worst_over_median": 1 + max(together.values()) / median_step,

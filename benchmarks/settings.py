@@ -38,6 +38,11 @@ class Settings:
         return torch.bfloat16 if self.device.type == "cuda" else torch.float32
 
     @property
+    def left_s(self) -> float:
+        """Seconds until the benchmark has used up its time."""
+        return self.started + 60 * self.minutes - time.monotonic()
+
+    @property
     def out_of_time(self) -> bool:
         """Has the benchmark used up its time?"""
-        return time.monotonic() - self.started > 60 * self.minutes
+        return self.left_s < 0

@@ -26,6 +26,7 @@ class Shape:
         hidden, intermediate, heads, layers: of the transformer.
         batch, sequence: of one step; a ViT has `sequence` patches.
         vocabulary: tokens, or classes of a ViT.
+        autocast: float32 parameters under bfloat16 autocast.
     """
 
     name: str
@@ -37,6 +38,7 @@ class Shape:
     batch: int
     sequence: int
     vocabulary: int
+    autocast: bool = False
 
     @property
     def tokens(self) -> int:
@@ -45,7 +47,8 @@ class Shape:
 
     def describe(self) -> str:
         """Short text for tables."""
-        return f"{self.layers} x {self.hidden}, {self.batch} x {self.sequence}"
+        size = f"{self.layers} x {self.hidden}, {self.batch} x {self.sequence}"
+        return size + (", autocast" if self.autocast else "")
 
 
 PAPER = (
@@ -101,6 +104,7 @@ def build(
     shape: Shape, device: torch.device, dtype: torch.dtype, seed: int = 0
 ) -> tuple[nn.Module, dict[str, Tensor]]:
     """A model in training mode without dropout, and a batch with which it returns its loss."""
+    dtype = torch.float32 if shape.autocast else dtype
     torch.manual_seed(seed)
     with device:
         model = _CONFIGS[shape.family](shape).to(dtype)

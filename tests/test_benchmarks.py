@@ -7,6 +7,7 @@ import re
 import subprocess
 import sys
 from collections.abc import Iterator
+from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -14,10 +15,13 @@ from unittest.mock import patch
 
 import pytest
 import torch
+from torch import nn
 
-from benchmarks import frontier, gpu_targets, methods, step_parts
+from benchmarks import convergence, frontier, gpu_targets, memory_time, methods, step_parts
 from benchmarks.__main__ import NAMES, main
+from benchmarks.partitioned import Partitioned
 from prac_fx.compiler.eager_graphs import run_eagerly
+from prac_fx.options import split_options
 from prac_fx.torch_compat import compile_fx
 from tests.uncompiled import no_code_generation
 
@@ -114,6 +118,54 @@ def test_step_parts(tmp_path: Path) -> None:
     assert "(+0.0%)" in page
 
 
+@pytest.mark.usefixtures("quick")
+def test_speed(tmp_path: Path) -> None:
+    record, page = _run("speed", tmp_path)
+    assert not [row for row in record["rows"] if "error" in row]
+    assert {row["model"] for row in record["rows"]} == {"LLaMA", "autocast"}
+    for row in record["rows"]:
+        assert row["ratio_quartiles"][0] <= row["ratio"] <= row["ratio_quartiles"][2]
+        assert (row["first_step_ratio"] == 1) == (row["method"] == "inductor")
+    for found in record["parts"]:
+        for summary in found["methods"].values():
+            assert summary["launches"] > 0
+            assert sum(summary["parts"].values()) == pytest.approx(summary["step_s"])
+    (in_a_row,) = record["in_a_row"]
+    assert in_a_row["methods"]["inductor"] == pytest.approx(
+        in_a_row["methods"]["inductor"] | {"ratio": 1, "refreshes": 0}
+    )
+    assert all(shape["seconds"] > 0 for found in record["refreshes"] for shape in found["shapes"])
+    assert "## autocast (1 x 64, 8 x 64, autocast)" in page
+    assert "Steps in a row, refreshes included" in page
+
+
+@pytest.mark.usefixtures("quick")
+def test_speed_begins_nothing_when_time_is_up(tmp_path: Path) -> None:
+    arguments = ["speed", "--size", "tiny", "--output", str(tmp_path), "--minutes", "0"]
+    assert main(arguments) == 0
+    record = json.loads((tmp_path / "speed.json").read_text())
+    assert {row["error"] for row in record["rows"]} == {"not run, time was up"}
+
+
+def test_steps_that_refresh_are_not_timed() -> None:
+    """Every second step renews a basis."""
+    drawn, ran = iter(range(100)), iter(range(100))
+    inputs: dict[str, Any] = {}
+    with (
+        patch.object(memory_time, "train_step", lambda *_: float(next(ran))),
+        patch.object(memory_time, "draws_in", lambda _: next(drawn) // 3),
+    ):
+        seconds = memory_time.seconds_in_turn(
+            {"inductor": _no_step, "ours": _no_step}, nn.Identity(), inputs, 3, refreshes=False
+        )
+    assert [len(own) for own, _ in seconds.values()] == [3, 3]
+    assert next(ran) > 12
+
+
+def _no_step(_: Any) -> torch.Tensor:
+    raise NotImplementedError
+
+
 @pytest.mark.parametrize(
     ("name", "part"),
     [
@@ -125,6 +177,9 @@ def test_step_parts(tmp_path: Path) -> None:
         ("void pytorch_flash::flash_bwd_kernel", "attention"),
         ("cpp_fused_mm_0", "written by Inductor"),
         ("triton_red_fused_linear_3", "written by Inductor"),
+        ("triton_poi_fused__scaled_dot_product_flash_attention_1", "written by Inductor"),
+        ("void cublasLt::splitKreduce_kernel<32, 16>", "matmuls"),
+        ("void geqrf_kernel", ""),
         ("aten::empty_strided", ""),
     ],
 )
@@ -153,6 +208,57 @@ def test_convergence_continues_where_it_stopped(tmp_path: Path) -> None:
     plain, balanced = record["rows"]
     assert plain["validation_loss"] == pytest.approx(balanced["validation_loss"], rel=0.05)
     assert len(plain["curve"]) == record["training"]["steps"]
+
+
+@pytest.mark.usefixtures("quick")
+def test_compiled_code_serves_every_seed() -> None:
+    training = replace(convergence.TRAININGS["tiny"], steps=3, autocast=True)
+    trainer = convergence.Trainer(training, torch.device("cpu"))
+    first = trainer.train(convergence.Run("balanced", 0))
+    with torch._dynamo.config.patch(error_on_recompile=True):
+        other = trainer.train(convergence.Run("balanced", 1))
+        again = trainer.train(convergence.Run("balanced", 0))
+    assert again["curve"] == first["curve"] != other["curve"]
+    assert trainer.estimate(convergence.Run("max", 0)) > trainer.estimate(
+        convergence.Run("balanced", 2)
+    )
+
+
+@pytest.mark.usefixtures("quick")
+def test_a_run_that_time_runs_out_for_counts_nowhere() -> None:
+    training = replace(convergence.TRAININGS["tiny"], steps=5)
+    run = convergence.Run("plain Inductor", 0)
+    row = convergence.Trainer(training, torch.device("cpu")).train(run, lambda: True)
+    assert row["unfinished"] == "2 of 5 steps"
+    assert not run.is_in([row])
+    assert convergence.finished([row]) == []
+    assert "- unfinished: plain Inductor, seed 0, 2 of 5 steps" in convergence.body(
+        {"training": asdict(training), "rows": [row]}
+    )
+
+
+@pytest.mark.parametrize(
+    ("kind", "roles", "makers"),
+    [
+        ("linear inputs", {"W"}, ("q_proj", "gate_proj", "down_proj", "lm_head")),
+        ("activation inputs", {"A"}, ("gate_proj", "up_proj")),
+        ("norm inputs", {"A"}, ("embed_tokens", "o_proj", "0", "1")),
+    ],
+)
+def test_parts_of_the_papers_policy(kind: str, roles: set[str], makers: tuple[str, ...]) -> None:
+    """Each encodes one kind of what the policy encodes."""
+    config = split_options(convergence.VARIANTS[f"paper, {kind}"])[0]
+    backend = Partitioned(replace(config, min_nbytes=0))
+    training = replace(convergence.TRAININGS["tiny"], layers=2)
+    tokens = torch.ones(16, 256, dtype=torch.long)
+    model = convergence.small_llama(256, training)
+    torch._dynamo.reset()
+    with torch.autocast("cpu", torch.bfloat16):
+        torch.compile(type(model).forward, backend=backend)(model, input_ids=tokens, labels=tokens)
+    (plan,) = backend.plans
+    encoded = [value for value in plan.values if value.codec is not None]
+    assert {value.role for value in encoded} == roles
+    assert {value.origin.module.rpartition(".")[2] for value in encoded} == set(makers)
 
 
 @pytest.mark.usefixtures("quick")
@@ -202,16 +308,41 @@ def test_every_policy_is_composed() -> None:
             assert f"prac {name}, {what}" in methods.METHODS
 
 
-def _gpu_record(total: float) -> dict[str, Any]:
-    common = {"model": "LLaMA-1B", "saved_nbytes": 1, "peak_nbytes": 1}
-    rows = [{**common, "method": "prac balanced", "ratio": 0.98, "total_nbytes": total}]
-    return {"command": "python -m benchmarks memory_time --device cuda", "rows": rows}
+def _speed_record(ratio: float) -> dict[str, Any]:
+    common = {"model": "LLaMA-1B, 4 layers", "method": "prac balanced"}
+    sizes = {"saved_nbytes": 1, "peak_nbytes": 1}
+    row = {
+        **common,
+        **sizes,
+        "step_s": 0.1,
+        "ratio": ratio,
+        "first_step_s": 30.0,
+        "first_step_ratio": 1.6,
+    }
+    rows = [row, {**common, "method": "prac max", "error": "OutOfMemoryError"}]
+    return {"command": "python -m benchmarks speed --device cuda", "rows": rows, "in_a_row": []}
 
 
-def test_gpu_targets() -> None:
-    met = gpu_targets.lines_of(_gpu_record(39e9))[-3:]
-    assert [line.split(": ")[-1] for line in met] == ["0.98, met", "39.00, met", "not measured"]
-    assert gpu_targets.lines_of(_gpu_record(41e9))[-2].endswith("41.00, NOT MET")
+def test_gpu_targets_of_speed() -> None:
+    balanced, largest, *_, first = gpu_targets.lines_of(_speed_record(0.98), "speed")[-8:]
+    assert balanced.endswith("at most 1: 0.98, met")
+    assert largest.endswith("not measured")
+    assert first.endswith("at most 1.5: 1.6, NOT MET")
+    assert gpu_targets.lines_of(_speed_record(1.01), "speed")[-8].endswith("1.01, NOT MET")
+    assert gpu_targets.lines_of(_speed_record(1.01), "speed")[1].endswith("OutOfMemoryError")
+
+
+def test_gpu_targets_of_loss_leave_out_what_is_unfinished() -> None:
+    def row(variant: str, seed: int, loss: float, **more: str) -> dict[str, Any]:
+        run = {"variant": variant, "seed": seed, "optimizer": "adamw", "accumulation": 1}
+        return {**run, "validation_loss": loss, **more}
+
+    rows = [row("plain Inductor", 0, 1.5), row("balanced", 0, 1.502), row("plain Inductor", 1, 1.6)]
+    rows.append(row("balanced", 1, 2.5, unfinished="3 of 9 steps"))
+    record = {"command": "--device cuda", "rows": rows}
+    *_, unfinished, target = gpu_targets.lines_of(record, "loss")
+    assert unfinished.endswith("seed 1: unfinished, 3 of 9 steps")
+    assert target.endswith("at most 0.003: 0.002, met")
 
 
 def _gpu_script(folder: Path, *arguments: str, python: str = sys.executable) -> Any:
@@ -226,41 +357,45 @@ def _gpu_script(folder: Path, *arguments: str, python: str = sys.executable) -> 
 
 
 def test_gpu_script_refuses_what_it_does_not_know(tmp_path: Path) -> None:
-    assert "benchmarks/gpu.sh [--minutes N]" in _gpu_script(tmp_path, "--speed", "9").stderr
-    assert _gpu_script(tmp_path, "--minutes").returncode == 2
-    assert "whole number" in _gpu_script(tmp_path, "--minutes", "ten").stderr
+    usage = "benchmarks/gpu.sh speed [--minutes 8]"
+    assert usage in _gpu_script(tmp_path).stderr
+    assert usage in _gpu_script(tmp_path, "memory").stderr
+    assert usage in _gpu_script(tmp_path, "speed", "--fast").stderr
+    assert _gpu_script(tmp_path, "speed", "--minutes").returncode == 2
+    assert "whole number" in _gpu_script(tmp_path, "loss", "--minutes", "ten").stderr
     if not torch.cuda.is_available():
-        refused = _gpu_script(tmp_path, "--output", str(tmp_path / "results"))
+        refused = _gpu_script(tmp_path, "speed", "--output", str(tmp_path / "results"))
         assert refused.returncode == 2
         assert "no CUDA device" in refused.stderr
         assert not (tmp_path / "results").exists()
 
 
-def test_gpu_script_runs_its_parts_in_order_and_ends_with_the_table(tmp_path: Path) -> None:
-    """A Python that notes what it is asked to benchmark, and writes one file of figures."""
+@pytest.mark.parametrize(("part", "name"), [("speed", "speed"), ("loss", "convergence")])
+def test_gpu_script_runs_a_part_and_ends_with_the_table(
+    tmp_path: Path, part: str, name: str
+) -> None:
+    """A Python that notes what it is asked to benchmark, writes a file of figures, and fails."""
     python, calls, output = tmp_path / "python", tmp_path / "calls", tmp_path / "a folder"
-    figures = json.dumps({"command": "benchmarks", "rows": _gpu_record(39e9)["rows"]})
+    figures = json.dumps({"command": "benchmarks", "rows": [], "in_a_row": []})
     python.write_text(
         "#!/usr/bin/env bash\n"
         f'[[ "$1 $2" == "-m benchmarks" ]] || exec {sys.executable} "$@"\n'
-        f"printf '%s\\n' \"${{*:3}}\" >>{calls}\n"
-        f"[[ $3 != memory_time ]] || echo '{figures}' >'{output}/memory_time.json'\n"
-        "[[ $3 != micro ]] || exit 7\n"
+        f"printf '%s\\n' \"${{@:3}}\" >{calls}\n"
+        f"echo '{figures}' >'{output}/{name}.json'\n"
+        "exit 7\n"
     )
     python.chmod(0o755)
     arguments = ["--minutes", "10", "--device", "cpu", "--size", "tiny", "--output", str(output)]
-    done = _gpu_script(tmp_path, *arguments, python=str(python))
+    done = _gpu_script(tmp_path, part, *arguments, "--only", "a", "b c", python=str(python))
     assert done.returncode == 0, done.stderr
-    common = f"--size tiny --device cpu --output {output} --minutes"
-    assert calls.read_text().splitlines() == [
-        f"memory_time {common} 4.5",
-        f"frontier {common} 0.2",
-        f"step_parts {common} 0.8",
-        f"micro {common} 0.8",
-        f"refresh {common} 1.0",
-        f"convergence {common} 1.5",
+    *asked, only, first, second = calls.read_text().splitlines()
+    assert asked[:-1] == [
+        name,
+        *("--size", "tiny", "--device", "cpu", "--output", str(output)),
+        "--minutes",
     ]
-    failed, *table = done.stdout.splitlines()
-    assert failed.startswith("exit 7 of:")
-    assert re.match(r"LLaMA-1B +prac balanced +saved .* step 0\.980", table[0])
-    assert table[1:] == ["targets: for a GPU only"]
+    assert 9 < float(asked[-1]) < 10
+    assert (only, first, second) == ("--only", "a", "b c")
+    failed, table = done.stdout.splitlines()
+    assert failed.startswith(f"exit 7 of: benchmarks {name}")
+    assert table == "targets: for a GPU only"
