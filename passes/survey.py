@@ -9,13 +9,13 @@ and `enable_activation_offloading`.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch.fx as fx
 
 from prac_fx.graph.graph_edit import storage_of, tensor_value
-from prac_fx.graph.nbytes import storage_nbytes
+from prac_fx.graph.nbytes import Symbols, storage_nbytes
 from prac_fx.passes.draws import partition_drawing_once
 from prac_fx.torch_compat import (
     has_memory_budget,
@@ -47,6 +47,13 @@ class SavedValue:
     is_output: bool
     shares_with: str | None
     is_offloaded: bool = False
+
+    def at(self, symbols: Symbols) -> SavedValue:
+        """The same in a run of the graph in which symbolic sizes have these values."""
+        value = tensor_value(self.node)
+        if value is None or not self.nbytes:
+            return self
+        return replace(self, nbytes=storage_nbytes(value, symbols))
 
 
 @dataclass(frozen=True)

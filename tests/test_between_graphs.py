@@ -11,6 +11,8 @@ from torch import Tensor, nn
 
 import prac_fx
 from benchmarks.held_memory import all_tensors, held_nbytes
+from prac_fx.compare.budgets import partition_within
+from prac_fx.memory.step import Step
 from prac_fx.report.explain import MemoryReport
 from tests.models import rows
 from tests.uncompiled import no_code_generation, plain_graphs
@@ -121,6 +123,83 @@ def test_a_value_that_another_graph_made_has_a_row_of_its_own() -> None:
     report = _report(Handed(True), (torch.randn(8, 64, 64),))
     (value,) = [value for value in report.values if value.reason == "between_graphs"]
     assert (value.nbytes_before, value.nbytes_after) == (0, 8 * 64 * 64 * 4)
+
+
+# -- a graph that runs several times ---------------------------------------------------------------
+
+
+class Expert(nn.Module):
+    """Two layers and a ReLU. Called from uncompiled code it is a graph of its own."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.first, self.second = nn.Linear(64, 96), nn.Linear(96, 48)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.second(torch.relu(self.first(x))).square().mean()
+
+
+class Experts(nn.Module):
+    """A mixture of experts, each of which gets another number of tokens, as it is or as a view."""
+
+    TOKENS = (120, 200, 64, 96)
+
+    def __init__(self, is_view: bool) -> None:
+        super().__init__()
+        self.is_view = is_view
+        self.experts = nn.ModuleList([Expert() for _ in self.TOKENS])
+
+    def forward(self, x: Tensor) -> Tensor:
+        losses = []
+        for count, expert in zip(self.TOKENS, self.experts, strict=True):
+            torch._dynamo.graph_break()
+            indices = torch.arange(count)
+            tokens = x[None, indices].reshape(-1, 64) if self.is_view else x[indices]
+            losses.append(expert(tokens))
+        return torch.stack(losses).sum()
+
+
+@pytest.mark.parametrize("is_view", [False, True])
+def test_a_graph_of_symbolic_sizes_is_counted_with_those_of_each_run(is_view: bool) -> None:
+    """The first expert's graph is of plain sizes, all others share one made for the second."""
+    model, inputs = Experts(is_view), (rows(256),)
+    report = _report(model, inputs)
+    step = report.step
+    assert (report.num_graphs, len(step.calls)) == (2, 4)
+    # the tokens, and what the ReLU and the second layer make of them
+    assert report.saved_before_nbytes == sum(Experts.TOKENS) * (64 + 96 + 48) * 4
+    assert (report.saved_before_nbytes, report.saved_after_nbytes) == _held(model, inputs)
+    assert step.handed_over_before_nbytes == report.saved_before_nbytes
+    assert step.handed_over_after_nbytes == report.saved_after_nbytes
+    # forward and backward; no gradient of the tokens
+    assert step.flops_before == sum(Experts.TOKENS) * 2 * 96 * (2 * 64 + 3 * 48)
+    found = partition_within(Step(model, inputs, {}), [1.0], {})[1.0]
+    assert found.flops == step.flops_before
+    assert found.saved_nbytes == sum(Experts.TOKENS) * (96 + 48) * 4
+
+
+class Windows(nn.Module):
+    """The same graph reads the first rows of a longer and a longer tensor, which stays whole."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.expert = Expert()
+
+    def forward(self, x: Tensor) -> Tensor:
+        losses = []
+        for count in (100, 200):
+            torch._dynamo.graph_break()
+            losses.append(self.expert(x[torch.arange(count)][:64]))
+        return torch.stack(losses).sum()
+
+
+def test_what_a_view_keeps_is_counted_as_in_each_run() -> None:
+    model, inputs = Windows(), (rows(256),)
+    report = _report(model, inputs)
+    assert report.num_graphs == 1
+    assert report.saved_before_nbytes == ((100 + 200) * 64 + 2 * 64 * (96 + 48)) * 4
+    assert (report.saved_before_nbytes, report.saved_after_nbytes) == _held(model, inputs)
 
 
 def _contents(report: MemoryReport) -> Any:

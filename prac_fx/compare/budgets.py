@@ -18,11 +18,12 @@ import torch.fx as fx
 
 from prac_fx.compiler.dynamo_graph import DynamoGraph
 from prac_fx.compiler.two_phases import call_partitioner
-from prac_fx.graph.flops import graph_flops
+from prac_fx.graph.flops import CountedOperator, counted_operators, flops_by_module
+from prac_fx.graph.nbytes import Symbols
 from prac_fx.memory.step import Step, trace_with
 from prac_fx.passes.draws import draws_anew
 from prac_fx.passes.runner import merge_duplicates
-from prac_fx.passes.survey import saved_values
+from prac_fx.passes.survey import SavedValue, saved_values
 from prac_fx.torch_compat import (
     CustomPartitionerFn,
     functorch_config,
@@ -86,17 +87,42 @@ class _Budgeter:
             return forward
 
         def run(*args: Any) -> Any:
-            self.calls.append(found)
+            symbols = graph.symbols_in(args)
+            self.calls.append({budget: one.at(symbols) for budget, one in found.items()})
             return forward(*args)
 
         return run
 
-    def _partitions(self, graph: DynamoGraph) -> Mapping[float, Partition]:
+    def _partitions(self, graph: DynamoGraph) -> Mapping[float, _Halves]:
         """By budget; empty when the graph has no backward."""
         partitioner = _BudgetsPartitioner(self._budgets)
         with suppress(_Stop):
             call_partitioner(graph, partitioner, self._patches)
         return partitioner.found
+
+
+@dataclass(frozen=True)
+class _Halves:
+    """A joint graph, partitioned.
+
+    Attributes:
+        saved: what its forward hands to its backward.
+        operators: those of both halves whose FLOPs are counted.
+        of_joint: those of the joint graph.
+        draws_anew: as in `Partition`.
+    """
+
+    saved: Sequence[SavedValue]
+    operators: Sequence[CountedOperator]
+    of_joint: Sequence[CountedOperator]
+    draws_anew: bool
+
+    def at(self, symbols: Symbols) -> Partition:
+        """What it takes in a run in which symbolic sizes have these values."""
+        nbytes = sum(value.at(symbols).nbytes for value in self.saved)
+        flops = flops_by_module(self.operators, symbols).total()
+        recomputed = flops - flops_by_module(self.of_joint, symbols).total()
+        return Partition(nbytes, flops, recomputed, self.draws_anew)
 
 
 class _Stop(Exception):
@@ -108,21 +134,20 @@ class _BudgetsPartitioner(CustomPartitionerFn):
 
     def __init__(self, budgets: Sequence[float]) -> None:
         self._budgets = budgets
-        self.found: dict[float, Partition] = {}
+        self.found: dict[float, _Halves] = {}
 
     def __call__(
         self, gm: fx.GraphModule, joint_inputs: Sequence[object], **options: Any
     ) -> NoReturn:
         merge_duplicates(gm)
-        joint_flops = graph_flops(gm.graph).total()
+        of_joint = counted_operators(gm.graph)
         for budget in self._budgets:
             with functorch_config.patch(activation_memory_budget=budget):
                 fw, bw = min_cut_rematerialization_partition(gm, joint_inputs, **options)
             saved = saved_values(gm.graph, fw, options["num_fwd_outputs"])
-            flops = graph_flops(fw.graph).total() + graph_flops(bw.graph).total()
-            nbytes = sum(value.nbytes for value in saved)
+            operators = (*counted_operators(fw.graph), *counted_operators(bw.graph))
             anew = draws_anew(gm.graph, fw, bw)
-            self.found[budget] = Partition(nbytes, flops, flops - joint_flops, anew)
+            self.found[budget] = _Halves(saved, operators, of_joint, anew)
         raise _Stop
 
     def uuid(self) -> None:

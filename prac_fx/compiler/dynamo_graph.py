@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -9,9 +10,10 @@ import torch
 import torch.fx as fx
 from torch import Tensor, nn
 
+from prac_fx.graph.nbytes import Symbols
 from prac_fx.graph.origin import clean_path
 from prac_fx.passes.runner import Arguments
-from prac_fx.torch_compat import placeholder_source_name
+from prac_fx.torch_compat import placeholder_source_name, symbol_names
 
 
 @dataclass(frozen=True)
@@ -68,6 +70,21 @@ class DynamoGraph:
         """
         placeholders = self.placeholders
         return frozenset(i for i in self.parameters if _requires_grad(placeholders[i]))
+
+    def symbols_in(self, args: Sequence[Any]) -> Symbols:
+        """The values of the symbols in symbolic sizes in one run of the graph, by name.
+
+        Args:
+            args: of the run. Dynamo makes each symbol an argument.
+        """
+        pairs = zip(self.placeholders, args, strict=True)
+        values = ((node.meta.get("example_value"), value) for node, value in pairs)
+        return {
+            name: value
+            for example, value in values
+            if isinstance(example, torch.SymInt)
+            for name in symbol_names(example)
+        }
 
 
 def _requires_grad(node: fx.Node) -> bool:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -14,8 +16,9 @@ from torch.utils.flop_counter import (
     sdpa_flop_count,
 )
 
-from prac_fx.graph.nbytes import size_hint
+from prac_fx.graph.nbytes import AS_TRACED, Symbols, size_hint
 from prac_fx.graph.origin import origin_of
+from prac_fx.torch_compat import tree_map_only
 
 _aten = torch.ops.aten
 # torch registers formulas only for the attention operators of other devices: here are the formula
@@ -26,17 +29,50 @@ _CPU_ATTENTION: dict[Any, tuple[Any, int]] = {
 }
 
 
-def graph_flops(graph: fx.Graph) -> Counter[str]:
-    """FLOPs of what torch.utils.flop_counter counts, by module path.
+@dataclass(frozen=True)
+class CountedOperator:
+    """An operator of a graph whose FLOPs torch.utils.flop_counter counts.
 
     A multiplication with an addition counts as two.
+
+    Attributes:
+        module: path of its module.
+        formula: of the counter.
+        args: what the formula takes, with fake tensors.
+        kwargs: likewise.
+    """
+
+    module: str
+    formula: Callable[..., Any]
+    args: Sequence[Any]
+    kwargs: Mapping[str, Any]
+
+    def flops(self, symbols: Symbols) -> int:
+        """FLOPs in a run of the graph in which symbolic sizes have these values."""
+        args, kwargs = tree_map_only(
+            Tensor, lambda value: _plain(value, symbols), (self.args, self.kwargs)
+        )
+        return int(self.formula(*args, **kwargs))
+
+
+def counted_operators(graph: fx.Graph) -> tuple[CountedOperator, ...]:
+    """The operators of a graph whose FLOPs are counted."""
+    return tuple(_counted_operators(graph))
+
+
+def flops_by_module(
+    operators: Iterable[CountedOperator], symbols: Symbols = AS_TRACED
+) -> Counter[str]:
+    """FLOPs of some operators by module path.
+
+    Args:
+        operators: of a graph.
+        symbols: values of symbolic sizes, as in `size_hint`.
     """
     by_module: Counter[str] = Counter()
-    for node in graph.nodes:
-        flops = _node_flops(node) if node.op == "call_function" else 0
-        if flops:
-            by_module[_module_of(node)] += flops
-    return by_module
+    for operator in operators:
+        by_module[operator.module] += operator.flops(symbols)
+    return +by_module  # without those of nothing
 
 
 def _module_of(node: fx.Node) -> str:
@@ -56,27 +92,30 @@ def _module_of(node: fx.Node) -> str:
     return ""
 
 
-def _node_flops(node: fx.Node) -> int:
-    packet: Any = getattr(node.target, "overloadpacket", None)
-    if packet in _CPU_ATTENTION:
-        formula, count = _CPU_ATTENTION[packet]
-        return int(formula(*(_of_plain_sizes(arg).shape for arg in node.args[:count])))
-    formula = flop_registry.get(packet)
-    if formula is None:
-        return 0
-    args, kwargs = fx.node.map_arg((node.args, node.kwargs), _of_plain_sizes)
-    return int(formula(*args, **kwargs, out_val=_of_plain_sizes(node)))
+def _counted_operators(graph: fx.Graph) -> Iterator[CountedOperator]:
+    for node in graph.nodes:
+        packet: Any = getattr(node.target, "overloadpacket", None)
+        if node.op != "call_function":
+            continue
+        args, kwargs = fx.node.map_arg((node.args, node.kwargs), _value)
+        if packet in _CPU_ATTENTION:
+            formula, count = _CPU_ATTENTION[packet]
+            yield CountedOperator(_module_of(node), _of_tensors(formula), args[:count], {})
+        elif packet in flop_registry:
+            kwargs = {**kwargs, "out_val": _value(node)}
+            yield CountedOperator(_module_of(node), flop_registry[packet], args, kwargs)
 
 
-def _of_plain_sizes(node: Any) -> Any:
-    """What a node stands for; a tensor of symbolic sizes gets plain sizes."""
-    value = node.meta.get("val")
-    if isinstance(value, tuple | list):
-        return tuple(_plain(part) for part in value)
-    return _plain(value)
+def _value(node: fx.Node) -> Any:
+    return node.meta.get("val")
 
 
-def _plain(value: Any) -> Any:
-    if not isinstance(value, Tensor):
-        return value
-    return torch.empty([size_hint(size) for size in value.shape], dtype=value.dtype, device="meta")
+def _of_tensors(formula: Callable[..., Any]) -> Callable[..., Any]:
+    """A formula of shapes as one of tensors."""
+    return lambda *tensors: formula(*(tensor.shape for tensor in tensors))
+
+
+def _plain(value: Tensor, symbols: Symbols) -> Tensor:
+    """A tensor of plain sizes instead of one of symbolic sizes."""
+    sizes = [size_hint(size, symbols) for size in value.shape]
+    return torch.empty(sizes, dtype=value.dtype, device="meta")

@@ -78,7 +78,7 @@ class AnalysedStep:
     @property
     def num_graphs(self) -> int:
         """Graphs that have a backward; one that runs several times counts once."""
-        return len({id(call.before) for call in self.calls})
+        return len({call.graph for call in self.calls})
 
     @property
     def draws_anew(self) -> bool:

@@ -7,16 +7,24 @@ two where compilation takes minutes.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from itertools import zip_longest
 from typing import Any
 
+import sympy
 import torch
 import torch.fx as fx
 from torch import Tensor
 
-from prac_fx.graph.nbytes import size_hint, storage_nbytes
+from prac_fx.graph.nbytes import (
+    Symbols,
+    evaluated,
+    expression_of,
+    size_hint,
+    storage_nbytes,
+    storage_size,
+)
 from prac_fx.graph.origin import Origin, origin_of
 from prac_fx.torch_compat import (
     AllocateLine,
@@ -41,6 +49,7 @@ class Value:
         shape: its sizes.
         dtype: such as "bfloat16".
         origin: where in the user's code it comes from.
+        symbolic: its bytes and its sizes as expressions, where symbolic sizes are among them.
     """
 
     name: str
@@ -48,6 +57,18 @@ class Value:
     shape: tuple[int, ...]
     dtype: str
     origin: Origin
+    symbolic: tuple[sympy.Expr, ...] = ()
+
+    def at(self, symbols: Symbols) -> Value:
+        """The same in a run of the graph in which symbolic sizes have these values."""
+        if not self.symbolic:
+            return self
+        known = (self.nbytes, *self.shape)
+        found = (evaluated(expression, symbols) for expression in self.symbolic)
+        nbytes, *shape = (
+            old if new is None else new for old, new in zip(known, found, strict=True)
+        )
+        return replace(self, nbytes=nbytes, shape=tuple(shape))
 
 
 @dataclass(frozen=True)
@@ -68,6 +89,10 @@ class Kernel:
     replaced: tuple[str, ...]
     freed: tuple[str, ...]
 
+    def at(self, symbols: Symbols) -> Kernel:
+        """The same in a run of the graph in which symbolic sizes have these values."""
+        return replace(self, allocated=_at(self.allocated, symbols))
+
 
 @dataclass(frozen=True)
 class GraphPlan:
@@ -87,6 +112,28 @@ class GraphPlan:
     def saved_buffers(self, num_results: int) -> frozenset[str]:
         """What a forward graph hands to its backward, after so many results for the caller."""
         return frozenset(pair[1] for pair in self.outputs[num_results:] if pair is not None)
+
+    def has_inputs(self, nbytes: Mapping[str, int]) -> bool:
+        """Are these the bytes of those of its inputs that are named?"""
+        known = self.inputs
+        return all(known[name].nbytes == nbytes[name] for name in nbytes if name in known)
+
+    def at(self, symbols: Symbols, nbytes: Mapping[str, int]) -> GraphPlan:
+        """The same in another run.
+
+        Args:
+            symbols: values of symbolic sizes.
+            nbytes: of inputs, by name; those of others follow from their sizes.
+        """
+        inputs = {
+            name: replace(value, nbytes=nbytes.get(name, value.nbytes))
+            for name, value in _at(self.inputs, symbols).items()
+        }
+        return GraphPlan(inputs, tuple(kernel.at(symbols) for kernel in self.kernels), self.outputs)
+
+
+def _at(values: dict[str, Value], symbols: Symbols) -> dict[str, Value]:
+    return {name: value.at(symbols) for name, value in values.items()}
 
 
 def plan_graph(gm: fx.GraphModule, example_inputs: Sequence[Any], **options: Any) -> GraphPlan:
@@ -122,7 +169,14 @@ def _value(name: str, node: fx.Node) -> Value:
     tensor: Tensor = node.meta["val"]
     shape = tuple(size_hint(size) for size in tensor.shape)
     dtype = str(tensor.dtype).removeprefix("torch.")
-    return Value(name, storage_nbytes(tensor), shape, dtype, origin_of(node))
+    symbolic = _if_symbolic(map(expression_of, (storage_size(tensor), *tensor.shape)))
+    return Value(name, storage_nbytes(tensor), shape, dtype, origin_of(node), symbolic)
+
+
+def _if_symbolic(expressions: Iterable[sympy.Expr]) -> tuple[sympy.Expr, ...]:
+    """The expressions, unless all of them are plain numbers."""
+    listed = tuple(expressions)
+    return listed if any(one.free_symbols for one in listed) else ()
 
 
 def _input_output(output: object, inputs: dict[str, Value]) -> tuple[str, str] | None:
@@ -226,15 +280,30 @@ class _Schedule:
         return Kernel(names, origin, allocated, tuple(replaced), tuple(freed))
 
     def _buffer(self, buffer: Any) -> Value:
-        elements = self._hint(self.graph.get_allocation_storage_size(buffer))
         dtype: torch.dtype = buffer.get_dtype()
-        shape = tuple(self._hint(size) for size in buffer.get_size())
+        sizes = [
+            self.graph.get_allocation_storage_size(buffer) * dtype.itemsize,
+            *buffer.get_size(),
+        ]
+        nbytes, *shape = map(self._hint, sizes)
         node = buffer.get_origin_node() or next(iter(_by_position(buffer.get_origins())), None)
         origin = Origin("", "", "", 0) if node is None else origin_of(node)
         name = buffer.get_name() if node is None else node.name
         return Value(
-            name, elements * dtype.itemsize, shape, str(dtype).removeprefix("torch."), origin
+            name,
+            nbytes,
+            tuple(shape),
+            str(dtype).removeprefix("torch."),
+            origin,
+            _if_symbolic(map(self._expression, sizes)),
         )
+
+    def _expression(self, size: Any) -> sympy.Expr:
+        # Inductor has symbols of its own for expressions of the graph's
+        expression: sympy.Expr = self.graph.sizevars.remove_precomputed_replacements(
+            sympy.sympify(size)
+        )
+        return expression
 
     def _hint(self, size: Any) -> int:
         return int(self.graph.sizevars.optimization_hint(size, fallback=0))

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 import torch.fx as fx
 
 from prac_fx.graph.graph_edit import tensor_value
-from prac_fx.graph.nbytes import size_hint
+from prac_fx.graph.nbytes import size_hint, storage_size
 from prac_fx.passes.classify import Classification, classify
 from prac_fx.torch_compat import argument_index, gradient_argument_index, result_index
 
@@ -28,6 +29,7 @@ class JointFacts:
         arguments: argument index of each placeholder.
         results: for each forward output its position among the results of Dynamo's graph, or None.
         gradients: for each backward output the argument whose gradient it is, or None.
+        symbolic_nbytes: of the storage of each node that has a symbolic size.
     """
 
     num_results: int
@@ -37,6 +39,7 @@ class JointFacts:
     arguments: Mapping[str, int]
     results: tuple[int | None, ...]
     gradients: tuple[int | None, ...]
+    symbolic_nbytes: Mapping[str, torch.SymInt]
 
 
 def joint_facts(graph: fx.Graph, num_results: int, parameters: Collection[int]) -> JointFacts:
@@ -69,7 +72,16 @@ def joint_facts(graph: fx.Graph, num_results: int, parameters: Collection[int]) 
         },
         tuple(map(result_index, descriptions[:num_results])),
         tuple(map(gradient_argument_index, descriptions[num_results:])),
+        dict(_symbolic_nbytes(graph)),
     )
+
+
+def _symbolic_nbytes(graph: fx.Graph) -> Iterator[tuple[str, torch.SymInt]]:
+    for node in graph.nodes:
+        value = tensor_value(node)
+        size = 0 if value is None else storage_size(value)
+        if not isinstance(size, int):
+            yield node.name, size
 
 
 def _names(nodes: Collection[fx.Node]) -> frozenset[str]:

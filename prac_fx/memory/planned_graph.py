@@ -7,12 +7,11 @@ compilation stands an observer, which has Inductor lower and schedule each half
 
 from __future__ import annotations
 
-import dataclasses
 import logging
-from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
+from functools import cached_property
 from typing import Any
 
 import torch.fx as fx
@@ -23,10 +22,11 @@ from prac_fx.compiler.pipeline import RewritePartitioner, analyse
 from prac_fx.compiler.two_phases import in_two_phases, lower_rewritten
 from prac_fx.config import PracConfig
 from prac_fx.errors import one_line
-from prac_fx.graph.flops import graph_flops
+from prac_fx.graph.flops import CountedOperator, counted_operators, flops_by_module
+from prac_fx.graph.nbytes import Symbols, size_hint
 from prac_fx.memory.inductor_buffers import GraphPlan, plan_graph
 from prac_fx.memory.joint_facts import JointFacts, joint_facts
-from prac_fx.memory.saved_rows import values_unplanned
+from prac_fx.memory.saved_rows import values_unplanned, with_nbytes
 from prac_fx.passes.draws import draws_anew, partition_drawing_once
 from prac_fx.passes.partition import PartitionedGraph
 from prac_fx.passes.plan_data import Plan, PlannedValue
@@ -50,8 +50,8 @@ class PlannedGraph:
         facts: of the joint graph.
         forward: what Inductor would allocate.
         backward: likewise.
-        forward_flops: of matmuls, convolutions and attention in the forward graph, by module path.
-        flops: of both.
+        forward_operators: matmuls, convolutions and attention in the forward graph.
+        operators: likewise in both.
         plan: what our passes decide; None when they were not asked, or no parameter enters the
             graph.
         unplanned: what is saved then, where they were asked.
@@ -59,18 +59,70 @@ class PlannedGraph:
         refused: why the graph cannot be rewritten; None when it can.
         draws_anew: torch's own partitioner has backward draw random numbers again, which makes
             gradients wrong.
+        symbols: values of symbolic sizes in one run; none for those while tracing.
     """
 
     facts: JointFacts
     forward: GraphPlan
     backward: GraphPlan
-    forward_flops: Mapping[str, int]
-    flops: Mapping[str, int]
+    forward_operators: tuple[CountedOperator, ...]
+    operators: tuple[CountedOperator, ...]
     plan: Plan | None = None
     unplanned: tuple[PlannedValue, ...] = ()
     rewritten: PartitionedGraph | None = None
     refused: str | None = None
     draws_anew: bool = False
+    symbols: Symbols = field(default_factory=dict)
+
+    @cached_property
+    def forward_flops(self) -> Mapping[str, int]:
+        """FLOPs of the forward graph by module path."""
+        return flops_by_module(self.forward_operators, self.symbols)
+
+    @cached_property
+    def flops(self) -> Mapping[str, int]:
+        """FLOPs of both graphs by module path."""
+        return flops_by_module(self.operators, self.symbols)
+
+    def at(self, symbols: Symbols, storages: Sequence[int | None]) -> PlannedGraph:
+        """The same in another run; what is decided stays.
+
+        What the encoding of a value takes there is in `rewritten` alone.
+
+        Args:
+            symbols: values of symbolic sizes.
+            storages: bytes behind each argument, which the graph does not tell where an argument is
+                a view; None where they are not known.
+        """
+        inputs = {
+            name: nbytes
+            for name, index in self.facts.arguments.items()
+            if index < len(storages) and (nbytes := storages[index]) is not None
+        }
+        if not symbols and self.forward.has_inputs(inputs):
+            return self
+        plan, rewritten = self.plan, self.rewritten
+        if plan is not None:
+            plan = replace(plan, values=self._rows_at(plan.values, symbols))
+        if rewritten is not None:
+            saved = tuple(value.at(symbols) for value in rewritten.saved)
+            rewritten = replace(rewritten, saved=saved)
+        return replace(
+            self,
+            forward=self.forward.at(symbols, inputs),
+            backward=self.backward.at(symbols, {}),
+            plan=plan,
+            unplanned=self._rows_at(self.unplanned, symbols),
+            rewritten=rewritten,
+            symbols=symbols,
+        )
+
+    def _rows_at(self, rows: Sequence[PlannedValue], symbols: Symbols) -> tuple[PlannedValue, ...]:
+        sizes = self.facts.symbolic_nbytes
+        return tuple(
+            with_nbytes(row, size_hint(sizes[row.name], symbols)) if row.name in sizes else row
+            for row in rows
+        )
 
 
 def plan_plain(
@@ -96,9 +148,7 @@ def plan_plain(
         return None
     except _Planned:
         planned = observer.planned(partitioner.plan, None)
-        return dataclasses.replace(
-            planned, unplanned=partitioner.unplanned, draws_anew=partitioner.draws_anew
-        )
+        return replace(planned, unplanned=partitioner.unplanned, draws_anew=partitioner.draws_anew)
     raise AssertionError("AOTAutograd returned without lowering a backward graph")
 
 
@@ -121,7 +171,7 @@ def plan_rewritten(
         return _lowered(graph, plan, config, patches)
 
     # where the backend is strict, a failure ends the job: the report tells of one that goes on
-    lenient = dataclasses.replace(config, strict=False)
+    lenient = replace(config, strict=False)
     try:
         plan, planned = in_two_phases(
             graph,
@@ -133,10 +183,10 @@ def plan_rewritten(
         )
     except Exception as error:
         raise_signal(error)
-        return dataclasses.replace(before, refused=one_line(error))
+        return replace(before, refused=one_line(error))
     if planned is not None:
         return planned
-    return before if plan is before.plan else dataclasses.replace(before, plan=plan)
+    return before if plan is before.plan else replace(before, plan=plan)
 
 
 def _lowered(
@@ -165,8 +215,8 @@ class _Observer:
         self.facts: JointFacts | None = None
         self.forward: GraphPlan | None = None
         self.backward: GraphPlan | None = None
-        self.forward_flops: Counter[str] = Counter()
-        self.flops: Counter[str] = Counter()
+        self.forward_operators: tuple[CountedOperator, ...] = ()
+        self.operators: tuple[CountedOperator, ...] = ()
 
     def look(
         self, gm: fx.GraphModule, options: Mapping[str, Any], parameters: frozenset[int]
@@ -178,10 +228,10 @@ class _Observer:
         """In the place of `compile_fx_inner`."""
         if self.facts is None:
             raise _NoBackward
-        flops = graph_flops(gm.graph)
-        self.flops += flops
+        operators = counted_operators(gm.graph)
+        self.operators += operators
         if self.forward is None:
-            self.forward_flops = flops
+            self.forward_operators = operators
             run: Callable[..., Any] = gm.forward
             self.forward = plan_graph(gm, example_inputs, **options)
             return make_boxed_func(run)
@@ -197,8 +247,8 @@ class _Observer:
             self.facts,
             self.forward,
             self.backward,
-            self.forward_flops,
-            self.flops,
+            self.forward_operators,
+            self.operators,
             plan,
             rewritten=rewritten,
         )

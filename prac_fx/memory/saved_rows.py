@@ -63,6 +63,15 @@ def layout_copies(before: GraphPlan, after: GraphPlan, num_results: int) -> list
     ]
 
 
+def with_nbytes(row: PlannedValue, nbytes: int) -> PlannedValue:
+    """The row of a value that takes so many bytes as it is, wherever it takes any."""
+    return replace(
+        row,
+        nbytes_before=nbytes if row.nbytes_before else 0,
+        nbytes_after=nbytes if row.nbytes_after and row.codec is None else row.nbytes_after,
+    )
+
+
 def kept_value(value: Value, reason: str) -> PlannedValue:
     """The row of a buffer that is no value of the joint graph, or one that no plan knows."""
     return PlannedValue(

@@ -18,10 +18,16 @@ from torch import Tensor
 from prac_fx.compiler.dynamo_graph import DynamoGraph
 from prac_fx.compiler.two_phases import analyse_graph
 from prac_fx.config import PracConfig
+from prac_fx.graph.nbytes import storage_nbytes
 from prac_fx.memory.planned_graph import PlannedGraph, plan_plain, plan_rewritten
 from prac_fx.memory.step import Step, trace_with
 from prac_fx.memory.step_plan import StepGraph
-from prac_fx.torch_compat import existing_storages, placeholder_source_name, storage_key
+from prac_fx.torch_compat import (
+    existing_storages,
+    is_traceable_wrapper_subclass,
+    placeholder_source_name,
+    storage_key,
+)
 
 
 @dataclass(frozen=True)
@@ -29,7 +35,8 @@ class Call:
     """One run of a graph in the forward pass.
 
     Attributes:
-        before: with plain Inductor.
+        graph: number of the graph, which may run several times.
+        before: with plain Inductor, at the sizes of this run.
         after: as our backend makes it; the same object where it leaves the graph alone, or was not
             asked.
         trainable: argument indices of the trained parameters.
@@ -39,6 +46,7 @@ class Call:
             they come from.
     """
 
+    graph: int
     before: PlannedGraph
     after: PlannedGraph
     trainable: frozenset[int]
@@ -110,6 +118,7 @@ class _Planner:
         self.patches = patches
         self.known = known
         self.calls: list[Call] = []
+        self._num_graphs = 0
         # whatever the model reads it from: a closure, an attribute, a global
         self._existing = existing_storages()
         # storages are known by their address, which must not be used again
@@ -124,6 +133,8 @@ class _Planner:
         after = before
         if self.config is not None and before.plan is not None:
             after = plan_rewritten(graph, before, self.config, self.patches)
+        number = self._num_graphs
+        self._num_graphs += 1
         trainable, sources = graph.trainable, [*map(placeholder_source_name, graph.placeholders)]
 
         def run(*args: Any) -> Any:
@@ -136,8 +147,12 @@ class _Planner:
                 for index, storage in enumerate(arguments)
                 if storage in self._existing
             )
+            # the graph was planned with the sizes of its first run
+            sizes = graph.symbols_in(args), _nbytes_behind(args)
+            plain = before.at(*sizes)
+            ours = plain if after is before else after.at(*sizes)
             self.calls.append(
-                Call(before, after, trainable, arguments, _storages(listed), existing)
+                Call(number, plain, ours, trainable, arguments, _storages(listed), existing)
             )
             return results
 
@@ -151,6 +166,16 @@ class _Planner:
                 if plan and known.plan and known.plan.fingerprint == plan.fingerprint:
                     return dataclasses.replace(known, plan=plan, refused=None)
         return plan_plain(graph, self.config, self.patches)
+
+
+def _nbytes_behind(values: Sequence[Any]) -> list[int | None]:
+    """Bytes of the storages, but for subclasses such as DTensor, which others stand for."""
+    return [
+        storage_nbytes(value)
+        if isinstance(value, Tensor) and not is_traceable_wrapper_subclass(value)
+        else None
+        for value in values
+    ]
 
 
 def _storages(values: Sequence[Any]) -> tuple[int | None, ...]:

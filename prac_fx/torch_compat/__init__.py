@@ -38,7 +38,7 @@ from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.fx.experimental.symbolic_shapes import guard_or_false, statically_known_true, sym_and
 from torch.utils._ordered_set import OrderedSet
-from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._python_dispatch import TorchDispatchMode, is_traceable_wrapper_subclass
 from torch.utils._pytree import tree_leaves, tree_map_only
 from torch.utils._sympy.functions import FloorDiv
 from torch.utils.checkpoint import CheckpointPolicy
@@ -92,6 +92,7 @@ from prac_fx.torch_compat.tensors import (
     meta_storage,
     split_size,
     storage_key,
+    symbol_names,
 )
 
 __all__ = [
@@ -145,6 +146,7 @@ __all__ = [
     "inductor_patches",
     "inplace_decisions",
     "is_random_state",
+    "is_traceable_wrapper_subclass",
     "loop_split_where",
     "lower_and_schedule",
     "make_boxed_func",
@@ -165,6 +167,7 @@ __all__ = [
     "statically_known_true",
     "storage_key",
     "sym_and",
+    "symbol_names",
     "trace_structured",
     "tracing_fake_mode",
     "tree_leaves",

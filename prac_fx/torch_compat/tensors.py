@@ -65,6 +65,13 @@ def split_size(size: torch.SymInt) -> tuple[int, sympy.Expr]:
     return int(factor), rest
 
 
+def symbol_names(size: torch.SymInt) -> set[str]:
+    """The names of the symbol that a symbolic size is: its own, and that of an equal one."""
+    # what the size was before a guard said that it equals another one
+    expressions = size.node._expr, size.node.expr
+    return {one.name for one in expressions if isinstance(one, sympy.Symbol)}
+
+
 def meta_storage(nbytes: int | torch.SymInt) -> torch.UntypedStorage:
     """A storage without memory behind it, as fake tensors have."""
     with _disable_current_modes():
