@@ -130,9 +130,9 @@ def refresh_times(subspaces: Iterable[Subspace], device: torch.device) -> list[d
     seconds: dict[tuple[int, int, int], list[float]] = {}
     for subspace in subspaces:
         codec = subspace.key.codec
-        subspace.next_refresh = min(subspace.next_refresh, subspace.steps)
+        subspace.next_refresh = min(subspace.next_refresh, subspace.steps - 1)
         begin = _now(device)
-        subspace._refresh()
+        refresh([subspace])
         shape = (codec.features, codec.principal + codec.random, codec.blocks)
         seconds.setdefault(shape, []).append(_now(device) - begin)
     names = ("features", "rank", "blocks")
@@ -196,8 +196,7 @@ def _scheduled(
     at_step: Counter[int] = Counter()
     together: dict[int, float] = {}
     for site, cost in each.items():
-        phase = int(site.stream[:8], 16) % every
-        due = next_due(every, every, phase) % every
+        due = next_due(every, every, site.phase % every) % every
         at_step[due] += 1
         together[due] = together.get(due, 0.0) + cost
     return {

@@ -42,9 +42,10 @@ from prac_fx.passes.roles import MATMULS
 from prac_fx.passes.rounding_numbers import RoundingNumbers
 from prac_fx.torch_compat import CheckpointPolicy
 
+_aten = torch.ops.aten
 _FORWARD = "is_forward"
 _BACKWARD = "must_be_in_backward"
-_COMPARISONS = {getattr(torch.ops.aten, name) for name in ("eq", "ne", "lt", "le", "gt", "ge")}
+_COMPARISONS = {getattr(_aten, name) for name in ("eq", "ne", "lt", "le", "gt", "ge")}
 
 
 def rewrite(graph: fx.Graph, plan: Plan, state: State, inline: Inliner) -> list[EncodedSite]:

@@ -23,7 +23,7 @@ from prac_fx.config import PracConfig
 from prac_fx.errors import StateError
 from prac_fx.passes.choose import ENCODABLE_DTYPES
 from prac_fx.runtime.random_streams import Draws, identity_of
-from prac_fx.runtime.refresh import refresh
+from prac_fx.runtime.refresh import refresh, stagger
 from prac_fx.runtime.rounding_seed import RoundingSeed, rounding_seed_of, step_number
 from prac_fx.runtime.saved_entries import DTYPES as SAVED_DTYPES
 from prac_fx.runtime.saved_entries import NUMBERS
@@ -372,6 +372,7 @@ def test_refresh_times(codec: PracCodec, every: int) -> None:
     """Over 500 steps: 1, 2, 4, ... up to the interval, and then every so many steps, on a grid."""
     owner = _parameter()
     subspace = _subspace(owner, _key(codec), config=PracConfig(refresh_every=every))
+    stagger([subspace])
     found = _steps_with_a_draw(subspace, 500)
     doubling = [1]
     while 2 * doubling[-1] < every:
@@ -381,31 +382,55 @@ def test_refresh_times(codec: PracCodec, every: int) -> None:
     assert 1 <= grid[0] - doubling[-1] <= every
     assert {b - a for a, b in pairwise(grid)} <= {every}
     assert grid[-1] + every >= 500
-    phase = int(subspace.stream[:8], 16) % every
+    phase = subspace.phase % every
     assert {step % every for step in grid} == {phase}
     assert len(grid) == len([t for t in range(doubling[-1] + 1, 500) if t % every == phase])
     assert subspace.steps == 500
 
 
-def test_refreshes_are_staggered() -> None:
-    """After the doubling, no step pays for all sites: their times spread over the interval."""
-    every, owners = 50, _owners(24)
-    subspaces = [_subspace(owner, config=PracConfig(refresh_every=every)) for owner in owners]
-    at_step: dict[int, int] = {}
-    for subspace in subspaces:
-        for step in _steps_with_a_draw(subspace, 300):
-            at_step[step] = at_step.get(step, 0) + 1
-    assert at_step[32] == len(owners)
-    later = [count for step, count in at_step.items() if step > 32]
-    assert max(later) <= len(owners) // 4
-    assert len({subspace.next_refresh for subspace in subspaces}) > len(owners) // 2
+def _wide(owner: Tensor, features: int, config: PracConfig) -> Subspace:
+    """A state whose basis takes a batch of its own from 1,024 features on."""
+    codec = PracCodec(features, features // 2, features // 2, blocks=1, sample_rows=4)
+    return _subspace(owner, _key(codec), config=config)
+
+
+def test_refreshes_are_staggered_batch_by_batch(monkeypatch: pytest.MonkeyPatch) -> None:
+    """After the doubling, batches are spread evenly, and alike states of a batch go together."""
+    config = PracConfig(refresh_every=50)
+    wide = [_wide(owner, 1024, config) for owner in _owners(5)]
+    small = [_subspace(owner, config=config) for owner in _owners(12)]
+    subspaces = [*wide[:2], *small, *wide[2:]]
+    monkeypatch.setattr("prac_fx.runtime.refresh._refresh_alike", lambda *args: None)
+    stagger(subspaces)
+    at_step: dict[int, list[Subspace]] = {}
+    for step in range(200):
+        for subspace in subspaces:
+            if subspace.begin_step():
+                subspace.next_draw()
+                at_step.setdefault(step, []).append(subspace)
+    assert at_step[32] == subspaces
+    later = {step: due for step, due in at_step.items() if step >= 100}
+    assert sorted(len(due) for due in later.values()) == [1] * 10 + [12] * 2
+    assert set(small) in [set(due) for due in later.values()]
+    assert all(b - a >= 8 for a, b in pairwise(sorted(later)))
+
+
+def test_graphs_are_staggered_differently() -> None:
+    """Blocks that are compiled one by one have a graph each, with few states."""
+    config = PracConfig(refresh_every=100)
+    graphs = [[_subspace(owner, config=config)] for owner in _owners(24)]
+    for subspaces in graphs:
+        stagger(subspaces)
+    assert len({subspaces[0].phase for subspaces in graphs}) > 16
+    stagger([])
 
 
 def test_late_refresh_returns_to_the_grid() -> None:
     """A refresh that had to wait shortens the next interval instead of moving the grid."""
     owner = _parameter()
     subspace = _subspace(owner, config=PracConfig(refresh_every=10))
-    phase = int(subspace.stream[:8], 16) % 10
+    stagger([subspace])
+    phase = subspace.phase
     for waited in range(15):
         step = 100 + phase + waited
         following = subspace._next_on_grid(step, 10)

@@ -1,19 +1,18 @@
-"""Refresh what is due: new principal bases and tails for many sites at once.
+"""Refresh what is due: new principal bases and tails for several sites at once.
 
-Sites that are alike go through the linear algebra as one batch. Nothing here waits for the device:
-whether rows hold any information, or a basis is damaged, is decided there.
+Sites that are alike go through the linear algebra as one batch. On a GPU a batch of small bases
+takes about as long as one of them. Nothing here waits for the device: whether rows hold any
+information, or a basis is damaged, is decided there.
 """
 
 from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
-from typing import TypeAlias
 
 import torch
 from torch import Tensor
 
-from prac_fx.codecs import SubspaceShape
 from prac_fx.codecs.subspace import (
     basis_error,
     is_sound,
@@ -23,11 +22,8 @@ from prac_fx.codecs.subspace import (
 )
 from prac_fx.runtime.subspace_state import Subspace
 
-# Of float64 numbers in a batch of bases. More memory than this would not make it faster.
-_BATCH_NBYTES = 64 << 20
-
-# a state, and the generator of its new tail
-_Drawn: TypeAlias = tuple[Subspace, torch.Generator]
+# Of float64 numbers in a batch of bases. Larger ones take longer in proportion, and more memory.
+_BATCH_NBYTES = 8 << 20
 
 
 @torch.no_grad()
@@ -40,25 +36,50 @@ def refresh(due: Sequence[Subspace]) -> None:
     Args:
         due: states whose `begin_step` said so in this step.
     """
+    draws = [(subspace, subspace.next_draw()) for subspace in due]
+    generators = {subspace: generator for subspace, (generator, _) in draws}
+    by_iterations = defaultdict(list)
+    for subspace, (_, iterations) in draws:
+        by_iterations[iterations].append(subspace)
+    for iterations, subspaces in by_iterations.items():
+        for batch in _batches(subspaces):
+            _refresh_alike(batch, [generators[subspace] for subspace in batch], iterations)
+
+
+def stagger(subspaces: Sequence[Subspace]) -> None:
+    """Spread the refreshes of a graph's states evenly over the interval, batch by batch.
+
+    Where that begins differs from graph to graph, because blocks may be compiled one by one.
+
+    Args:
+        subspaces: in the order of the plan, which is the same on each rank.
+    """
+    batches = list(_batches(subspaces))
+    if not batches:
+        return
+    start = int(subspaces[0].stream[:8], 16)
+    for number, batch in enumerate(batches):
+        for subspace in batch:
+            every = subspace.refresh_every
+            subspace.phase = (start + number * every // len(batches)) % every
+
+
+def _batches(subspaces: Sequence[Subspace]) -> Iterator[Sequence[Subspace]]:
+    """States that are alike, in batches that are small enough."""
     alike = defaultdict(list)
-    for subspace in due:
-        generator, iterations = subspace.next_draw()
-        key = (subspace.key.codec, subspace.key.dtype, subspace.basis.device, iterations)
-        alike[key].append((subspace, generator))
-    for (codec, _, _, iterations), drawn in alike.items():
-        for batch in _batches(drawn, codec):
-            _refresh_alike(batch, iterations)
+    for subspace in subspaces:
+        key = subspace.key
+        alike[key.codec, key.dtype, subspace.basis.device].append(subspace)
+    for (codec, _, _), same in alike.items():
+        nbytes = 8 * codec.features * codec.rank // codec.blocks
+        count = max(1, _BATCH_NBYTES // nbytes)
+        for begin in range(0, len(same), count):
+            yield same[begin : begin + count]
 
 
-def _batches(drawn: Sequence[_Drawn], codec: SubspaceShape) -> Iterator[Sequence[_Drawn]]:
-    nbytes = 8 * codec.features * codec.rank // codec.blocks
-    count = max(1, _BATCH_NBYTES // nbytes)
-    for start in range(0, len(drawn), count):
-        yield drawn[start : start + count]
-
-
-def _refresh_alike(drawn: Sequence[_Drawn], iterations: int) -> None:
-    subspaces = [subspace for subspace, _ in drawn]
+def _refresh_alike(
+    subspaces: Sequence[Subspace], generators: Sequence[torch.Generator], iterations: int
+) -> None:
     codec, dtype = subspaces[0].key.codec, subspaces[0].key.dtype
     r1 = codec.principal // codec.blocks
     old = torch.stack([subspace.basis for subspace in subspaces])
@@ -73,7 +94,7 @@ def _refresh_alike(drawn: Sequence[_Drawn], iterations: int) -> None:
                 device=q1.device,
                 generator=generator,
             )
-            for subspace, generator in drawn
+            for subspace, generator in zip(subspaces, generators, strict=True)
         ]
     )
     new = join_basis(*refreshed_basis(q1, directions, sampled, iterations))

@@ -15,7 +15,7 @@ from prac_fx.passes.plan_data import Plan
 from prac_fx.runtime.data_parallel import home_of, replica_of, sharded_parameters
 from prac_fx.runtime.moves import move_count
 from prac_fx.runtime.random_streams import Draws, identity_of
-from prac_fx.runtime.refresh import refresh
+from prac_fx.runtime.refresh import refresh, stagger
 from prac_fx.runtime.rounding_seed import RoundingSeed
 from prac_fx.runtime.subspace_state import Subspace, SubspaceKey, rounding_seed_for, subspace_for
 from prac_fx.torch_compat import FakeTensor, has_saved_tensors_hooks
@@ -171,6 +171,7 @@ def _states_of(
             key = SubspaceKey(site.owner.slot, site.codec.subspace, site.dtype)
             by = draws(site.owner.argument, site.owner.name)
             subspaces.append(subspace_for(owner, key, site.device, by, config, site.owner.role))
+    stagger(subspaces)
     seed = None
     if plan.is_random:
         owner = home_of(args[plan.owner], sharded)

@@ -55,6 +55,7 @@ class Subspace:
         draws: how many times randomness was drawn; names the next draw.
         refreshes: how many times the principal basis was due.
         refresh_every, tail_every: schedule, from the options of the last compilation that bound it.
+        phase: where on the grid of that schedule it is refreshed (`refresh.stagger`).
     """
 
     key: SubspaceKey
@@ -69,6 +70,7 @@ class Subspace:
     refreshes: int = 0
     refresh_every: int = 1
     tail_every: int = 1
+    phase: int = 0
     due: int = field(default=0, init=False)
 
     def __post_init__(self) -> None:
@@ -120,8 +122,7 @@ class Subspace:
         return generator, iterations
 
     def _next_on_grid(self, step: int, every: int) -> int:
-        phase = int(self.stream[:8], 16) % every
-        return next_due(step, every, phase)
+        return next_due(step, every, self.phase % every)
 
     def nbytes(self) -> int:
         """Bytes of the tensors held."""

@@ -49,8 +49,8 @@ def gpu_fusion_patches() -> dict[str, Any]:
     option that does so.
 
     What makes an operand of a matmul of odd width also pads it. Inductor would rather pad in place
-    (`inplace_constant_pad_nd`, torch._inductor.lowering). It writes the operand for that, finds that
-    a view of it cannot be padded, and copies it.
+    (`inplace_constant_pad_nd`, torch._inductor.lowering). It writes the operand for that, finds
+    that a view of it cannot be padded, and copies it (torch 2.11).
     """
     patches = {"inplace_padding": False}
     if not hasattr(inductor_config, "loop_reindexing_after_fusion"):
