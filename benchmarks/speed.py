@@ -32,7 +32,7 @@ from benchmarks import memory_time, step_parts
 from benchmarks.compile_time import train_steps, warm_compiler
 from benchmarks.memory_time import draws_in, prepare, subspaces_in
 from benchmarks.methods import BASELINE, METHODS, Step
-from benchmarks.refresh import refresh_times
+from benchmarks.refresh import batch_times, by_shape
 from benchmarks.settings import Settings
 from benchmarks.shapes import PAPER, SMALL, TINY, Shape, build
 from prac_fx.graph.nbytes import format_nbytes
@@ -233,8 +233,8 @@ class _Measurement:
             self.figures["in_a_row"].append({**about, "methods": methods})
 
         def refreshes() -> None:
-            times = refresh_times(subspaces_in(module), self.settings.device)
-            self.figures["refreshes"].append({**about, "shapes": times})
+            times = batch_times(list(subspaces_in(module)), self.settings.device)
+            self.figures["refreshes"].append({**about, "shapes": by_shape(times)})
 
         yield in_turn
         if model.parts:
@@ -334,13 +334,11 @@ def _in_a_row_text(found: Mapping[str, Any]) -> str:
 
 
 def _refreshes_text(found: Mapping[str, Any]) -> str:
-    keys = ("features", "rank", "blocks", "sites")
+    keys = ("features", "rank", "blocks", "sites", "batches")
     lines = [
         [*(row[key] for key in keys), f"{1e3 * row['seconds']:.2f}"] for row in found["shapes"]
     ]
-    table = tabulate(
-        lines, headers=[*keys, "ms a refresh"], tablefmt="github", disable_numparse=True
-    )
+    table = tabulate(lines, headers=[*keys, "ms a batch"], tablefmt="github", disable_numparse=True)
     return f"One more refresh of each basis of all methods (rank: r1 + r2):\n\n{table}"
 
 

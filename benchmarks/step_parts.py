@@ -214,7 +214,9 @@ def longest_tables(methods: Mapping[str, Mapping[str, Any]]) -> str:
         if NO_KERNEL in summary["parts"]:
             kinds.append((OTHER, summary["others"]))
         for kind, kernels in kinds:
-            lines = [[f"{1e3 * k['seconds']:.2f}", k["count"], f"`{k['name']}`"] for k in kernels]
+            lines = [
+                [f"{1e3 * k['seconds']:.2f}", k["count"], f"`{_short(k['name'])}`"] for k in kernels
+            ]
             table = tabulate(
                 lines,
                 headers=["ms", "count", "kernel"],
@@ -223,6 +225,11 @@ def longest_tables(methods: Mapping[str, Mapping[str, Any]]) -> str:
             )
             texts.append(f"The longest {kind}, `{method}`:\n\n{table}")
     return "\n\n".join(texts)
+
+
+def _short(name: str) -> str:
+    """A kernel's name without the arguments of its templates and its own."""
+    return name.partition("<")[0].partition("(")[0].removeprefix("void ")
 
 
 def _cell(seconds: float, plain: Mapping[str, Any], part: str) -> str:

@@ -104,7 +104,7 @@ def test_refresh(tmp_path: Path) -> None:
     often, rarely = rows["linear", 0.3, 25], rows["linear", 0.3, 500]
     assert often["share"] == pytest.approx(20 * rarely["share"])
     assert often["worst_over_median"] >= rarely["worst_over_median"] > 1
-    assert 1 <= often["most_together"] <= often["sites"]
+    assert 1 <= often["batches"] <= often["sites"]
 
 
 @pytest.mark.usefixtures("quick")

@@ -42,7 +42,7 @@ def refresh(due: Sequence[Subspace]) -> None:
     for subspace, (_, iterations) in draws:
         by_iterations[iterations].append(subspace)
     for iterations, subspaces in by_iterations.items():
-        for batch in _batches(subspaces):
+        for batch in batches(subspaces):
             _refresh_alike(batch, [generators[subspace] for subspace in batch], iterations)
 
 
@@ -54,18 +54,18 @@ def stagger(subspaces: Sequence[Subspace]) -> None:
     Args:
         subspaces: in the order of the plan, which is the same on each rank.
     """
-    batches = list(_batches(subspaces))
-    if not batches:
+    groups = list(batches(subspaces))
+    if not groups:
         return
     start = int(subspaces[0].stream[:8], 16)
-    for number, batch in enumerate(batches):
+    for number, batch in enumerate(groups):
         for subspace in batch:
             every = subspace.refresh_every
-            subspace.phase = (start + number * every // len(batches)) % every
+            subspace.phase = (start + number * every // len(groups)) % every
 
 
-def _batches(subspaces: Sequence[Subspace]) -> Iterator[Sequence[Subspace]]:
-    """States that are alike, in batches that are small enough."""
+def batches(subspaces: Sequence[Subspace]) -> Iterator[Sequence[Subspace]]:
+    """The states by kind, in batches that are small enough to be refreshed at once."""
     alike = defaultdict(list)
     for subspace in subspaces:
         key = subspace.key
