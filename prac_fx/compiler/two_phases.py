@@ -39,6 +39,7 @@ from prac_fx.torch_compat import (
     copy_dynamo_graph,
     gpu_fusion_patches,
     holding_groups_in_registers,
+    remembering_strides,
     tracing_fake_mode,
     without_autograd_cache,
 )
@@ -209,7 +210,7 @@ def lower_rewritten(
     """
     gm, inputs = with_state_inputs(graph, plan)
     settings = {**rewritten_patches(plan, patches), "custom_partitioner_fn": partitioner}
-    with comparing_sparse_results(), holding_groups_in_registers():
+    with comparing_sparse_results(), holding_groups_in_registers(), remembering_strides():
         compiled = compile_fx(gm, inputs, inner_compile=inner_compile, config_patches=settings)
     return cast(Compiled, compiled)
 

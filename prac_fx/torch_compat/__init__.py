@@ -82,6 +82,7 @@ from prac_fx.torch_compat.patches import (
     drawing_once,
     loop_split_where,
     peak_estimate,
+    remembering_strides,
     saving_what_must_be_saved,
 )
 from prac_fx.torch_compat.tensors import (
@@ -158,6 +159,7 @@ __all__ = [
     "placeholder_source_name",
     "raise_signal",
     "register_lowering",
+    "remembering_strides",
     "rename_node",
     "replace_node",
     "result_index",
