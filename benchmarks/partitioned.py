@@ -35,7 +35,7 @@ class Partitioned:
         self.plans: list[Plan] = []
 
     def __call__(self, gm: fx.GraphModule, example_inputs: Sequence[Any]) -> Callable[..., Any]:
-        graph = DynamoGraph(gm, tuple(example_inputs))
+        graph = DynamoGraph(gm, tuple(example_inputs)).without_regions()
         if self.config is not None and graph.trainable:
             plan, rewritten = plan_and_compile(graph, self.config, {}, run_eagerly)
             if plan is not None and rewritten is not None:

@@ -63,7 +63,7 @@ def trace(
     traced = Traced()
 
     def backend(gm: fx.GraphModule, example_inputs: Any) -> Any:
-        graph = DynamoGraph(gm, tuple(example_inputs))
+        graph = DynamoGraph(gm, tuple(example_inputs)).without_regions()
         plan = analyse_graph(graph, config, {})
         assert plan is not None, "no backward"
         traced.plan = plan

@@ -80,8 +80,8 @@ class _Budgeter:
         self.calls: list[Mapping[float, Partition]] = []
 
     def __call__(self, gm: fx.GraphModule, example_inputs: Sequence[Any]) -> Callable[..., Any]:
-        graph = DynamoGraph(gm, tuple(example_inputs))
-        forward: Callable[..., Any] = gm.forward
+        graph = DynamoGraph(gm, tuple(example_inputs)).without_regions()
+        forward: Callable[..., Any] = graph.gm.forward
         found = self._partitions(graph) if graph.requires_grad else {}
         if not found:
             return forward

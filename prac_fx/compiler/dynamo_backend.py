@@ -163,21 +163,23 @@ def _compile(
         return compile_plain(graph, patches)
     if not graph.is_planned:
         return _compile_without_parameters(graph, config, patches)
+    plain = graph
     try:
+        graph = graph.without_regions()
         plan, rewritten = plan_and_compile(graph, config, patches)
     except Exception as error:
         raise_signal(error)
         if config.strict:
             raise
-        return _fall_back(graph, config, patches, error)
+        return _fall_back(plain, config, patches, error)
     _log_plan(plan)
     if plan is None:
-        return compile_plain(graph, patches)
+        return compile_plain(plain, patches)
     if rewritten is None:
-        compiled = compile_plain(graph, patches)
+        compiled = compile_plain(plain, patches)
     else:
         compiled = training_step(rewritten, plan, config)
-    return with_record(compiled, graph_record(gm, config, plan))
+    return with_record(compiled, graph_record(graph.gm, config, plan))
 
 
 def _compile_without_parameters(

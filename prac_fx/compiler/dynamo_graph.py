@@ -10,6 +10,7 @@ import torch
 import torch.fx as fx
 from torch import Tensor, nn
 
+from prac_fx.compiler.regions import without_regions
 from prac_fx.graph.nbytes import Symbols
 from prac_fx.graph.origin import clean_path
 from prac_fx.passes.runner import Arguments
@@ -22,6 +23,11 @@ class DynamoGraph:
 
     gm: fx.GraphModule
     example_inputs: tuple[Any, ...]
+
+    def without_regions(self) -> DynamoGraph:
+        """The graph to plan: with the operators of nested regions in it."""
+        gm = without_regions(self.gm)
+        return self if gm is self.gm else DynamoGraph(gm, self.example_inputs)
 
     @property
     def placeholders(self) -> list[fx.Node]:

@@ -125,8 +125,8 @@ class _Planner:
         self._alive: list[Any] = []
 
     def __call__(self, gm: fx.GraphModule, example_inputs: Sequence[Any]) -> Callable[..., Any]:
-        graph = DynamoGraph(gm, tuple(example_inputs))
-        forward: Callable[..., Any] = gm.forward
+        graph = DynamoGraph(gm, tuple(example_inputs)).without_regions()
+        forward: Callable[..., Any] = graph.gm.forward
         before = self._plain(graph) if graph.requires_grad else None
         if before is None:
             return forward

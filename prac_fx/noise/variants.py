@@ -67,7 +67,7 @@ class Variants:
 
     def __call__(self, gm: fx.GraphModule, example_inputs: Sequence[Any]) -> Callable[..., Any]:
         """Compile one of Dynamo's graphs in all variants."""
-        graph = DynamoGraph(gm, tuple(example_inputs))
+        graph = DynamoGraph(gm, tuple(example_inputs)).without_regions()
         if not graph.is_planned:
             forward: Callable[..., Any] = gm.forward
             return forward
