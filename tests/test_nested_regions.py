@@ -114,7 +114,7 @@ def test_a_graph_that_is_not_planned_keeps_its_regions() -> None:
 
 
 def test_accelerate_compiles_block_by_block() -> None:
-    """`compile_regions`: one graph for all blocks, and state for each of them."""
+    """`compile_regions`: all blocks but the first share a graph, and each has its own state."""
     compile_regions = getattr(accelerate.utils, "compile_regions", None)
     if compile_regions is None:
         pytest.skip("accelerate 1.6")
@@ -122,7 +122,8 @@ def test_accelerate_compiles_block_by_block() -> None:
     options = {"prac.min_nbytes": 0, "prac.weight_gradient": "prac"}
     with no_code_generation() as plans:
         step(compile_regions(model, backend="prac", options=options), model, rows(512, 64))
-    assert [bool(plan.sites) for plan in plans].count(True) == 1
+    # the input of the first block needs no gradient
+    assert [bool(plan.sites) for plan in plans] == [True, True, False]
     owners = [subspaces_of(block.up.weight) for block in model.blocks]  # type: ignore[union-attr]
     assert all(owners)
     assert len({id(one) for owned in owners for one in owned.values()}) >= DEPTH
