@@ -4,14 +4,19 @@ from __future__ import annotations
 
 from collections import Counter
 from contextlib import nullcontext
+from typing import Any
 from unittest.mock import patch
 
+import pytest
 import sympy
 import torch
+import torch.fx as fx
 from torch._inductor.codegen import cpp
 from torch._inductor.utils import run_and_get_code
 
-from prac_fx.torch_compat import remembering_strides
+from prac_fx.compiler import two_phases
+from prac_fx.compiler.eager_graphs import run_eagerly
+from prac_fx.torch_compat import V, remembering_strides, without_autograd_cache
 from tests.compiling import BALANCED, PLAIN
 from tests.models import Sequential, rows
 
@@ -51,6 +56,22 @@ def _simplifications(is_remembered: bool) -> list[int]:
         ]
     assert strides == [*range(1, 301)] * 2
     return list(asked.values())
+
+
+def test_backward_is_compiled_with_our_settings_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Inductor compiles backward when it runs, long after the backend has returned."""
+    compiled_with = []
+
+    def recorded(gm: fx.GraphModule, *args: Any, **kwargs: Any) -> Any:
+        compiled_with.append(type(V.choices).__qualname__)
+        return run_eagerly(gm, *args, **kwargs)
+
+    monkeypatch.setattr(two_phases, "compile_fx_inner", recorded)
+    with without_autograd_cache():
+        torch.compile(Sequential(), **BALANCED)(rows()).sum().backward()
+    assert len(compiled_with) == 2
+    assert all(name.startswith("holding_groups_in_registers") for name in compiled_with)
+    assert type(V.choices).__name__ == "InductorChoices"
 
 
 def test_torch_forgets_strides() -> None:

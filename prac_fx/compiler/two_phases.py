@@ -14,6 +14,7 @@ from typing import Any, NoReturn, TypeVar, cast
 import torch
 import torch.fx as fx
 
+from prac_fx.compiler.code_generation import with_kernel_settings
 from prac_fx.compiler.dynamo_graph import DynamoGraph
 from prac_fx.compiler.eager_graphs import with_backward_net
 from prac_fx.compiler.loop_split import without_lossy_splits
@@ -38,8 +39,6 @@ from prac_fx.torch_compat import (
     compile_fx_inner,
     copy_dynamo_graph,
     gpu_fusion_patches,
-    holding_groups_in_registers,
-    remembering_strides,
     tracing_fake_mode,
     without_autograd_cache,
 )
@@ -187,6 +186,7 @@ def compile_rewritten(
 ) -> Compiled:
     """Phase 2: compile with the partitioner that applies the plan. See `plan_and_compile`."""
     inner_compile = without_lossy_splits(without_higher_peak(inner_compile or compile_fx_inner))
+    inner_compile = with_kernel_settings(inner_compile)
     inner_compile = with_backward_net(inner_compile, strict=config.strict)
     partitioner = RewritePartitioner(plan, len(graph.example_inputs), config)
     return lower_rewritten(graph, plan, patches, partitioner, inner_compile)
@@ -210,7 +210,7 @@ def lower_rewritten(
     """
     gm, inputs = with_state_inputs(graph, plan)
     settings = {**rewritten_patches(plan, patches), "custom_partitioner_fn": partitioner}
-    with comparing_sparse_results(), holding_groups_in_registers(), remembering_strides():
+    with comparing_sparse_results():
         compiled = compile_fx(gm, inputs, inner_compile=inner_compile, config_patches=settings)
     return cast(Compiled, compiled)
 
