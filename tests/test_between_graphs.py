@@ -202,6 +202,89 @@ def test_what_a_view_keeps_is_counted_as_in_each_run() -> None:
     assert (report.saved_before_nbytes, report.saved_after_nbytes) == _held(model, inputs)
 
 
+# -- sizes that are symbolic -----------------------------------------------------------------------
+
+
+class Halve(nn.Module):
+    """A convolution that halves a sequence, whose result is a view or not."""
+
+    def __init__(self, is_view: bool) -> None:
+        super().__init__()
+        self.is_view = is_view
+        self.convolution = nn.Conv1d(32, 32, 3, stride=2, padding=1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        halved = self.convolution(x)
+        return (2 * halved.transpose(1, 2)).transpose(1, 2) if self.is_view else halved
+
+
+class Pyramid(nn.Module):
+    """Three levels, each half as long. The second halving is a graph of symbolic sizes.
+
+    What enters it and what leaves it is read by the graph of the head, too.
+    """
+
+    def __init__(self, is_view: bool) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.halve = nn.ModuleList([Halve(is_view), Halve(is_view)])
+        self.head = nn.Sequential(nn.Conv1d(32, 48, 1), nn.Tanh(), nn.Conv1d(48, 8, 1))
+
+    def forward(self, x: Tensor) -> Tensor:
+        levels = []
+        for layer in self.halve:
+            torch._dynamo.graph_break()
+            x = layer(x)
+            levels.append(x)
+        return self.loss(*levels)
+
+    def loss(self, first: Tensor, second: Tensor) -> Tensor:
+        return self.head(first).square().mean() + self.head(second).square().mean()
+
+
+@pytest.mark.parametrize("is_view", [False, True])
+def test_sizes_stay_symbolic_in_graphs_behind_that_in_which_they_become_so(is_view: bool) -> None:
+    model, inputs = Pyramid(is_view), (torch.randn(8, 32, 64),)
+    report = _report(model, inputs)
+    assert (report.saved_before_nbytes, report.saved_after_nbytes) == _held(model, inputs)
+    tanh = [value for value in report.values if value.name.startswith("tanh")]
+    assert [value.reason for value in tanh] == ["symbolic_size"] * 2
+
+
+class Tokens(nn.Module):
+    """Convolutions and a layer that reads their result as tokens, on images of two sizes.
+
+    The second graph is one of symbolic sizes. Inductor makes them plain numbers in the backward of
+    the second convolution.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.convolutions = nn.Sequential(nn.Conv1d(16, 32, 1), nn.Conv1d(32, 32, 1))
+        self.first, self.second = nn.Linear(32, 64), nn.Linear(64, 32)
+
+    def forward(self, x: Tensor) -> Tensor:
+        losses = []
+        for image in (x, x[..., :32]):
+            torch._dynamo.graph_break()
+            losses.append(self.loss(image))
+        return torch.stack(losses).sum()
+
+    def loss(self, image: Tensor) -> Tensor:
+        tokens = self.convolutions(image).transpose(1, 2)
+        return self.second(torch.tanh(self.first(tokens))).square().mean()
+
+
+def test_sizes_that_plain_inductor_makes_plain_are_symbolic_for_our_backend() -> None:
+    model, inputs = Tokens(), (torch.randn(8, 16, 64),)
+    report = _report(model, inputs)
+    assert [call.after.refused for call in report.step.calls] == [None, None]
+    assert (report.saved_before_nbytes, report.saved_after_nbytes) == _held(model, inputs)
+    encoded = [value.shape for value in report.values if value.decision == "encode"]
+    assert any("s" in size for shape in encoded for size in shape)
+
+
 def _contents(report: MemoryReport) -> Any:
     document: Any = report.as_document()
     return document["totals"], document["peak"], document["timeline"], document["values"]

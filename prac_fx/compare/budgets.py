@@ -20,12 +20,14 @@ from prac_fx.compiler.dynamo_graph import DynamoGraph
 from prac_fx.compiler.two_phases import call_partitioner
 from prac_fx.graph.flops import CountedOperator, counted_operators, flops_by_module
 from prac_fx.graph.nbytes import Symbols
+from prac_fx.memory.graph_run import GraphRun
 from prac_fx.memory.step import Step, trace_with
 from prac_fx.passes.draws import draws_anew
 from prac_fx.passes.runner import merge_duplicates
 from prac_fx.passes.survey import SavedValue, saved_values
 from prac_fx.torch_compat import (
     CustomPartitionerFn,
+    argument_index,
     functorch_config,
     min_cut_rematerialization_partition,
 )
@@ -81,7 +83,7 @@ class _Budgeter:
 
     def __call__(self, gm: fx.GraphModule, example_inputs: Sequence[Any]) -> Callable[..., Any]:
         graph = DynamoGraph(gm, tuple(example_inputs)).without_regions()
-        forward: Callable[..., Any] = graph.gm.forward
+        forward = GraphRun(graph)
         found = self._partitions(graph) if graph.requires_grad else {}
         if not found:
             return forward
@@ -89,7 +91,8 @@ class _Budgeter:
         def run(*args: Any) -> Any:
             symbols = graph.symbols_in(args)
             self.calls.append({budget: one.at(symbols) for budget, one in found.items()})
-            return forward(*args)
+            # the budgets share one trace: what the first of them saves counts
+            return forward.run(args, found[self._budgets[0]].saved_arguments)
 
         return run
 
@@ -116,6 +119,12 @@ class _Halves:
     operators: Sequence[CountedOperator]
     of_joint: Sequence[CountedOperator]
     draws_anew: bool
+
+    @property
+    def saved_arguments(self) -> frozenset[int]:
+        """Indices of the arguments that are saved as they are."""
+        indices = (argument_index(value.node) for value in self.saved if value.is_input)
+        return frozenset(index for index in indices if index is not None)
 
     def at(self, symbols: Symbols) -> Partition:
         """What it takes in a run in which symbolic sizes have these values."""

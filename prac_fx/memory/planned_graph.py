@@ -34,11 +34,13 @@ from prac_fx.passes.runner import Pass, Work, merge_duplicates, observed
 from prac_fx.passes.survey import saved_values
 from prac_fx.torch_compat import (
     CustomPartitionerFn,
+    SymbolicSizes,
     compile_fx,
     copy_dynamo_graph,
     make_boxed_func,
     min_cut_rematerialization_partition,
     raise_signal,
+    tracing_fake_mode,
 )
 
 
@@ -83,6 +85,17 @@ class PlannedGraph:
     def flops(self) -> Mapping[str, int]:
         """FLOPs of both graphs by module path."""
         return flops_by_module(self.operators, self.symbols)
+
+    @cached_property
+    def saved_arguments(self) -> frozenset[int]:
+        """Indices of the arguments that are saved as they are."""
+        forward, arguments = self.forward, self.facts.arguments
+        saved = (pair for pair in forward.outputs[self.facts.num_results :] if pair is not None)
+        return frozenset(
+            arguments[name]
+            for name, buffer in saved
+            if name in arguments and buffer in forward.inputs
+        )
 
     def at(self, symbols: Symbols, storages: Sequence[int | None]) -> PlannedGraph:
         """The same in another run; what is decided stays.
@@ -148,6 +161,8 @@ def plan_plain(
         return None
     except _Planned:
         planned = observer.planned(partitioner.plan, None)
+        if planned.plan is not None and planned.plan.changes_graph:
+            partitioner.sizes.restore()  # our second phase knows no more than the first
         return replace(planned, unplanned=partitioner.unplanned, draws_anew=partitioner.draws_anew)
     raise AssertionError("AOTAutograd returned without lowering a backward graph")
 
@@ -265,6 +280,8 @@ class _PlainPartitioner(CustomPartitionerFn):
         self.plan: Plan | None = None
         self.unplanned: tuple[PlannedValue, ...] = ()
         self.draws_anew = False
+        self._mode = tracing_fake_mode(graph.example_inputs)
+        self.sizes = SymbolicSizes(self._mode)
 
     def __call__(
         self, gm: fx.GraphModule, joint_inputs: Sequence[object], **options: Any
@@ -273,6 +290,7 @@ class _PlainPartitioner(CustomPartitionerFn):
             self.plan = analyse(  # merges duplicates first of all
                 gm, joint_inputs, options, config=self._config, arguments=self._arguments
             )
+            self.sizes = SymbolicSizes(self._mode)
         else:
             merge_duplicates(gm)
         self._observer.look(gm, options, self._arguments.parameters)

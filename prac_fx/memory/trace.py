@@ -19,6 +19,7 @@ from prac_fx.compiler.dynamo_graph import DynamoGraph
 from prac_fx.compiler.two_phases import analyse_graph
 from prac_fx.config import PracConfig
 from prac_fx.graph.nbytes import storage_nbytes
+from prac_fx.memory.graph_run import GraphRun
 from prac_fx.memory.planned_graph import PlannedGraph, plan_plain, plan_rewritten
 from prac_fx.memory.step import Step, trace_with
 from prac_fx.memory.step_plan import StepGraph
@@ -126,7 +127,7 @@ class _Planner:
 
     def __call__(self, gm: fx.GraphModule, example_inputs: Sequence[Any]) -> Callable[..., Any]:
         graph = DynamoGraph(gm, tuple(example_inputs)).without_regions()
-        forward: Callable[..., Any] = graph.gm.forward
+        forward = GraphRun(graph)
         before = self._plain(graph) if graph.requires_grad else None
         if before is None:
             return forward
@@ -138,9 +139,8 @@ class _Planner:
         trainable, sources = graph.trainable, [*map(placeholder_source_name, graph.placeholders)]
 
         def run(*args: Any) -> Any:
-            results = forward(*args)
+            results = forward.run(args, after.saved_arguments)
             self._alive += [args, results]
-            listed = results if isinstance(results, tuple | list) else (results,)
             arguments = _storages(args)
             existing = tuple(
                 (sources[index], args[index])
@@ -152,7 +152,7 @@ class _Planner:
             plain = before.at(*sizes)
             ours = plain if after is before else after.at(*sizes)
             self.calls.append(
-                Call(number, plain, ours, trainable, arguments, _storages(listed), existing)
+                Call(number, plain, ours, trainable, arguments, _storages(results), existing)
             )
             return results
 

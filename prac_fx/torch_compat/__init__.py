@@ -45,11 +45,13 @@ from torch.utils.checkpoint import CheckpointPolicy
 
 from prac_fx.torch_compat.distributed import active_data_parallel_group, fsdp_parameters
 from prac_fx.torch_compat.dynamo import (
+    SymbolicSizes,
     argument_index,
     causes,
     copy_dynamo_graph,
     gradient_argument_index,
     has_promised_ranges,
+    mark_symbolic,
     placeholder_source_name,
     raise_signal,
     result_index,
@@ -112,6 +114,7 @@ __all__ = [
     "ReuseLine",
     "SegmentedTree",
     "ShortenTraceback",
+    "SymbolicSizes",
     "TorchDispatchMode",
     "V",
     "active_data_parallel_group",
@@ -152,6 +155,7 @@ __all__ = [
     "lower_and_schedule",
     "make_boxed_func",
     "make_fx",
+    "mark_symbolic",
     "meta_storage",
     "min_cut_rematerialization_partition",
     "offloaded_node",

@@ -3,18 +3,21 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from copy import copy
 from typing import Any, cast
 from unittest.mock import patch
 
 import torch.fx as fx
+from torch import Tensor
 from torch._dynamo import config as dynamo_config
 from torch._dynamo import pgo
 from torch._dynamo.exc import RestartAnalysis, SkipFrame
+from torch._functorch._aot_autograd import runtime_wrappers
 from torch._guards import TracingContext
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
-from torch.fx.experimental.symbolic_shapes import StrictMinMaxConstraint
+from torch.fx.experimental.symbolic_shapes import ShapeEnv, StrictMinMaxConstraint
 
 
 def causes(error: BaseException | None) -> Iterator[BaseException]:
@@ -59,6 +62,56 @@ def with_fresh_size_profile() -> Iterator[None]:
     """
     with patch.object(pgo, "_CODE_STATE", defaultdict(pgo.CodeState)):
         yield
+
+
+def mark_symbolic(value: Tensor, dims: set[int]) -> None:
+    """Have Dynamo make these sizes of a tensor symbolic in the graphs that read it.
+
+    AOTAutograd does so with what leaves a graph of symbolic sizes: its results, and the arguments
+    that it saves. torch 2.11 has another name for it.
+    """
+    marks = vars(runtime_wrappers)
+    mark: Callable[[Tensor, set[int]], None] = (
+        marks.get("mark_dynamo_propagated_dynamic_indices") or marks["maybe_mark_dynamic_helper"]
+    )
+    mark(value, dims)
+
+
+# What a `ShapeEnv` knows of its symbols.
+_KNOWN_OF_SIZES = (
+    *("guards", "axioms", "replacements", "replacements_slocs", "divisible"),
+    *("var_to_range", "var_to_range_sloc", "symbol_guard_counter"),
+)
+
+
+class SymbolicSizes:
+    """What is known of the symbolic sizes under a fake mode, to go back to later.
+
+    Inductor makes some sizes plain numbers while it lowers a graph, such as those of a convolution.
+    """
+
+    def __init__(self, mode: FakeTensorMode) -> None:
+        self._env = mode.shape_env
+        env = {} if self._env is None else vars(self._env)
+        self._known = {name: copy(env[name]) for name in _KNOWN_OF_SIZES if name in env}
+
+    def restore(self) -> None:
+        """Forget what was found out since."""
+        env: Any = self._env
+        if env is None or all(vars(env)[name] == then for name, then in self._known.items()):
+            return
+        for name, then in self._known.items():
+            # a symbol that is new since keeps its range
+            is_range = name.startswith("var_to_range")
+            setattr(env, name, {**getattr(env, name), **then} if is_range else copy(then))
+        # expressions remember what they were replaced by, and methods what they returned
+        env._resimplify_floor_div_axioms = True
+        env._prev_cache_key = env._get_key()
+        env._version_counter += 1
+        if hasattr(env, "_replacements_version_counter"):
+            env._replacements_version_counter += 1
+        for method in vars(ShapeEnv).values():
+            getattr(method, "cache_clear", lambda: None)()
 
 
 def tracing_fake_mode(example_inputs: Sequence[object]) -> FakeTensorMode:
