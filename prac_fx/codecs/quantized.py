@@ -29,6 +29,7 @@ import torch
 from torch import Tensor
 
 from prac_fx.codecs.base import Codec, Rounding
+from prac_fx.codecs.groups import group_size
 from prac_fx.codecs.rounding import column_numbers, row_numbers, uniform
 from prac_fx.codecs.words import WordBits, packed, packed_bytes, split, unpacked
 
@@ -38,9 +39,6 @@ Format = Literal["int8", "int4"]
 _SYMMETRIC_LEVELS = {"int8": 127, "int4": 7}
 _OFFSET_LEVELS = {"int8": 255, "int4": 15}
 _BITS = {"int8": 8, "int4": 4}
-# strides from which on Inductor pads rows on a GPU, and to which multiple (of bytes)
-_PADDED_FROM, _PADDED_TO = 1024, 128
-_VECTORS = (16, 8)  # how many words of 32 bits CPUs read at once (AVX-512, AVX2)
 _MARGIN = 1 - 2.0**-18  # keeps a code in range whatever float32 rounds, and u < 1 - 2^-18
 _SMALLEST = 2.0**-110  # span of a group, so that its reciprocal times the levels is finite
 
@@ -108,77 +106,8 @@ class QuantCodec(Codec):
 
     @property
     def group_size(self) -> int:
-        """g, a multiple of p up to `group`.
-
-        It is the first of these that there is:
-
-        1. on a CPU, the largest fast size (`_fast_sizes`) that divides n, down to a quarter of
-           `group`;
-        2. the fast size that takes fewest bytes, with up to a sixteenth of padding;
-        3. the largest divisor of n, down to half of `group`;
-        4. the size that makes groups as equal as can be.
-
-        Where some sizes are faster than others, 1 and 2 try the faster sizes first.
-        """
-        n, most, unit = self.features, min(self.group, self.features), self._unit
-        if self.word_bits == 8:
-            of_gpu = self._size_on_a_gpu()
-            if of_gpu:
-                return of_gpu
-        for sizes in self._fast_sizes() if self.word_bits == 32 else []:
-            whole = [g for g in sizes if n % g == 0 and 4 * g >= most]
-            if whole:
-                return whole[-1]
-            little = self._with_little_padding(sizes)
-            if little:
-                return self._smallest(little)
-        divisors = [g for g in range(unit, most + 1, unit) if n % g == 0 and 2 * g > most]
-        if divisors:
-            return divisors[-1]
-        groups = math.ceil(n / (self.group // unit * unit))
-        return _round_up(math.ceil(n / groups), unit)
-
-    def _fast_sizes(self) -> list[list[int]]:
-        """Sizes of groups that compiled code for a CPU handles at full speed, faster ones first."""
-        unit, group = self._unit, self.group  # whole vectors
-        return [list(range(unit * count, group + 1, unit * count)) for count in _VECTORS]
-
-    def _size_on_a_gpu(self) -> int:
-        """The size that takes fewest bytes, and up to a sixteenth more for a power of two.
-
-        Each thread has a word. The threads are a power of two, and most should have work. Groups
-        that begin at a multiple of their own size are read and written in whole sectors: encoding
-        groups of 119 took 2.5 times as long as the bytes do. 0 if there is no such size.
-        """
-        most = min(self.group, self.features) // self._unit
-        words = range(max(1, most // 4), self.group // self._unit + 1)
-        busy = [words for words in words if 8 * words >= 5 * (1 << (words - 1).bit_length())]
-        sizes = self._with_little_padding([self._unit * count for count in busy])
-        if not sizes:
-            return 0
-        bound = self._row_nbytes(self._smallest(sizes)) * 17 // 16
-        aligned = [g for g in sizes if g & (g - 1) == 0 and self._row_nbytes(g) <= bound]
-        return self._smallest(aligned or sizes)
-
-    def _with_little_padding(self, sizes: Sequence[int]) -> list[int]:
-        n = self.features
-        return [g for g in sizes if 16 * (_round_up(n, g) - n) <= n]
-
-    def _smallest(self, sizes: Sequence[int]) -> int:
-        """The size that takes fewest bytes; of several, the largest."""
-        fewest = min([self._row_nbytes(g) for g in sizes])  # no key: Dynamo traces this
-        return [g for g in sizes if self._row_nbytes(g) == fewest][-1]
-
-    def _row_nbytes(self, size: int) -> int:
-        """Bytes of a row in groups of this size, with scales of float32.
-
-        On a GPU Inductor pads long rows to a multiple of 128 bytes.
-        """
-        groups = math.ceil(self.features / size)
-        codes = groups * size * _BITS[self.format] // 8
-        if self.word_bits == 8 and codes > _PADDED_FROM:
-            codes = _round_up(codes, _PADDED_TO)
-        return codes + 4 * groups
+        """g, a multiple of p up to `group`; see `groups.group_size`."""
+        return group_size(self.features, self.group, _BITS[self.format], self.word_bits)
 
     def describe(self) -> str:
         """Short text for tables, such as `int8/128` or `int4/64 nearest`."""
@@ -384,7 +313,3 @@ class QuantCodec(Codec):
 
 def _working(dtype: torch.dtype) -> torch.dtype:
     return torch.float64 if dtype == torch.float64 else torch.float32
-
-
-def _round_up(number: int, unit: int) -> int:
-    return math.ceil(number / unit) * unit
