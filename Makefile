@@ -8,8 +8,9 @@ READY := .venv/.ready
 demo: $(READY)
 	$(BIN)/python examples/demo.py
 
+# tests that take long come last, and a worker without work takes some of another one's
 test: $(READY)
-	$(BIN)/python -m pytest -n 2 -q
+	$(BIN)/python -m pytest -n 2 --dist worksteal -q
 
 check: $(READY)
 	$(BIN)/ruff format --check .
