@@ -38,7 +38,6 @@ def without_regions(gm: fx.GraphModule) -> fx.GraphModule:
             path = _path(call)
             first = paths.setdefault(str(call.args[0].target), path)  # type: ignore[union-attr]
             _put_in_place(gm, call, body, (first, path))
-    gm.graph.eliminate_dead_code()
     gm.delete_all_unused_submodules()
     gm.recompile()
     return gm
@@ -52,7 +51,7 @@ def _put_in_place(
     gm: fx.GraphModule, call: fx.Node, body: fx.GraphModule, paths: tuple[str, str]
 ) -> None:
     """Replace one call by the operators of its region, which is `body`."""
-    _, _, *operands = call.args
+    region, _, *operands = call.args
     values: dict[fx.Node, Any] = dict(
         zip(body.graph.find_nodes(op="placeholder"), operands, strict=True)
     )
@@ -75,6 +74,9 @@ def _put_in_place(
         reader.replace_all_uses_with(result)
         gm.graph.erase_node(reader)
     gm.graph.erase_node(call)
+    # alone: other nodes without readers may write in place
+    if isinstance(region, fx.Node) and not region.users:
+        gm.graph.erase_node(region)
 
 
 def _adopt(gm: fx.GraphModule, body: fx.GraphModule, name: str) -> str:
