@@ -247,6 +247,14 @@ def ratios(own: list[float], plain: list[float], tokens: int) -> dict[str, Any]:
     }
 
 
+def by_model(rows: Sequence[dict[str, Any]]) -> dict[str, list[dict[str, Any]]]:
+    """The rows of each model."""
+    models: dict[str, list[dict[str, Any]]] = {}
+    for row in rows:
+        models.setdefault(row["model"], []).append(row)
+    return models
+
+
 def body(record: dict[str, Any]) -> str:
     """A table per model, compile times, and the paper's tables where their models were run."""
     parts = [
@@ -255,9 +263,7 @@ def body(record: dict[str, Any]) -> str:
         "noise of the machine. Total: peak, parameters, AdamW's moments, buffers, inputs and state "
         "of the bases."
     ]
-    models: dict[str, list[dict[str, Any]]] = {}
-    for row in record["rows"]:
-        models.setdefault(row["model"], []).append(row)
+    models = by_model(record["rows"])
     for name, rows in models.items():
         parts.append(f"## {name} ({rows[0]['shape']})\n\n{table_of(rows)}")
     if record["compile"].get("methods"):

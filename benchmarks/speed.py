@@ -291,10 +291,7 @@ def body(record: dict[str, Any]) -> str:
         "brackets: over plain Inductor's. Step time: quartiles of the ratio of a step to the plain "
         "one right before it, steps that refresh a basis left out. First step: with empty caches."
     ]
-    by_model: dict[str, list[dict[str, Any]]] = {}
-    for row in record["rows"]:
-        by_model.setdefault(row["model"], []).append(row)
-    for name, rows in by_model.items():
+    for name, rows in memory_time.by_model(record["rows"]).items():
         texts.append(f"## {name} ({rows[0]['shape']})\n\n{memory_time.table_of(rows)}")
         texts.append(_first_steps(rows))
         for part, text_of in _TEXTS.items():

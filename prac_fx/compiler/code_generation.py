@@ -4,11 +4,32 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
+from contextlib import AbstractContextManager, ExitStack
 from typing import Any, TypeVar
 
 from prac_fx.torch_compat import holding_groups_in_registers, remembering_strides
 
 _Result = TypeVar("_Result")
+
+
+def within(
+    inner_compile: Callable[..., _Result], *contexts: Callable[[], AbstractContextManager[Any]]
+) -> Callable[..., _Result]:
+    """Inductor's compilation, each time within these contexts.
+
+    Args:
+        inner_compile: `compile_fx_inner` or what stands for it.
+        *contexts: each makes a context.
+    """
+
+    @functools.wraps(inner_compile)
+    def compile_graph(*args: Any, **kwargs: Any) -> _Result:
+        with ExitStack() as entered:
+            for context in contexts:
+                entered.enter_context(context())
+            return inner_compile(*args, **kwargs)
+
+    return compile_graph
 
 
 def with_kernel_settings(inner_compile: Callable[..., _Result]) -> Callable[..., _Result]:
@@ -17,10 +38,4 @@ def with_kernel_settings(inner_compile: Callable[..., _Result]) -> Callable[...,
     Args:
         inner_compile: `compile_fx_inner` or what stands for it.
     """
-
-    @functools.wraps(inner_compile)
-    def compile_graph(*args: Any, **kwargs: Any) -> _Result:
-        with holding_groups_in_registers(), remembering_strides():
-            return inner_compile(*args, **kwargs)
-
-    return compile_graph
+    return within(inner_compile, holding_groups_in_registers, remembering_strides)

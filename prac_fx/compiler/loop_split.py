@@ -9,12 +9,12 @@ model's. Not splitting is right, and a little slower.
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Callable, Sequence
 from typing import Any, TypeVar
 
 import sympy
 
+from prac_fx.compiler.code_generation import within
 from prac_fx.torch_compat import FloorDiv, loop_split_where
 
 _Result = TypeVar("_Result")
@@ -26,13 +26,7 @@ def without_lossy_splits(inner_compile: Callable[..., _Result]) -> Callable[...,
     Args:
         inner_compile: `compile_fx_inner` or what stands for it.
     """
-
-    @functools.wraps(inner_compile)
-    def compile_graph(*args: Any, **kwargs: Any) -> _Result:
-        with loop_split_where(loses_no_step):
-            return inner_compile(*args, **kwargs)
-
-    return compile_graph
+    return within(inner_compile, lambda: loop_split_where(loses_no_step))
 
 
 def loses_no_step(nodes: Sequence[Any]) -> bool:

@@ -9,12 +9,12 @@ a small LLaMA was a third higher for it.
 
 from __future__ import annotations
 
-import functools
 import logging
 import operator
 from collections.abc import Callable
 from typing import Any, TypeVar
 
+from prac_fx.compiler.code_generation import within
 from prac_fx.torch_compat import (
     EfficientPeakEstimate,
     OrderedSet,
@@ -39,13 +39,7 @@ def without_higher_peak(inner_compile: Callable[..., _Result]) -> Callable[..., 
     Args:
         inner_compile: `compile_fx_inner` or what stands for it.
     """
-
-    @functools.wraps(inner_compile)
-    def compile_graph(*args: Any, **kwargs: Any) -> _Result:
-        with peak_estimate(_PeakOfAllocations):
-            return inner_compile(*args, **kwargs)
-
-    return compile_graph
+    return within(inner_compile, lambda: peak_estimate(_PeakOfAllocations))
 
 
 class _PeakOfAllocations(EfficientPeakEstimate):

@@ -36,14 +36,10 @@ def refresh(due: Sequence[Subspace]) -> None:
     Args:
         due: states whose `begin_step` said so in this step.
     """
-    draws = [(subspace, subspace.next_draw()) for subspace in due]
-    generators = {subspace: generator for subspace, (generator, _) in draws}
-    by_iterations = defaultdict(list)
-    for subspace, (_, iterations) in draws:
-        by_iterations[iterations].append(subspace)
-    for iterations, subspaces in by_iterations.items():
-        for batch in batches(subspaces):
-            _refresh_alike(batch, [generators[subspace] for subspace in batch], iterations)
+    draws = {subspace: subspace.next_draw() for subspace in due}
+    for iterations in sorted({iterations for _, iterations in draws.values()}):
+        for batch in batches([one for one in due if draws[one][1] == iterations]):
+            _refresh_alike(batch, [draws[one][0] for one in batch], iterations)
 
 
 def stagger(subspaces: Sequence[Subspace]) -> None:

@@ -181,9 +181,9 @@ def _states_of(
 
 
 def _tensors_of(subspaces: Sequence[Subspace], seed: RoundingSeed | None) -> tuple[Tensor, ...]:
-    of_subspaces = [tensor for state in subspaces for tensor in (state.basis, state.rows)]
-    tensors = [*of_subspaces, None if seed is None else seed.seed]
-    return tuple(tensor for tensor in tensors if tensor is not None)
+    of_subspaces = (tensor for state in subspaces for tensor in (state.basis, state.rows))
+    tensors = tuple(tensor for tensor in of_subspaces if tensor is not None)
+    return tensors if seed is None else (*tensors, seed.seed)
 
 
 def _without_values(plan: Plan) -> list[Tensor]:
