@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 from collections.abc import Iterator
 
@@ -10,6 +11,16 @@ os.environ.setdefault("TORCHINDUCTOR_COMPILE_THREADS", "1")
 
 import pytest
 import torch
+
+
+def pytest_collection_finish() -> None:
+    """Have Python look for cyclic garbage less often.
+
+    Tracing makes many objects of which few are garbage, and a search goes through all of torch's.
+    """
+    gc.collect()
+    gc.freeze()
+    gc.set_threshold(200_000, 100, 100)
 
 
 @pytest.fixture(autouse=True)
