@@ -8,9 +8,9 @@ READY := .venv/.ready
 demo: $(READY)
 	$(BIN)/python examples/demo.py
 
-# tests that take long come last, and a worker without work takes some of another one's
+# each worker takes one test after another; one worker runs all tests that share a fixture
 test: $(READY)
-	$(BIN)/python -m pytest -n 2 --dist worksteal -q
+	$(BIN)/python -m pytest -n 2 --dist loadgroup -q
 
 check: $(READY)
 	$(BIN)/ruff format --check .

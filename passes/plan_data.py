@@ -1,8 +1,8 @@
 """What planning hands on: a plan, its sites, and a row for each value that backward needs.
 
 A plan is plain, hashable data. It refers to nodes of the joint graph by name. It is part of the key
-of the compile cache. It is the single source of truth for what runs: on a warm cache the planning
-passes run, and the rewriting passes do not.
+of the compile cache. It is the single source of truth for what runs: on a warm cache no pass runs,
+and the plan comes from a file (`prac_fx.compiler.stored_plans`).
 """
 
 from __future__ import annotations

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -37,6 +38,15 @@ def loss_of(output: Any) -> Tensor:
 def gradients(model: nn.Module) -> dict[str, Tensor]:
     """Clones of the gradients by parameter name."""
     return {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+
+
+def distance(ours: dict[str, Tensor], exact: dict[str, Tensor]) -> float:
+    """Relative, over all parameters."""
+    difference = sum(
+        float((ours[n].double() - g.double()).square().sum()) for n, g in exact.items()
+    )
+    size = sum(float(g.double().square().sum()) for g in exact.values())
+    return math.sqrt(difference / size)
 
 
 def step(compiled: Callable[..., Any], model: nn.Module, *args: Any, **kwargs: Any) -> Tensor:

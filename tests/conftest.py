@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import gc
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from contextlib import nullcontext
 
 # before torch starts its workers: two test processes on two cores need no compile pool of their own
 os.environ.setdefault("TORCHINDUCTOR_COMPILE_THREADS", "1")
 
 import pytest
 import torch
+import torch._inductor.config
 
 
 def pytest_collection_finish() -> None:
@@ -18,9 +20,20 @@ def pytest_collection_finish() -> None:
 
     Tracing makes many objects of which few are garbage, and a search goes through all of torch's.
     """
-    gc.collect()
-    gc.freeze()
     gc.set_threshold(200_000, 100, 100)
+
+
+@pytest.hookimpl(tryfirst=True)  # xdist reads the marks in this hook
+def pytest_collection_modifyitems(items: Sequence[pytest.Item]) -> None:
+    """Have one worker run all tests that share a fixture of their module."""
+    for item in items:
+        if isinstance(item, pytest.Function) and _shares_a_fixture(item):
+            item.add_marker(pytest.mark.xdist_group(item.module.__name__))
+
+
+def _shares_a_fixture(item: pytest.Function) -> bool:
+    fixtures = item._fixtureinfo.name2fixturedefs.values()
+    return any(fixture.scope == "module" for (*_, fixture) in fixtures)
 
 
 @pytest.fixture(autouse=True)
@@ -30,6 +43,26 @@ def _one_process(monkeypatch: pytest.MonkeyPatch) -> None:
     `test_forked_map` starts one that does.
     """
     monkeypatch.setattr("prac_fx.report.analyse_file.usable_processes", lambda: 1)
+
+
+@pytest.fixture(autouse=True)
+def _no_stored_plans(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Tests change what planning does, so no plan of another test or run may take its place.
+
+    `test_stored_plans` and processes of their own store plans.
+    """
+    monkeypatch.setattr("prac_fx.compiler.two_phases.plan_key", lambda *_: None)
+
+
+@pytest.fixture(autouse=True)
+def _loops_over_numbers(request: pytest.FixtureRequest) -> Iterator[None]:
+    """Loops over numbers instead of vectors, for which the C++ compiler needs half the time.
+
+    The mark `vectors` is for tests of what users run.
+    """
+    of_users = request.node.get_closest_marker("vectors") is not None
+    with nullcontext() if of_users else torch._inductor.config.patch("cpp.simdlen", 1):
+        yield
 
 
 @pytest.fixture(autouse=True)

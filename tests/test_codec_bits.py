@@ -9,6 +9,8 @@ from torch.fx.experimental.proxy_tensor import make_fx
 
 from prac_fx.codecs import BitCodec
 
+pytestmark = pytest.mark.vectors
+
 SIZES = [1, 2, 7, 8, 9, 17, 63, 64, 129, 5461]
 
 

@@ -13,6 +13,8 @@ from torch.utils.flop_counter import FlopCounterMode
 from prac_fx.codecs import PracCodec
 from prac_fx.codecs.subspace import join_basis, refreshed_basis, tail_scale, working_dtype
 
+pytestmark = pytest.mark.vectors
+
 # No scale is 2 here: with k = 2 the error of Theorem 15 does not depend on the draw at all.
 PRAC = PracCodec(features=12, principal=4, random=3, blocks=1, sample_rows=16)
 RAC = PracCodec(features=12, principal=0, random=5, blocks=1, sample_rows=0)

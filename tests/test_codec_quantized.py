@@ -16,6 +16,8 @@ from prac_fx.codecs.quantized import Format
 from prac_fx.codecs.words import WordBits
 from prac_fx.runtime.rounding_seed import step_number
 
+pytestmark = pytest.mark.vectors
+
 DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
 FORMATS: list[Format] = ["int8", "int4"]
 SIZES = [1, 2, 7, 8, 17, 63, 128, 129, 5461]

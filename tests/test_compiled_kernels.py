@@ -20,6 +20,8 @@ from prac_fx.torch_compat import V, remembering_strides, without_autograd_cache
 from tests.compiling import BALANCED, PLAIN
 from tests.models import Sequential, rows
 
+pytestmark = pytest.mark.vectors
+
 
 def _kernels(depth: int, backend: str) -> int:
     """Kernels that Inductor compiles for the forward graph of a network of so many hidden layers."""

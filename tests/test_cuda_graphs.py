@@ -29,6 +29,8 @@ from tests.compiling import SMALL, compile_prac, gradients, step, subspace_of
 from tests.models import Sequential, rows
 from tests.uncompiled import no_code_generation
 
+pytestmark = pytest.mark.vectors
+
 # everything that has state: bases, sampled rows and the seed of rounding
 OPTIONS: dict[str, Any] = {"policy": "balanced", "weight_gradient": "prac"}
 needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")

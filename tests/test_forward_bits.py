@@ -12,6 +12,8 @@ from torch import Tensor, nn
 from prac_fx.graph.written import _written
 from tests.compiling import SMALL
 
+pytestmark = pytest.mark.vectors
+
 
 class Residual(nn.Module):
     """A value that is saved, normed and added again; features of the pooled image at the end."""

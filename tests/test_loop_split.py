@@ -27,6 +27,8 @@ from prac_fx.torch_compat import (
 from tests.compiling import SMALL
 from tests.models import Sequential, rows
 
+pytestmark = pytest.mark.vectors
+
 
 def _scaled(x: Tensor, scales: Tensor, group: int) -> Tensor:
     """Each group of features times a scale of its own."""

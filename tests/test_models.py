@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import pytest
@@ -15,12 +18,15 @@ from tests import models
 from tests.compiling import (
     SMALL,
     compile_prac,
+    distance,
     gradients,
     loss_of,
     projection,
     step,
     subspace_of,
 )
+
+pytestmark = pytest.mark.vectors
 
 # model and inputs, and which weights read the value whose state another weight owns
 MODELS: dict[str, tuple[Any, dict[str, str]]] = {
@@ -37,12 +43,14 @@ COMPRESSED = {
 EXACT_ANYWAY = ("attention.output.dense", "classifier", "bias", "attn.c_proj")
 
 
-def _expected(name: str, exact: Tensor, model: nn.Module, owners: dict[str, str]) -> Tensor:
+def _expected(
+    name: str, exact: Tensor, products: dict[str, Tensor], owners: dict[str, str]
+) -> Tensor:
     """P P^T times the exact gradient, on the side of the features."""
     owner_name = name
     for reader, owner in owners.items():
         owner_name = owner_name.replace(f".{reader}.", f".{owner}.")
-    product = projection(subspace_of(model.get_parameter(owner_name)))
+    product = products[owner_name]
     exact = exact.double()
     # Linear holds (out, features), GPT-2's Conv1D (features, out)
     return product @ exact if "h.0" in name else exact @ product
@@ -54,55 +62,84 @@ def _is_compressed(model: str, name: str) -> bool:
     return any(f"{part}.weight" in name for part in COMPRESSED[model])
 
 
-# each model and each precision; test_policies has other pairs
+# Relative error of all gradients together: the rounding of small bfloat16 models is a part of it.
+# By quantisation alone, because the bases of PRAC say nothing yet in a first step.
+BOUNDS = {"balanced": 0.02, "max": 0.35}
+
+
 @pytest.mark.parametrize(
-    ("name", "precision"), [("llama", "autocast"), ("gpt2", "float32"), ("roberta", "bfloat16")]
+    ("name", "precision", "policy"),
+    [
+        ("llama", "autocast", "max"),
+        ("gpt2", "float32", "balanced"),
+        ("roberta", "bfloat16", "max"),
+    ],
 )
-def test_forward_bits_gradients_and_bytes(name: str, precision: str) -> None:
-    build, _ = MODELS[name]
-    dtype = torch.bfloat16 if precision == "bfloat16" else torch.float32
-    autocast = torch.autocast("cpu", torch.bfloat16, enabled=precision == "autocast")
-    losses: list[Tensor] = []
-    exact: dict[str, Tensor] = {}
-    held = []
-    for compiler in (torch.compile, compile_prac):
-        torch._dynamo.reset()
-        model, inputs = build()
-        model = model.to(dtype)
-        compiled = compiler(model)
-        with autocast:
-            losses.append(step(compiled, model, **inputs))
-            if exact:
-                # now, because the next step refreshes the bases
-                _check_gradients(name, precision, model, exact)
-            exact = gradients(model)
-            held.append(held_nbytes(loss_of(compiled(**inputs)), _inputs(model, inputs)))
-    assert torch.equal(*losses)
+def test_forward_bits_gradients_and_bytes(name: str, precision: str, policy: str) -> None:
+    quantised = {"policy": policy, "weight_gradient": "recompute"}
+    with torch.autocast("cpu", torch.bfloat16, enabled=precision == "autocast"):
+        plain = _trained(torch.compile, name, precision)
+        projected = _trained(compile_prac, name, precision)
+        rounded = _trained(partial(compile_prac, **quantised), name, precision)
+        model, inputs = _built(name, precision)
+        for run, options in ((projected, {}), (rounded, quantised)):
+            given = {"prac." + key: value for key, value in options.items()}
+            report = prac_fx.explain(model, **inputs, options={**SMALL, **given})
+            assert torch.equal(run.loss, plain.loss)
+            assert (plain.held, run.held) == (report.saved_before_nbytes, report.saved_after_nbytes)
+            assert run.held < plain.held
+            assert run.state_nbytes == report.state_nbytes
+    _check_projected(name, precision, projected, plain.gradients)
+    assert all(torch.isfinite(gradient).all() for gradient in rounded.gradients.values())
+    assert distance(rounded.gradients, plain.gradients) < BOUNDS[policy]
+
+
+@dataclass(frozen=True)
+class _Run:
+    """What a first step leaves, with the bases that it was made with, and what the next one holds."""
+
+    loss: Tensor
+    gradients: dict[str, Tensor]
+    products: dict[str, Tensor]
+    held: int
+    state_nbytes: int
+
+
+def _trained(compiler: Callable[..., Any], name: str, precision: str) -> _Run:
+    torch._dynamo.reset()
+    model, inputs = _built(name, precision)
+    compiled = compiler(model)
+    loss = step(compiled, model, **inputs)
+    found = gradients(model)
+    # now, because the next step refreshes the bases
+    products = {
+        parameter: projection(subspace_of(value))
+        for parameter, value in model.named_parameters()
+        if any(key.slot == 0 for key in subspaces_of(value))
+    }
+    held = held_nbytes(loss_of(compiled(**inputs)), all_tensors(model, inputs.values()))
     state = [s for p in model.parameters() for s in subspaces_of(p).values()]
-    with autocast:
-        report = prac_fx.explain(model, **inputs, options=SMALL)
-    assert held == [report.saved_before_nbytes, report.saved_after_nbytes]
-    assert held[1] < held[0]
-    assert sum(subspace.nbytes() for subspace in state) == report.state_nbytes
+    return _Run(loss, found, products, held, sum(subspace.nbytes() for subspace in state))
 
 
-def _inputs(model: nn.Module, inputs: dict[str, Any]) -> list[Tensor]:
-    return all_tensors(model, inputs.values())
+def _built(name: str, precision: str) -> tuple[nn.Module, dict[str, Any]]:
+    model, inputs = MODELS[name][0]()
+    return model.to(torch.bfloat16 if precision == "bfloat16" else torch.float32), inputs
 
 
-def _check_gradients(name: str, precision: str, model: nn.Module, exact: dict[str, Tensor]) -> None:
-    owners, ours = MODELS[name][1], gradients(model)
-    assert exact.keys() == ours.keys()
+def _check_projected(name: str, precision: str, run: _Run, exact: dict[str, Tensor]) -> None:
+    assert exact.keys() == run.gradients.keys()
     tolerance = 1e-4 if precision == "float32" else 3e-2
     for parameter, gradient in exact.items():
+        ours = run.gradients[parameter]
         if not _is_compressed(name, parameter):
             # scatter-add of embeddings sums in no fixed order
-            close = torch.equal(gradient, ours[parameter]) or (
-                "embed" in parameter and torch.allclose(gradient, ours[parameter], rtol=1e-2)
+            close = torch.equal(gradient, ours) or (
+                "embed" in parameter and torch.allclose(gradient, ours, rtol=1e-2)
             )
             assert close, parameter
         elif parameter != "transformer.wte.weight":  # tied: also has an exact part
-            expected = _expected(parameter, gradient, model, owners)
-            error = (ours[parameter].double() - expected).norm() / expected.norm()
+            expected = _expected(parameter, gradient, run.products, MODELS[name][1])
+            error = (ours.double() - expected).norm() / expected.norm()
             assert error < tolerance, (parameter, float(error))
-            assert not torch.allclose(gradient, ours[parameter], rtol=0.1), parameter
+            assert not torch.allclose(gradient, ours, rtol=0.1), parameter

@@ -17,56 +17,15 @@ from tests import models
 from tests.compiling import (
     SMALL,
     compile_prac,
+    distance,
     gradients,
     loss_of,
     step,
 )
 from tests.graphs import trace
 
-MODELS = {"llama": models.llama, "gpt2": models.gpt2, "roberta": models.roberta}
-# relative error of all gradients together, of which the rounding of small bfloat16 models is a part
+# relative error of all gradients together
 BOUNDS = {"balanced": 0.02, "max": 0.35}
-
-
-def _distance(ours: dict[str, Tensor], exact: dict[str, Tensor]) -> float:
-    """Relative, over all parameters."""
-    difference = sum(
-        float((ours[n].double() - g.double()).square().sum()) for n, g in exact.items()
-    )
-    size = sum(float(g.double().square().sum()) for g in exact.values())
-    return math.sqrt(difference / size)
-
-
-@pytest.mark.parametrize(
-    ("name", "policy", "dtype"),
-    [
-        ("llama", "max", torch.bfloat16),
-        ("gpt2", "balanced", torch.bfloat16),
-        ("roberta", "max", torch.float32),
-    ],
-)
-def test_forward_bits_gradients_and_bytes(name: str, policy: str, dtype: torch.dtype) -> None:
-    model, inputs = MODELS[name]()
-    model = model.to(dtype)
-    loss = step(torch.compile(model), model, **inputs)
-    exact = gradients(model)
-    torch._dynamo.reset()
-    # by quantisation alone: the bases of PRAC say nothing yet in a first step
-    options = {"policy": policy, "weight_gradient": "recompute"}
-    compiled = compile_prac(model, **options)
-    assert torch.equal(loss, step(compiled, model, **inputs))
-    ours = gradients(model)
-    assert all(torch.isfinite(gradient).all() for gradient in ours.values())
-    assert _distance(ours, exact) < BOUNDS[policy]
-    _check_bytes(compiled, model, inputs, options)
-
-
-def _check_bytes(compiled: Any, model: nn.Module, inputs: dict, options: dict[str, Any]) -> None:
-    ours = {"prac." + name: value for name, value in options.items()}
-    report = prac_fx.explain(model, **inputs, options={**SMALL, **ours})
-    loss = loss_of(compiled(**inputs))
-    held = held_nbytes(loss, all_tensors(model, inputs.values()))
-    assert held == report.saved_after_nbytes < report.saved_before_nbytes
 
 
 def test_the_paper_policy_warns() -> None:
@@ -78,7 +37,10 @@ def test_the_paper_policy_warns() -> None:
 @pytest.mark.filterwarnings("ignore::prac_fx.PracWarning")
 def test_bytes_with_projection() -> None:
     model, inputs = models.gpt2()
-    _check_bytes(compile_prac(model, policy="paper"), model, inputs, {"policy": "paper"})
+    loss = loss_of(compile_prac(model, policy="paper")(**inputs))
+    held = held_nbytes(loss, all_tensors(model, inputs.values()))
+    report = prac_fx.explain(model, **inputs, options={**SMALL, "prac.policy": "paper"})
+    assert held == report.saved_after_nbytes < report.saved_before_nbytes
 
 
 def test_policies_are_ordered_by_memory() -> None:
@@ -102,7 +64,7 @@ def test_other_precisions(codec: str, precision: torch.dtype) -> None:
     step(compile_prac(model, **options), model, x)
     ours = gradients(model)
     step(model, model, x)
-    assert _distance(ours, gradients(model)) < {"int4": 0.2}.get(codec, 0.1)
+    assert distance(ours, gradients(model)) < {"int4": 0.2}.get(codec, 0.1)
 
 
 def test_gradients_are_unbiased_over_steps() -> None:
@@ -226,7 +188,7 @@ def test_changing_batch_sizes() -> None:
         ours = gradients(model)
         exact_loss = step(model, model, x)
         torch.testing.assert_close(loss, exact_loss)
-        assert _distance(ours, gradients(model)) < BOUNDS[policy]
+        assert distance(ours, gradients(model)) < BOUNDS[policy]
     assert rounding_seed_of(model[0].weight).steps == 3  # type: ignore[union-attr]
 
 
@@ -242,10 +204,11 @@ def test_dynamic_batch_and_sequence_of_a_transformer() -> None:
         step(model, model, **inputs)
         exact = gradients(model)
         quantised = {n: g for n, g in ours.items() if "norm" in n or "o_proj" in n}
-        assert _distance(quantised, {n: exact[n] for n in quantised}) < 0.03
+        assert distance(quantised, {n: exact[n] for n in quantised}) < 0.03
     assert any(subspaces_of(parameter) for parameter in model.parameters())
 
 
+@pytest.mark.vectors
 def test_features_that_no_group_divides() -> None:
     """344 and a prime: Inductor's loop over groups must not lose the rest of a row."""
     for hidden in (344, 211):
@@ -256,7 +219,7 @@ def test_features_that_no_group_divides() -> None:
         step(compiled, model, x)
         ours = gradients(model)
         step(model, model, x)
-        assert _distance(ours, gradients(model)) < BOUNDS["balanced"]
+        assert distance(ours, gradients(model)) < BOUNDS["balanced"]
 
 
 def test_dropout_masks_are_packed_and_right() -> None:
@@ -279,4 +242,4 @@ def test_dropout_masks_are_packed_and_right() -> None:
         torch.manual_seed(1)
         found += [step(compiler(model), model, x), gradients(model)]
     assert torch.equal(found[0], found[2])
-    assert _distance(found[3], found[1]) < BOUNDS["balanced"]
+    assert distance(found[3], found[1]) < BOUNDS["balanced"]

@@ -20,7 +20,7 @@ from tests.models import Sequential, rows
 from prac_fx.runtime.subspace_state import subspaces_of
 
 model = Sequential()
-compiled = compile_prac(model, **json.loads(sys.argv[1]))
+compiled = compile_prac(model, report=sys.argv[2], **json.loads(sys.argv[1]))
 for _ in range(3):
     loss = step(compiled, model, rows())
 (key,) = subspaces_of(model[2].weight)
@@ -28,6 +28,7 @@ bits = hashlib.sha256(b"".join(g.numpy().tobytes() for g in gradients(model).val
 print(json.dumps({
     "hits": counters["aot_autograd"]["autograd_cache_hit"],
     "misses": counters["aot_autograd"]["autograd_cache_miss"],
+    "traces": counters["aot_autograd"]["total"],
     "rank": key.codec.rank, "loss": loss.item(), "bits": bits.hexdigest(),
 }))
 """
@@ -35,8 +36,10 @@ print(json.dumps({
 
 def _run(cache: Path, environment: dict[str, str], **options: Any) -> tuple[dict[str, Any], str]:
     root = Path(__file__).parent.parent
+    # another path of the report is no other code
+    report = cache / f"report_{len(list(cache.glob('report_*')))}.json"
     done = subprocess.run(
-        [sys.executable, "-c", SCRIPT, json.dumps(options)],
+        [sys.executable, "-c", SCRIPT, json.dumps(options), str(report)],
         env={
             **os.environ,
             "TORCHINDUCTOR_CACHE_DIR": str(cache),
@@ -49,7 +52,8 @@ def _run(cache: Path, environment: dict[str, str], **options: Any) -> tuple[dict
         check=False,
     )
     assert done.returncode == 0, done.stderr[-2000:]
-    return json.loads(done.stdout.splitlines()[-1]), done.stderr
+    result = json.loads(done.stdout.splitlines()[-1])
+    return {**result, "report": report.read_bytes()}, done.stderr
 
 
 @pytest.fixture(scope="module")
@@ -63,9 +67,13 @@ def cold(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, Any]
 def test_warm_cache_same_options_same_bits(cold: Any) -> None:
     cache, first, _, _ = cold
     assert (first["hits"], first["misses"]) == (0, 1)
-    second, _ = _run(cache, {})
+    second, log = _run(cache, {"TORCH_LOGS": "+prac_fx.compiler"})
     assert (second["hits"], second["misses"]) == (1, 0)
     assert second["bits"] == first["bits"]
+    assert second["report"] == first["report"]
+    # the plan was stored, too: nothing was traced but by Dynamo
+    assert (first["traces"], second["traces"]) == (2, 1)
+    assert "the plan was stored by an earlier process" in log
 
 
 def test_warm_cache_other_options_compile_anew(cold: Any) -> None:

@@ -275,7 +275,7 @@ def test_checkpointed_blocks_are_analysed_by_a_few_too(
     assert row.saved_nbytes == pytest.approx(inputs + 1024 * 96 * 4, rel=0.15)
 
 
-BUDGETS = [Way(f"budget {budget}", budget=budget) for budget in (0.99, 0.5, 0.3, 0.1)]
+BUDGETS = [Way(f"budget {budget}", budget=budget) for budget in (0.99, 0.3, 0.1)]
 
 
 @pytest.fixture(scope="module")

@@ -21,6 +21,8 @@ from prac_fx.codecs.rounding import (
 )
 from prac_fx.runtime.rounding_seed import step_number
 
+pytestmark = pytest.mark.vectors
+
 SAMPLES, VARIABLES = 100_000, 48
 HALF = 2.0**-17  # the mean of the numbers of columns is that much below 1/2
 

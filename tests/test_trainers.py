@@ -18,6 +18,7 @@ import prac_fx
 from prac_fx.torch_compat import without_autograd_cache
 from tests.compiling import BALANCED, PLAIN
 from tests.models import Sequential, llama, rows
+from tests.uncompiled import no_code_generation, plain_graphs
 
 PASSES = 16
 BATCH = 256
@@ -243,17 +244,16 @@ def list_of_blocks(how: dict[str, Any], folder: Path) -> Run:
 
 LOOPS: list[Any] = [
     huggingface_trainer,
-    accelerate_wrapped,
     accelerate_in_place,
-    lightning,
     float16_with_scaler,
-    bfloat16_with_scaler,
     pytest.param(
         float16_on_a_gpu,
         marks=pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU"),
     ),
     list_of_blocks,
 ]
+# these differ from one above in what calls the model, which is no matter of generated code
+LOOPS_WITHOUT_CODE_GENERATION: list[Any] = [accelerate_wrapped, lightning, bfloat16_with_scaler]
 
 
 @pytest.mark.parametrize("loop", LOOPS)
@@ -261,7 +261,17 @@ def test_trains_like_plain_inductor(loop: Loop, tmp_path: Path) -> None:
     # plain Inductor of torch 2.11 takes autocast to float16 from this cache for autocast to bfloat16 on a CPU
     with without_autograd_cache():
         plain = loop(PLAIN, tmp_path)
-    ours = loop(BALANCED, tmp_path)
+    _check_runs(plain, loop(BALANCED, tmp_path))
+
+
+@pytest.mark.parametrize("loop", LOOPS_WITHOUT_CODE_GENERATION)
+def test_trains_like_plain_graphs(loop: Loop, tmp_path: Path) -> None:
+    plain = loop({"backend": plain_graphs}, tmp_path)
+    with no_code_generation():
+        _check_runs(plain, loop(BALANCED, tmp_path))
+
+
+def _check_runs(plain: Run, ours: Run) -> None:
     on_cpu = next(ours.model.parameters()).device.type == "cpu"
     assert ours.losses[0] == pytest.approx(plain.losses[0], rel=0 if on_cpu else 1e-3, abs=0)
     assert ours.losses != plain.losses

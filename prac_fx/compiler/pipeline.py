@@ -1,16 +1,14 @@
-"""The partitioners that run the passes in the two phases, and the cache key of what they make."""
+"""The partitioners that run the passes in the two phases."""
 
 from __future__ import annotations
 
 import dataclasses
-import functools
-import hashlib
 from collections.abc import Collection, Mapping, Sequence
-from pathlib import Path
 from typing import Any, NoReturn
 
 import torch.fx as fx
 
+from prac_fx.compiler.cache_keys import compiled_key, sources_digest
 from prac_fx.config import PracConfig
 from prac_fx.errors import CannotRewriteError
 from prac_fx.passes.draws import partition_drawing_once
@@ -102,7 +100,7 @@ class RewritePartitioner(CustomPartitionerFn):
         # report must not count
         self._plan, self._config = plan, dataclasses.replace(config, report=None)
         self._first_state = first_state
-        self._key = cache_key(plan, config)
+        self._key = compiled_key(plan, config)
 
     def __call__(
         self, gm: fx.GraphModule, joint_inputs: Sequence[object], **options: Any
@@ -163,24 +161,4 @@ class PlainPartitioner(CustomPartitionerFn):
 
     def uuid(self) -> str:
         """Hash of our sources: torch's cache keeps these apart from its own partitioner's."""
-        return _sources_digest().hex()
-
-
-def cache_key(plan: Plan, config: PracConfig) -> str:
-    """What the compiled result depends on besides torch's own inputs: key of a warm cache."""
-    digest = hashlib.blake2b(_sources_digest(), digest_size=16)
-    digest.update(config.cache_key().encode())
-    identity = (plan.sites, plan.clones, plan.statistics, plan.fingerprint)
-    digest.update(repr(identity).encode())
-    return digest.hexdigest()
-
-
-@functools.cache
-def _sources_digest() -> bytes:
-    digest = hashlib.blake2b(digest_size=16)
-    package = Path(__file__).parents[1]
-    # in a checkout `passes` is a link, which rglob does not follow
-    folders = (package, (package / "passes").resolve())
-    for path in sorted({path for folder in folders for path in folder.rglob("*.py")}):
-        digest.update(path.read_bytes())
-    return digest.digest()
+        return sources_digest().hex()

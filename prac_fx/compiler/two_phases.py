@@ -14,6 +14,7 @@ from typing import Any, NoReturn, TypeVar, cast
 import torch
 import torch.fx as fx
 
+from prac_fx.compiler.cache_keys import plan_key
 from prac_fx.compiler.code_generation import with_kernel_settings
 from prac_fx.compiler.dynamo_graph import DynamoGraph
 from prac_fx.compiler.eager_graphs import with_backward_net
@@ -26,6 +27,7 @@ from prac_fx.compiler.pipeline import (
     RewritePartitioner,
 )
 from prac_fx.compiler.retries import Retries
+from prac_fx.compiler.stored_plans import load_plan, store_plan
 from prac_fx.config import PracConfig
 from prac_fx.errors import CannotRewriteError
 from prac_fx.passes.plan_data import Plan
@@ -39,6 +41,7 @@ from prac_fx.torch_compat import (
     compile_fx_inner,
     copy_dynamo_graph,
     gpu_fusion_patches,
+    raise_signal,
     tracing_fake_mode,
     without_autograd_cache,
 )
@@ -57,6 +60,8 @@ def plan_and_compile(
 ) -> tuple[Plan | None, Compiled | None]:
     """Both phases: plan a graph, and compile it as planned.
 
+    A plan that an earlier process stored spares the first phase.
+
     Args:
         graph: Dynamo's.
         config: the user's options.
@@ -71,7 +76,18 @@ def plan_and_compile(
     def compile_planned(plan: Plan) -> Compiled:
         return compile_rewritten(graph, plan, config, patches, inner_compile)
 
-    return in_two_phases(graph, config, patches, compile_planned)
+    key = plan_key(graph, config, patches) if inner_compile is None else None
+    stored = load_plan(key) if key else None
+    if stored is not None:
+        try:
+            return stored, compile_planned(stored) if stored.changes_graph else None
+        except Exception as error:
+            raise_signal(error)
+            log.debug("the stored plan does not serve: %s", error)
+    plan, compiled = in_two_phases(graph, config, patches, compile_planned)
+    if key and plan is not None:
+        store_plan(key, plan)
+    return plan, compiled
 
 
 def in_two_phases(

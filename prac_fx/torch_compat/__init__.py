@@ -43,6 +43,7 @@ from torch.utils._pytree import tree_leaves, tree_map_only
 from torch.utils._sympy.functions import FloorDiv
 from torch.utils.checkpoint import CheckpointPolicy
 
+from prac_fx.torch_compat.compile_cache import compile_cache_folder, graph_cache_key
 from prac_fx.torch_compat.distributed import active_data_parallel_group, fsdp_parameters
 from prac_fx.torch_compat.dynamo import (
     SymbolicSizes,
@@ -124,6 +125,7 @@ __all__ = [
     "autograd_references",
     "causes",
     "comparing_sparse_results",
+    "compile_cache_folder",
     "compile_fx",
     "compile_fx_inner",
     "copy_dynamo_graph",
@@ -138,6 +140,7 @@ __all__ = [
     "get_freeable_input_buf",
     "gpu_fusion_patches",
     "gradient_argument_index",
+    "graph_cache_key",
     "guard_or_false",
     "has_memory_budget",
     "has_promised_ranges",

@@ -33,8 +33,9 @@ def existing_storages() -> dict[int, StorageWeakRef]:
         if issubclass(type(tensor), torch.Tensor) and torch._C._has_storage(tensor):
             try:
                 storages[storage_key(tensor)] = StorageWeakRef(tensor.untyped_storage())  # type: ignore[no-untyped-call]
-            except (NotImplementedError, RuntimeError):
-                continue  # a wrapper around other tensors
+            # a wrapper around other tensors; a parameter of a lazy module, which has no size yet
+            except (NotImplementedError, RuntimeError, ValueError):
+                continue
     return storages
 
 
