@@ -8,9 +8,9 @@ READY := .venv/.ready
 demo: $(READY)
 	$(BIN)/python examples/demo.py
 
-# each worker takes one test after another; one worker runs all tests that share a fixture
+# each worker takes one file after another, because the tests of a file share fixtures
 test: $(READY)
-	$(BIN)/python -m pytest -n 2 --dist loadgroup -q
+	$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder -q
 
 check: $(READY)
 	$(BIN)/ruff format --check .

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import gc
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import nullcontext
 
 # before torch starts its workers: two test processes on two cores need no compile pool of their own
@@ -23,17 +23,21 @@ def pytest_collection_finish() -> None:
     gc.set_threshold(200_000, 100, 100)
 
 
-@pytest.hookimpl(tryfirst=True)  # xdist reads the marks in this hook
-def pytest_collection_modifyitems(items: Sequence[pytest.Item]) -> None:
-    """Have one worker run all tests that share a fixture of their module."""
-    for item in items:
-        if isinstance(item, pytest.Function) and _shares_a_fixture(item):
-            item.add_marker(pytest.mark.xdist_group(item.module.__name__))
+# They take a minute or more each. Workers take one file after another: the last should be short.
+_LONG_FILES = (
+    "test_zoo.py",
+    "test_models.py",
+    "test_benchmarks.py",
+    "test_repeated_blocks.py",
+    "test_step_memory.py",
+    "test_policies.py",
+)
 
 
-def _shares_a_fixture(item: pytest.Function) -> bool:
-    fixtures = item._fixtureinfo.name2fixturedefs.values()
-    return any(fixture.scope == "module" for (*_, fixture) in fixtures)
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Long files come first."""
+    ranks = {name: rank for rank, name in enumerate(_LONG_FILES)}
+    items.sort(key=lambda item: ranks.get(item.path.name, len(ranks)))
 
 
 @pytest.fixture(autouse=True)

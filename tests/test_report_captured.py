@@ -172,3 +172,12 @@ def test_what_the_step_makes_between_graphs_still_counts() -> None:
     report = report_step(MadeInTheStep(), (rows(512),))
     made = [value.nbytes_before for value in report.values if value.reason == "between_graphs"]
     assert 512 * 64 in made
+
+
+def test_parameters_without_a_size_elsewhere_do_no_harm() -> None:
+    """The lazy module of somebody else in the process: what there is before a step is looked through."""
+    lazy = nn.LazyLinear(4)
+    torch._dynamo.reset()
+    report = report_step(Sequential(), (rows(),), options={"prac.min_nbytes": 0})
+    assert report.saved_after_nbytes < report.saved_before_nbytes
+    assert lazy.has_uninitialized_params()

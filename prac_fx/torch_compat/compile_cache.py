@@ -49,10 +49,10 @@ def graph_cache_key(gm: fx.GraphModule, example_inputs: Sequence[Any]) -> str | 
         aot_id=0,
         keep_inference_input_mutations=True,
     )
-    extra = (None,) if "compiler_config_extra" in _KEY_PARAMETERS else ({},)
+    extra: Any = None if "compiler_config_extra" in _KEY_PARAMETERS else {}
     try:
         with sanitize_gm_for_cache(gm):
-            key, _ = autograd_cache_key(gm, list(example_inputs), config, *extra)
+            key, _ = autograd_cache_key(gm, list(example_inputs), config, extra)
     # torch, too, takes any failure for a graph that it cannot cache
     except Exception as error:
         log.debug("no key for this graph: %s", error)
