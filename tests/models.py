@@ -12,6 +12,8 @@ from transformers import (
     GPT2LMHeadModel,
     LlamaConfig,
     LlamaForCausalLM,
+    RobertaConfig,
+    RobertaForSequenceClassification,
 )
 
 Build = Callable[[], tuple[nn.Module, dict[str, Any]]]
@@ -60,6 +62,27 @@ def gpt2(
     model = GPT2LMHeadModel(config)
     model.loss_type = "ForCausalLM"
     return model, _tokens(batch)
+
+
+def roberta(
+    layers: int = 1, *, batch: int = 16, dropout: float = 0.0
+) -> tuple[nn.Module, dict[str, Tensor]]:
+    """A RoBERTa sequence classifier that computes its own loss."""
+    torch.manual_seed(0)
+    config = RobertaConfig(
+        vocab_size=VOCABULARY,
+        hidden_size=64,
+        intermediate_size=256,
+        num_hidden_layers=layers,
+        num_attention_heads=4,
+        max_position_embeddings=66,
+        hidden_dropout_prob=dropout,
+        attention_probs_dropout_prob=dropout,
+    )
+    inputs = _tokens(batch)
+    inputs["labels"] = torch.arange(batch) % 2
+    inputs["attention_mask"] = torch.ones_like(inputs["input_ids"])
+    return RobertaForSequenceClassification(config), inputs
 
 
 class Sequential(nn.Sequential):

@@ -4,15 +4,20 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from typing import Any
+from unittest.mock import patch
 
 import pytest
 import torch
 from torch import Tensor
+from torch._inductor import ir
+from torch._inductor.loop_body import LoopBody
 from torch._inductor.utils import run_and_get_code
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from prac_fx.codecs import QuantCodec
+from prac_fx.codecs.evaluated_once import _mixed, mixed
 from prac_fx.codecs.rounding import (
     _MULTIPLIERS,
     column_numbers,
@@ -20,6 +25,7 @@ from prac_fx.codecs.rounding import (
     uniform,
 )
 from prac_fx.runtime.rounding_seed import step_number
+from prac_fx.torch_compat import functorch_config
 
 pytestmark = pytest.mark.vectors
 
@@ -34,11 +40,8 @@ def _seeds(count: int) -> Tensor:
 
 def _tables(seeds: Tensor, rows: int, columns: int) -> list[Tensor]:
     """(seeds, rows) and (seeds, columns), float64."""
-
-    def both(seed: Tensor) -> tuple[Tensor, Tensor]:
-        return row_numbers(rows, seed), column_numbers(columns, seed)
-
-    return [part.double() for part in torch.vmap(both)(seeds)]
+    seeds = seeds.unsqueeze(1)
+    return [row_numbers(rows, seeds).double(), column_numbers(columns, seeds).double()]
 
 
 def _over(seeds: Tensor, count: int = VARIABLES) -> Tensor:
@@ -183,11 +186,17 @@ def test_same_arguments_same_numbers(numbers: Callable[..., Tensor]) -> None:
 
 
 class _NoOverflow(TorchDispatchMode):
-    """Repeats products and sums of integers in floats of double precision and compares."""
+    """Repeats products and sums of integers in floats of double precision and compares.
+
+    A mode does not see into our own operators: it runs what they are made of.
+    """
 
     checked = 0
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):  # type: ignore[no-untyped-def]
+        if func is torch.ops.prac_fx.mixed.default:
+            with self:
+                return _mixed(*args)
         found = func(*args, **(kwargs or {}))
         if func.overloadpacket in (torch.ops.aten.mul, torch.ops.aten.add):
             if found.dtype == torch.int64:
@@ -239,8 +248,43 @@ def test_few_operators_for_each_element() -> None:
         and node.meta["val"].numel() == x.numel()
         and not node.name.startswith(views)
     ]
-    # absolute value, scale, multiplier * column + offset, its fraction in two, add, floor, bias, place in the word
-    assert len(per_element) == 10, per_element
+    # absolute value, scale, number to round with, add, floor, bias, place in the word
+    assert len(per_element) == 7, per_element
+
+
+def test_our_operators_are_compiled_to_what_they_are_in_eager_code() -> None:
+    torch.manual_seed(0)
+    words = torch.randint(0, 1 << 32, (3, 100))
+    rows, columns = 100 * torch.rand(5, 1, 7), torch.rand(4, 1)
+
+    def both(words: Tensor, rows: Tensor, columns: Tensor) -> tuple[Tensor, Tensor]:
+        for shift, multiplier in ((16, 0x7FEB352D), (15, 0x5C6BF5A7), (16, 1)):
+            words = mixed(words, shift, multiplier, 0xFFFF_FFFF)
+        return words, uniform(rows, columns)
+
+    found = torch.compile(both, fullgraph=True)(words, rows, columns)
+    assert found[1].shape == (5, 4, 7)
+    assert all(map(torch.equal, found, both(words, rows, columns)))
+
+
+def test_a_loop_evaluates_an_operand_once() -> None:
+    """Inductor's own formula for as many rounds has 2^8 copies of its first operations."""
+    bodies: list[int] = []
+
+    class Counted(LoopBody):
+        def __init__(self, *args: Any, **kwargs: Any) -> None:
+            super().__init__(*args, **kwargs)
+            bodies.append(len(self.root_block.graph.nodes))
+
+    def eight(words: Tensor) -> Tensor:
+        for _ in range(8):
+            words = mixed(words + 1, 16, 3, 0xFFFF_FFFF)
+        return words
+
+    with patch.object(ir, "LoopBody", Counted), functorch_config.patch(enable_autograd_cache=False):
+        torch.compile(eight, options={"fx_graph_cache": False})(torch.arange(100))
+    assert bodies
+    assert max(bodies) < 8 * 12
 
 
 def test_compiled_code_hashes_rows_and_columns_only() -> None:

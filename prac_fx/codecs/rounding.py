@@ -34,6 +34,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from prac_fx.codecs.evaluated_once import mixed, rotated
+
 _MASK = 0xFFFF_FFFF
 _SHIFTS = (16, 15, 16)
 _MULTIPLIERS = ((0x7FEB352D, 0x5C6BF5A7, 0x68E31DA5), (0x6C8E9CF5, 0x7A3D70A5, 0x53C5E9B7))
@@ -49,10 +51,10 @@ def row_numbers(count: int, seed: Tensor) -> Tensor:
     Args:
         count: how many, below 2^31; may be symbolic. A larger count begins with the same numbers.
         seed: int64 scalar of random bits, which differ in every step
-            (`prac_fx.runtime.rounding_seed.step_number`).
+            (`prac_fx.runtime.rounding_seed.step_number`); for many seeds of shape (seeds, 1).
 
     Returns:
-        Multiples of 2^-16 plus 2^-17, float32, shape (count,).
+        Multiples of 2^-16 plus 2^-17, float32, shape (count,) or (seeds, count).
     """
     words = _hash(count, seed, 0)
     multiplier = ((words & _ODD) << 17) + 0x1_0000
@@ -88,9 +90,7 @@ def uniform(rows: Tensor, columns: Tensor) -> Tensor:
     Returns:
         float32.
     """
-    multiplier = rows.floor()
-    total = (rows - multiplier) + multiplier * columns  # exact: a multiple of 2^-17 below 2^7
-    return total - total.floor()
+    return rotated(rows, columns)  # exact: all sums are multiples of 2^-17 below 2^7
 
 
 def _written_down(numbers: Tensor) -> Tensor:
@@ -98,7 +98,7 @@ def _written_down(numbers: Tensor) -> Tensor:
 
     Otherwise they would compute the hash anew for each element.
     """
-    return numbers.as_strided(numbers.shape, (1,))
+    return numbers.as_strided(numbers.shape, numbers.stride())
 
 
 def _hash(count: int, seed: Tensor, table: int) -> Tensor:
@@ -110,7 +110,7 @@ def _hash(count: int, seed: Tensor, table: int) -> Tensor:
     words = index ^ ((seed ^ table) & _MASK)
     key = (seed >> 31) & _MASK
     for number, (shift, multiplier) in enumerate(zip(_SHIFTS, _MULTIPLIERS[table], strict=True)):
-        words = ((words ^ (words >> shift)) * multiplier) & _MASK
+        words = mixed(words, shift, multiplier, _MASK)
         if not number:
             words = words ^ key
-    return words ^ (words >> 16)
+    return mixed(words, 16, 1, _MASK)

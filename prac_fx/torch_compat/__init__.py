@@ -25,7 +25,7 @@ from torch._inductor.codegen.wrapper import (
 from torch._inductor.compile_fx import compile_fx, compile_fx_inner
 from torch._inductor.custom_graph_pass import CustomPartitionerFn
 from torch._inductor.graph import GraphLowering
-from torch._inductor.lowering import register_lowering
+from torch._inductor.lowering import make_pointwise, register_lowering
 from torch._inductor.memory import (
     assign_memory_planning_info_for_scheduler_buffers,
     estimate_peak_memory,
@@ -33,6 +33,7 @@ from torch._inductor.memory import (
 )
 from torch._inductor.utils import fresh_inductor_cache
 from torch._inductor.virtualized import V
+from torch._inductor.virtualized import ops as inductor_ops
 from torch._logging._internal import trace_structured
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.fx.experimental.proxy_tensor import make_fx
@@ -150,6 +151,7 @@ __all__ = [
     "inductor_config",
     "inductor_decompositions",
     "inductor_ir",
+    "inductor_ops",
     "inductor_patches",
     "inplace_decisions",
     "is_random_state",
@@ -158,6 +160,7 @@ __all__ = [
     "lower_and_schedule",
     "make_boxed_func",
     "make_fx",
+    "make_pointwise",
     "mark_symbolic",
     "meta_storage",
     "min_cut_rematerialization_partition",

@@ -1,0 +1,81 @@
+"""Operators whose loops evaluate an operand once, however often their formula names it.
+
+Inductor inlines what makes an operand at each place where the operand is read. A formula such as
+`x ^ (x >> 16)` doubles the code before it. Four of them in a row make a loop of hundreds of
+operations, which generating code has to go through again and again, before the C++ or Triton
+compiler finds that most of them are the same. An operator with a lowering of its own reads each
+operand once.
+"""
+
+from __future__ import annotations
+
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from prac_fx.torch_compat import inductor_ops, make_pointwise, register_lowering
+
+_LIBRARY: Any = torch.library.Library("prac_fx", "FRAGMENT")  # type: ignore[no-untyped-call]
+_LIBRARY.define("mixed(Tensor words, int shift, int multiplier, int mask) -> Tensor")
+_LIBRARY.define("rotated(Tensor rows, Tensor columns) -> Tensor")
+
+
+def mixed(words: Tensor, shift: int, multiplier: int, mask: int) -> Tensor:
+    """A round of a hash: ((words ^ (words >> shift)) * multiplier) & mask.
+
+    Args:
+        words: int64, of any shape, such that no product reaches 2^63.
+        shift: to the right.
+        multiplier: of each word.
+        mask: of the bits to keep.
+    """
+    result: Tensor = torch.ops.prac_fx.mixed.default(words, shift, multiplier, mask)
+    return result
+
+
+def rotated(rows: Tensor, columns: Tensor) -> Tensor:
+    """frac(a + m b), where the fraction of `rows` is a, its whole part m, and `columns` is b.
+
+    Args:
+        rows: float32, not negative.
+        columns: float32, of a shape that `rows` broadcasts against.
+    """
+    result: Tensor = torch.ops.prac_fx.rotated.default(rows, columns)
+    return result
+
+
+@torch.library.impl(_LIBRARY, "mixed", "CompositeExplicitAutograd")
+def _mixed(words: Tensor, shift: int, multiplier: int, mask: int) -> Tensor:
+    return ((words ^ (words >> shift)) * multiplier) & mask
+
+
+@torch.library.impl(_LIBRARY, "rotated", "CompositeExplicitAutograd")
+def _rotated(rows: Tensor, columns: Tensor) -> Tensor:
+    multiplier = rows.floor()
+    total = (rows - multiplier) + multiplier * columns
+    return total - total.floor()
+
+
+@register_lowering(torch.ops.prac_fx.mixed.default, type_promotion_kind=None)
+def _lower_mixed(words: Any, shift: int, multiplier: int, mask: int) -> Any:
+    constant = partial(inductor_ops.constant, dtype=torch.int64)
+
+    def of_a_word(word: Any) -> Any:
+        shifted = inductor_ops.bitwise_right_shift(word, constant(shift))
+        product = inductor_ops.mul(inductor_ops.bitwise_xor(word, shifted), constant(multiplier))
+        return inductor_ops.bitwise_and(product, constant(mask))
+
+    return make_pointwise(of_a_word)(words)
+
+
+@register_lowering(torch.ops.prac_fx.rotated.default, broadcast=True, type_promotion_kind=None)
+def _lower_rotated(rows: Any, columns: Any) -> Any:
+    def of_an_element(row: Any, column: Any) -> Any:
+        multiplier = inductor_ops.floor(row)
+        offset = inductor_ops.sub(row, multiplier)
+        total = inductor_ops.add(offset, inductor_ops.mul(multiplier, column))
+        return inductor_ops.sub(total, inductor_ops.floor(total))
+
+    return make_pointwise(of_an_element)(rows, columns)
