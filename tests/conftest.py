@@ -20,7 +20,14 @@ def pytest_collection_finish() -> None:
 
     Tracing makes many objects of which few are garbage, and a search goes through all of torch's.
     """
-    gc.set_threshold(200_000, 100, 100)
+    gc.set_threshold(200_000, 20, 100)
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _no_garbage() -> Iterator[None]:
+    """Leave no garbage to the next file: a report looks through all objects that there are."""
+    yield
+    gc.collect()
 
 
 # They take a minute or more each. Workers take one file after another: the last should be short.

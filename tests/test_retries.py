@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import warnings
+from collections import OrderedDict
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -13,7 +14,7 @@ import torch.fx as fx
 from torch import Tensor, nn
 
 import prac_fx
-from prac_fx.codecs import BitCodec
+from prac_fx.codecs import BitCodec, evaluated_once, rounding
 from prac_fx.compiler.retries import Retries
 from prac_fx.graph import inliner
 from prac_fx.memory.step import Step
@@ -78,8 +79,11 @@ def test_min_cut_saves_no_more_where_it_does_not_look_into_an_encoding() -> None
 def test_a_graph_that_would_save_more_than_plain_drops_the_value_at_fault(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """Min-cut does so where it sees each operator of an encoding."""
+    """Min-cut does so where it sees each operator of an encoding and of its hash."""
     monkeypatch.setattr(inliner, "_add_node", inliner._add_operators)
+    monkeypatch.setattr(inliner, "_kept", OrderedDict())
+    monkeypatch.setattr(rounding, "mixed", evaluated_once._mixed)
+    monkeypatch.setattr(rounding, "rotated", evaluated_once._rotated)
     model = Misjudged()
     x = torch.randn(11, 8, 8).transpose(1, 2)
     torch._dynamo.mark_dynamic(x, 0)
