@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import hashlib
+import logging
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,8 @@ from prac_fx.compiler.dynamo_graph import DynamoGraph
 from prac_fx.config import PracConfig
 from prac_fx.passes.plan_data import Plan
 from prac_fx.torch_compat import graph_cache_key, inductor_config
+
+log = logging.getLogger(__name__)
 
 # What planning reads of a node of Dynamo's graph, and torch's own key of the graph leaves out.
 _READ_OF_NODES = ("stack_trace", "custom", "recompute")
@@ -40,14 +43,18 @@ def plan_key(graph: DynamoGraph, config: PracConfig, patches: Mapping[str, Any])
         key = graph_cache_key(graph.gm, graph.example_inputs)
     if key is None:
         return None
+    try:
+        return _digest(key, config.cache_key(), *_known_of(graph))
+    # annotations of nodes are the user's objects, and so is what describes them
+    except Exception as error:
+        log.debug("no key for a plan: %s", error)
+        return None
+
+
+def _known_of(graph: DynamoGraph) -> Iterator[str]:
     arguments = graph.arguments
-    known = (sorted(arguments.names.items()), sorted(arguments.parameters))
-    return _digest(
-        key, config.cache_key(), repr(known), repr(sorted(arguments.trainable)), *_metadata(graph)
-    )
-
-
-def _metadata(graph: DynamoGraph) -> Iterator[str]:
+    yield repr(sorted(arguments.names.items()))
+    yield repr([sorted(arguments.parameters), sorted(arguments.trainable)])
     for module in graph.gm.modules():
         if isinstance(module, fx.GraphModule):
             for node in module.graph.nodes:

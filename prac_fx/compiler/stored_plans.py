@@ -31,14 +31,9 @@ def load_plan(key: str) -> Plan | None:
     """The plan that was stored under a key; None when there is none that can be read."""
     path = _path(key)
     try:
-        content = path.read_bytes()
+        plan = _decode(path.read_bytes())
     except FileNotFoundError:
         return None
-    except OSError as error:
-        log.debug("the stored plan %s cannot be read: %s", path, error)
-        return None
-    try:
-        plan = _decode(content)
     # a damaged pickle raises whatever its bytes happen to mean
     except Exception as error:
         log.debug("the stored plan %s is ignored: %s", path, error)
@@ -56,8 +51,8 @@ def store_plan(key: str, plan: Plan) -> None:
         with tempfile.NamedTemporaryFile(dir=path.parent, delete=False) as file:
             file.write(content)
         os.replace(file.name, path)
-    # a plan with symbolic sizes is no plain data; a disk may be full
-    except (OSError, pickle.PickleError, TypeError, AttributeError) as error:
+    # a disk may be full; a symbolic size is no plain data, and each kind of it fails in its own way
+    except Exception as error:
         log.debug("the plan is not stored as %s: %s", path, error)
 
 
