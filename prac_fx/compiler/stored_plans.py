@@ -38,7 +38,7 @@ def load_plan(key: str) -> Plan | None:
     except Exception as error:
         log.debug("the stored plan %s is ignored: %s", path, error)
         return None
-    log.debug("the plan was stored by an earlier process: %s", path)
+    log.debug("the plan of an earlier compilation is used: %s", path)
     return plan
 
 
