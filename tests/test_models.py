@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 import prac_fx
 from benchmarks.held_memory import all_tensors, held_nbytes
@@ -30,13 +30,15 @@ from tests.compiling import (
 MODELS: dict[str, tuple[Any, dict[str, str]]] = {
     "llama": (models.llama, {"k_proj": "q_proj", "v_proj": "q_proj", "up_proj": "gate_proj"}),
     "gpt2": (models.gpt2, {}),
+    "roberta": (models.roberta, {"key": "query", "value": "query"}),
 }
 # the weights of these values are estimated, all others exact
 COMPRESSED = {
     "llama": {"q_proj", "k_proj", "v_proj", "gate_proj", "up_proj", "down_proj", "lm_head"},
     "gpt2": {"c_attn", "c_fc", "mlp.c_proj", "wte"},
+    "roberta": {"query", "key", "value", "intermediate.dense", "output.dense"},
 }
-EXACT_ANYWAY = ("bias", "attn.c_proj")
+EXACT_ANYWAY = ("attention.output.dense", "classifier", "bias", "attn.c_proj")
 
 
 def _expected(
@@ -68,15 +70,16 @@ BOUNDS = {"balanced": 0.02, "max": 0.35}
     [
         pytest.param("llama", "autocast", "max", marks=pytest.mark.vectors),
         ("gpt2", "float32", "balanced"),
+        ("roberta", "bfloat16", "max"),
     ],
 )
 def test_forward_bits_gradients_and_bytes(name: str, precision: str, policy: str) -> None:
     quantised = {"policy": policy, "weight_gradient": "recompute"}
     with torch.autocast("cpu", torch.bfloat16, enabled=precision == "autocast"):
-        plain = _trained(torch.compile, name)
-        projected = _trained(compile_prac, name)
-        rounded = _trained(partial(compile_prac, **quantised), name)
-        model, inputs = MODELS[name][0]()
+        plain = _trained(torch.compile, name, precision)
+        projected = _trained(compile_prac, name, precision)
+        rounded = _trained(partial(compile_prac, **quantised), name, precision)
+        model, inputs = _built(name, precision)
         for run, options in ((projected, {}), (rounded, quantised)):
             given = {"prac." + key: value for key, value in options.items()}
             report = prac_fx.explain(model, **inputs, options={**SMALL, **given})
@@ -100,9 +103,9 @@ class _Run:
     state_nbytes: int
 
 
-def _trained(compiler: Callable[..., Any], name: str) -> _Run:
+def _trained(compiler: Callable[..., Any], name: str, precision: str) -> _Run:
     torch._dynamo.reset()
-    model, inputs = MODELS[name][0]()
+    model, inputs = _built(name, precision)
     compiled = compiler(model)
     loss = step(compiled, model, **inputs)
     found = gradients(model)
@@ -115,6 +118,11 @@ def _trained(compiler: Callable[..., Any], name: str) -> _Run:
     held = held_nbytes(loss_of(compiled(**inputs)), all_tensors(model, inputs.values()))
     state = [s for p in model.parameters() for s in subspaces_of(p).values()]
     return _Run(loss, found, products, held, sum(subspace.nbytes() for subspace in state))
+
+
+def _built(name: str, precision: str) -> tuple[nn.Module, dict[str, Any]]:
+    model, inputs = MODELS[name][0]()
+    return model.to(torch.bfloat16 if precision == "bfloat16" else torch.float32), inputs
 
 
 def _check_projected(name: str, precision: str, run: _Run, exact: dict[str, Tensor]) -> None:
