@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from functools import partial
@@ -23,7 +22,7 @@ import prac_fx
 from benchmarks.held_memory import all_tensors, held_nbytes
 from prac_fx.torch_compat import functorch_config, inductor_config
 from tests import models
-from tests.compiling import SMALL, compile_prac, gradients, loss_of, step, subspace_of
+from tests.compiling import SMALL, compile_prac, distance, gradients, loss_of, step, subspace_of
 from tests.models import rows
 from tests.uncompiled import compile_plain, no_code_generation
 
@@ -74,12 +73,6 @@ def _save_matmuls(context: object, operator: object, *args: object, **kwargs: ob
     return CheckpointPolicy.MUST_SAVE if is_matmul else CheckpointPolicy.PREFER_RECOMPUTE
 
 
-def _distance(ours: dict[str, Tensor], exact: dict[str, Tensor]) -> float:
-    """Relative, over all parameters."""
-    difference = sum(float((ours[n] - g).double().square().sum()) for n, g in exact.items())
-    return math.sqrt(difference / sum(float(g.double().square().sum()) for g in exact.values()))
-
-
 def _compare(
     build: Callable[[], nn.Module],
     *args: Any,
@@ -102,7 +95,7 @@ def _compare(
     given = {**SMALL, **{f"prac.{name}": value for name, value in options.items()}}
     report = prac_fx.explain(model, *args, options=given, **kwargs)
     assert held == report.saved_after_nbytes
-    return _distance(ours, exact), report
+    return distance(ours, exact), report
 
 
 CASES: dict[str, tuple[Callable[[], nn.Module], dict[str, Any], float, float]] = {

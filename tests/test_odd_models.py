@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import math
 import pickle
 from collections.abc import Callable
 from typing import Any
@@ -27,7 +26,7 @@ from transformers import (
 
 from prac_fx.passes.plan_data import Plan
 from prac_fx.runtime.subspace_state import subspaces_of
-from tests.compiling import compile_prac, gradients, step, subspace_of
+from tests.compiling import compile_prac, distance, gradients, step, subspace_of
 from tests.models import VOCABULARY, Sequential, rows
 from tests.uncompiled import compile_plain, no_code_generation
 
@@ -227,12 +226,6 @@ def _run(
     return loss, gradients(model)
 
 
-def _distance(ours: dict[str, Tensor], exact: dict[str, Tensor]) -> float:
-    """Relative, over all parameters."""
-    difference = sum(float((ours[n] - g).double().square().sum()) for n, g in exact.items())
-    return math.sqrt(difference / sum(float(g.double().square().sum()) for g in exact.values()))
-
-
 def _estimated(plan: Plan, name: str) -> bool:
     """Does PRAC estimate the gradient of a parameter, or of what a parametrization makes of it?"""
     read_by = [one for v in plan.values if (v.codec and v.codec.subspace) for one in v.read_by]
@@ -255,7 +248,7 @@ def test_trains(name: str) -> None:
     assert all(bool(gradient.isfinite().all()) for gradient in ours.values())
     noisy = {name for name, g in exact.items() if g.dim() > 1 and _estimated(plan, name)}
     # four seeds of ours: T5 is the worst of the language models and ViT, with .0064 and cosines from .68 on
-    assert _distance(ours, {name: exact[name] for name in exact.keys() - noisy}) < 0.02
+    assert distance(ours, {name: exact[name] for name in exact.keys() - noisy}) < 0.02
     for weight in noisy:
         assert F.cosine_similarity(ours[weight].flatten(), exact[weight].flatten(), 0) > 0.5, weight
 
@@ -287,11 +280,11 @@ def test_two_losses_in_one_backward_or_in_two() -> None:
         first, second = (out.square().mean() for out in compiled(x))
         first.backward(retain_graph=True)
         second.backward()
-        assert _distance(gradients(model), exact) < 0.03
+        assert distance(gradients(model), exact) < 0.03
         model.zero_grad()
         first, second = (out.square().mean() for out in compiled(x))
         (first + second).backward()
-        assert _distance(gradients(model), exact) < 0.03
+        assert distance(gradients(model), exact) < 0.03
 
 
 def test_retain_graph_with_donated_buffers_is_refused_as_by_inductor() -> None:
@@ -362,7 +355,7 @@ def test_tensor_subclasses_as_inputs() -> None:
     with no_code_generation() as plans:
         step(compile_prac(model, **QUANTIZED), model, Halves(x[:, :32], x[:, 32:]))
     assert plans[0].sites
-    assert _distance(gradients(model), exact) < 0.03
+    assert distance(gradients(model), exact) < 0.03
 
 
 class Shifted(Sequential):
@@ -394,7 +387,7 @@ def test_lstm(allowed: bool, graphs: int) -> None:
         _, ours = _run(case, lambda model: compile_prac(model, **QUANTIZED))
     assert len(plans) == graphs
     assert all(plan.sites for plan in plans)
-    assert _distance(ours, exact) < 0.03
+    assert distance(ours, exact) < 0.03
 
 
 # -- parameters that change ---------------------------------------------------------------------------
@@ -445,7 +438,7 @@ def test_weights_may_change_between_steps() -> None:
             assert ours.keys() == exact.keys(), change
             noisy = {"2.weight", "4.weight"}
             exact_ones = {name: exact[name] for name in exact.keys() - noisy}
-            assert _distance(ours, exact_ones) < 0.03, change
+            assert distance(ours, exact_ones) < 0.03, change
             for owner in {model[2].weight, model[4].weight}:
                 has_state = any(key.dtype == owner.dtype for key in subspaces_of(owner))
                 assert has_state or not owner.requires_grad
@@ -468,7 +461,7 @@ def test_functional_call_with_parameters() -> None:
     assert not _own(dict(model.named_parameters()))
     ours = {name: p.grad for name, p in parameters.items()}
     step(model, model, x)
-    assert _distance(ours, {n: g for n, g in gradients(model).items() if "bias" in n}) < 1e-5
+    assert distance(ours, {n: g for n, g in gradients(model).items() if "bias" in n}) < 1e-5
 
 
 def test_functional_call_with_plain_tensors_is_plain_inductor(caplog: Any) -> None:
@@ -480,7 +473,7 @@ def test_functional_call_with_plain_tensors_is_plain_inductor(caplog: Any) -> No
     assert not plans
     assert "nn.Parameter" in caplog.text
     step(model, model, x)
-    assert _distance({n: t.grad for n, t in tensors.items()}, gradients(model)) < 1e-5
+    assert distance({n: t.grad for n, t in tensors.items()}, gradients(model)) < 1e-5
 
 
 class Nested(nn.Module):
@@ -504,13 +497,13 @@ def test_the_outermost_compile_decides() -> None:
         step(compile_prac(model, **QUANTIZED), model, x)
         (plan,) = plans
         assert {site.codec.name for site in plan.sites} == {"int8"}
-        assert _distance(gradients(model), exact) < 0.03
+        assert distance(gradients(model), exact) < 0.03
         torch._dynamo.reset()
         model.zero_grad()
         compiled = compile_prac(model, **QUANTIZED)
         compile_prac(lambda x: compiled(x).square().mean(), **QUANTIZED)(x).backward()
         assert len(plans) == 2
-        assert _distance(gradients(model), exact) < 0.03
+        assert distance(gradients(model), exact) < 0.03
 
 
 def test_transforms_of_a_compiled_model_run_it_eagerly() -> None:
@@ -539,14 +532,14 @@ def test_transforms_inside_of_a_compiled_function() -> None:
         batched = compile_prac(vmap(model), **QUANTIZED)
         step(batched, model, x.view(8, 64, 64))
         assert plans.pop().sites
-        assert _distance(gradients(model), exact) < 0.03
+        assert distance(gradients(model), exact) < 0.03
         torch._dynamo.reset()
 
         def loss(parameters: dict[str, Tensor]) -> Tensor:
             return functional_call(model, parameters, (x,)).square().mean()
 
         weights = {name: p.detach() for name, p in model.named_parameters()}
-        assert _distance(compile_prac(grad(loss), **QUANTIZED)(weights), exact) < 1e-5
+        assert distance(compile_prac(grad(loss), **QUANTIZED)(weights), exact) < 1e-5
         assert not plans
 
 
@@ -566,7 +559,7 @@ def test_compiled_autograd() -> None:
             model.zero_grad()
             compiled(x)
     assert plans[0].sites
-    assert _distance(gradients(model), exact) < 0.03
+    assert distance(gradients(model), exact) < 0.03
 
 
 # -- a model's life -----------------------------------------------------------------------------------

@@ -1,7 +1,7 @@
 """Plans on disk, beside torch's compile cache: a warm start reads its plan and traces nothing.
 
-A file is a digest and a pickle of plain data. It is written beside its place and moved there, so
-that two processes may write the same plan at once. A file that is damaged, or holds anything but a
+A file is a digest and a pickle of plain data. It is written whole or not at all, so that two
+processes may write the same plan at once. A file that is damaged, or holds anything but a
 plan, is ignored.
 """
 
@@ -11,14 +11,13 @@ import dataclasses
 import hashlib
 import io
 import logging
-import os
 import pickle
-import tempfile
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from prac_fx.document.write import write_whole
 from prac_fx.passes.plan_data import Plan
 from prac_fx.torch_compat import compile_cache_folder
 
@@ -48,9 +47,7 @@ def store_plan(key: str, plan: Plan) -> None:
     try:
         content = _encode(plan)
         path.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.NamedTemporaryFile(dir=path.parent, delete=False) as file:
-            file.write(content)
-        os.replace(file.name, path)
+        write_whole(path, content)
     # a disk may be full; a symbolic size is no plain data, and each kind of it fails in its own way
     except Exception as error:
         log.debug("the plan is not stored as %s: %s", path, error)
@@ -61,9 +58,10 @@ def _path(key: str) -> Path:
 
 
 def _encode(plan: Plan) -> bytes:
-    content = pickle.dumps(plan)
-    _decode(_digest(content) + content)  # what cannot be read must not be written
-    return _digest(content) + content
+    pickled = pickle.dumps(plan)
+    content = _digest(pickled) + pickled
+    _decode(content)  # what cannot be read must not be written
+    return content
 
 
 def _decode(content: bytes) -> Plan:

@@ -60,7 +60,7 @@ def plan_and_compile(
 ) -> tuple[Plan | None, Compiled | None]:
     """Both phases: plan a graph, and compile it as planned.
 
-    A plan that an earlier process stored spares the first phase.
+    A plan that an earlier compilation stored spares the first phase.
 
     Args:
         graph: Dynamo's.

@@ -19,6 +19,8 @@ from torch._inductor.runtime.cache_dir_utils import cache_dir
 
 log = logging.getLogger(__name__)
 
+_KEY_PARAMETERS = inspect.signature(autograd_cache_key).parameters
+
 
 def compile_cache_folder() -> str:
     """The folder of torch's compile cache (`TORCHINDUCTOR_CACHE_DIR`)."""
@@ -39,7 +41,7 @@ def graph_cache_key(gm: fx.GraphModule, example_inputs: Sequence[Any]) -> str | 
     """
     if not should_use_local_autograd_cache() or any(map(_is_symbolic, example_inputs)):
         return None
-    # neither does the key cover what compiles the graph
+    # the key does not cover what compiles the graph
     config = AOTConfig(
         fw_compiler=None,
         bw_compiler=None,
@@ -58,9 +60,6 @@ def graph_cache_key(gm: fx.GraphModule, example_inputs: Sequence[Any]) -> str | 
         log.debug("no key for this graph: %s", error)
         return None
     return str(key)
-
-
-_KEY_PARAMETERS = inspect.signature(autograd_cache_key).parameters
 
 
 def _is_symbolic(value: object) -> bool:
