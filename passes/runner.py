@@ -34,6 +34,7 @@ from prac_fx.passes.roles import ValueRole, assign_roles
 from prac_fx.passes.sample import sample
 from prac_fx.passes.sentinels import sentinels
 from prac_fx.passes.survey import Survey, survey
+from prac_fx.passes.tabulate import tabulate
 from prac_fx.torch_compat import fx_graph_cse, trace_structured
 
 log = logging.getLogger(__name__)
@@ -220,6 +221,13 @@ def _expand(work: Work) -> None:
         gm.recompile()
 
 
+def _tabulate(work: Work) -> None:
+    for gm in (work.partitioned.fw, work.partitioned.bw):
+        tabulate(gm.graph)
+        gm.graph.lint()
+        gm.recompile()
+
+
 REWRITING = (
     Pass("merge_duplicates", lambda work: merge_duplicates(work.gm), lambda work: work.gm),
     Pass("check_fingerprint", _check_fingerprint),
@@ -228,6 +236,7 @@ REWRITING = (
     Pass("partition", _partition, lambda work: work.partitioned.fw),
     Pass("sample", _sample, lambda work: work.partitioned.fw),
     Pass("expand", _expand),
+    Pass("tabulate", _tabulate),
 )
 
 

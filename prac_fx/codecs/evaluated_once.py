@@ -20,6 +20,9 @@ from prac_fx.torch_compat import inductor_ops, make_pointwise, register_lowering
 _LIBRARY: Any = torch.library.Library("prac_fx", "FRAGMENT")  # type: ignore[no-untyped-call]
 _LIBRARY.define("mixed(Tensor words, int shift, int multiplier, int mask) -> Tensor")
 _LIBRARY.define("rotated(Tensor rows, Tensor columns) -> Tensor")
+_LIBRARY.define("rounded(Tensor scaled, Tensor rows, Tensor columns, int bias) -> Tensor")
+
+_BITS_OF_WHOLE = 0x4B40_0000  # of 1.5 * 2^23 as a float32
 
 
 def mixed(words: Tensor, shift: int, multiplier: int, mask: int) -> Tensor:
@@ -46,6 +49,26 @@ def rotated(rows: Tensor, columns: Tensor) -> Tensor:
     return result
 
 
+def rounded(scaled: Tensor, rows: Tensor, columns: Tensor, bias: int) -> Tensor:
+    """`scaled` rounded up or down to a whole number, plus `bias`.
+
+    The kernel has no conversion in it, which a GPU does at a fraction of its rate. A float32 near
+    1.5 * 2^23 has no places behind the point, so adding that number rounds to the nearest whole
+    one, and the lowest bits of the sum are the result.
+
+    Args:
+        scaled: float32, at most 2^21 in size.
+        rows: `rounding.row_numbers`, in a shape that broadcasts against `scaled`.
+        columns: likewise `rounding.column_numbers`.
+        bias: a whole number.
+
+    Returns:
+        int32: the nearest to `scaled` + u - 1/2, where u is `rotated(rows, columns)`.
+    """
+    result: Tensor = torch.ops.prac_fx.rounded.default(scaled, rows, columns, bias)
+    return result
+
+
 @torch.library.impl(_LIBRARY, "mixed", "CompositeExplicitAutograd")
 def _mixed(words: Tensor, shift: int, multiplier: int, mask: int) -> Tensor:
     return ((words ^ (words >> shift)) * multiplier) & mask
@@ -56,6 +79,11 @@ def _rotated(rows: Tensor, columns: Tensor) -> Tensor:
     multiplier = rows.floor()
     total = (rows - multiplier) + multiplier * columns
     return total - total.floor()
+
+
+@torch.library.impl(_LIBRARY, "rounded", "CompositeExplicitAutograd")
+def _rounded(scaled: Tensor, rows: Tensor, columns: Tensor, bias: int) -> Tensor:
+    return (scaled + (_rotated(rows, columns) - 0.5)).round().to(torch.int32) + bias
 
 
 @register_lowering(torch.ops.prac_fx.mixed.default, type_promotion_kind=None)
@@ -79,3 +107,22 @@ def _lower_rotated(rows: Any, columns: Any) -> Any:
         return inductor_ops.sub(total, inductor_ops.floor(total))
 
     return make_pointwise(of_an_element)(rows, columns)
+
+
+@register_lowering(torch.ops.prac_fx.rounded.default, broadcast=True, type_promotion_kind=None)
+def _lower_rounded(scaled: Any, rows: Any, columns: Any, bias: int) -> Any:
+    number, whole = inductor_ops.constant, 1.5 * 2.0**23
+
+    def of_an_element(element: Any, row: Any, column: Any) -> Any:
+        multiplier = inductor_ops.floor(row)
+        offset = inductor_ops.sub(inductor_ops.sub(row, multiplier), number(0.5, torch.float32))
+        total = inductor_ops.add(offset, inductor_ops.mul(multiplier, column))
+        # never half way between two whole numbers, so this is the floor of the total plus 1/2
+        nearest = inductor_ops.add(total, number(whole, torch.float32))
+        nearest = inductor_ops.sub(nearest, number(whole, torch.float32))
+        moved = inductor_ops.add(element, inductor_ops.sub(total, nearest))
+        moved = inductor_ops.add(moved, number(whole + bias, torch.float32))
+        bits = inductor_ops.to_dtype_bitcast(moved, torch.int32, torch.float32)
+        return inductor_ops.sub(bits, number(_BITS_OF_WHOLE, torch.int32))
+
+    return make_pointwise(of_an_element, override_return_dtype=torch.int32)(scaled, rows, columns)

@@ -30,6 +30,7 @@ from torch import Tensor
 
 from prac_fx.codecs.base import Codec, Rounding
 from prac_fx.codecs.groups import group_size
+from prac_fx.codecs.evaluated_once import rounded
 from prac_fx.codecs.rounding import column_numbers, row_numbers, uniform
 from prac_fx.codecs.words import WordBits, packed, packed_bytes, split, unpacked
 
@@ -40,6 +41,7 @@ _SYMMETRIC_LEVELS = {"int8": 127, "int4": 7}
 _OFFSET_LEVELS = {"int8": 255, "int4": 15}
 _BITS = {"int8": 8, "int4": 4}
 _MARGIN = 1 - 2.0**-18  # keeps a code in range whatever float32 rounds, and u < 1 - 2^-18
+_BITS_OF_SIZE = 0x7FFF_FFFF  # of a float32: all but its sign
 _SMALLEST = 2.0**-110  # span of a group, so that its reciprocal times the levels is finite
 
 
@@ -237,7 +239,7 @@ class QuantCodec(Codec):
         bounds = self._bounds(parts)
         work = _working(x.dtype)
         low, span = self._span([bound.unsqueeze(self._at).to(work) for bound in bounds])
-        factor = self._levels * _MARGIN / span
+        factor = self._levels * _MARGIN / span.clamp_min(_SMALLEST)
         codes = []
         for part, *numbers in self._by_place(parts, rows, columns):
             scaled = part.to(work)
@@ -273,8 +275,21 @@ class QuantCodec(Codec):
     def _bounds(self, parts: Tensor) -> list[Tensor]:
         """What is stored besides the codes, each (..., k, 1 [, m]); NaN if the group has a NaN."""
         if not self.zero_point:
-            return [self._extreme(parts.abs(), torch.amax)]
+            return [self._largest(parts)]
         return [self._extreme(parts, torch.amax), self._extreme(parts, torch.amin)]
+
+    def _largest(self, parts: Tensor) -> Tensor:
+        """The largest absolute value of each group.
+
+        Triton's comparison of floats asks for NaN each time. Among the bits of absolute values
+        every NaN is above every number, so an integer comparison will do. Where the groups are not
+        along the last dimension, a second kernel may read what the reduction returned, so that
+        has to be what is stored.
+        """
+        if self.word_bits == 32 or self.dim == -2 or parts.dtype == torch.float64:
+            return self._extreme(parts.abs(), torch.amax)
+        bits = parts.to(torch.float32).view(torch.int32) & _BITS_OF_SIZE
+        return self._extreme(bits, torch.amax).view(torch.float32).to(parts.dtype)
 
     def _extreme(self, parts: Tensor, of: Callable[..., Tensor]) -> Tensor:
         """The extreme of each group.
@@ -290,13 +305,15 @@ class QuantCodec(Codec):
         """What code zero stands for (None for zero), and its distance to the largest code."""
         largest, *others = bounds
         if not others:
-            return None, largest.clamp_min(_SMALLEST)
-        return others[0], (largest - others[0]).clamp_min(_SMALLEST)
+            return None, largest
+        return others[0], largest - others[0]
 
     def _rounded(self, scaled: Tensor, *numbers: Tensor) -> Tensor:
         """Codes, as numbers from zero up; rounded to nearest if there are no random numbers."""
-        rounded = (scaled + uniform(*numbers)).floor() if numbers else scaled.round()
-        return rounded + self._bias
+        if numbers and self.word_bits == 8 and scaled.dtype == torch.float32:
+            return rounded(scaled, *numbers, self._bias)
+        whole = (scaled + uniform(*numbers)).floor() if numbers else scaled.round()
+        return whole + self._bias
 
     def _packed(self, codes: list[Tensor]) -> Tensor:
         """Codes of all places, or of each, in words (..., k, g / p [, m])."""

@@ -59,7 +59,7 @@ def packed_bytes(codes: Sequence[Tensor], bits: int) -> Tensor:
     """
     byte, *others = codes
     for place, higher in enumerate(others, start=1):
-        byte = byte + higher * float(1 << (bits * place))
+        byte = byte + higher * (1 << (bits * place))
     return byte.to(torch.uint8)
 
 

@@ -1,0 +1,95 @@
+"""The pass `tabulate`: what depends on the position alone is computed once for all heads and layers.
+
+    angles = position * frequency        (T, D)
+    cosine = cos(angles)                 (T, D)
+    rotated = query * cosine             (B, H, T, D)
+
+Inductor puts a pointwise value into each kernel that reads it. There the cosine of a rotary
+embedding is computed for each element of each query and key. On a GPU that takes longer than
+reading and writing them. Here such a value is stored: a strided view of it needs memory to look
+at. It is small, because what reads it is many times larger.
+
+Only values that take many instructions are stored, and only those that vary along the last
+dimension of what reads them. A number for each row is in a register already.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.fx as fx
+
+from prac_fx.graph.graph_edit import RESHAPING_VIEWS, fake_result, tensor_value
+from prac_fx.graph.nbytes import size_hint
+
+_aten = torch.ops.aten
+
+# operators of many instructions for each element
+_DEAR = frozenset(
+    {
+        *(_aten.sin.default, _aten.cos.default, _aten.tan.default, _aten.tanh.default),
+        *(_aten.exp.default, _aten.exp2.default, _aten.expm1.default, _aten.sigmoid.default),
+        *(_aten.log.default, _aten.log2.default, _aten.log10.default, _aten.log1p.default),
+        *(_aten.pow.Tensor_Tensor, _aten.pow.Scalar, _aten.erf.default, _aten.atan2.default),
+    }
+)
+# views whose elements Inductor computes where they are read, as it does those of a pointwise value
+_VIEWS = RESHAPING_VIEWS | {_aten.expand.default, _aten.slice.Tensor, _aten.select.int}
+_ALSO_POINTWISE = frozenset(
+    {_aten.cat.default, _aten.clone.default, torch.ops.prims.convert_element_type.default}
+)
+# a reader has at least so many times the elements
+_REPEATED = 8
+
+
+def tabulate(graph: fx.Graph) -> None:
+    """Store such values of a forward or backward graph; edits it."""
+    # what a kernel computes on its way to a node, from the last node that takes instructions
+    dear: dict[fx.Node, fx.Node] = {}
+    tables: dict[fx.Node, None] = {}
+    for node in graph.nodes:
+        if node.op != "call_function" or tensor_value(node) is None:
+            continue
+        sources = [argument for argument in node.all_input_nodes if argument in dear]
+        if node.target in _VIEWS:
+            if sources:
+                dear[node] = dear[sources[0]]
+        elif _is_pointwise(node):
+            repeated = [source for source in sources if _is_repeated(source, dear[source], node)]
+            tables.update((dear[source], None) for source in repeated)
+            if node.target in _DEAR or len(repeated) < len(sources):
+                dear[node] = node
+    for node in tables:
+        _store(graph, node)
+
+
+def _is_pointwise(node: fx.Node) -> bool:
+    tags = getattr(node.target, "tags", ())
+    return torch.Tag.pointwise in tags or node.target in _ALSO_POINTWISE
+
+
+def _is_repeated(read: fx.Node, computed: fx.Node, reader: fx.Node) -> bool:
+    """Does a reader have each element of `computed` many times, which it reads as `read`?"""
+    value, of_reader = tensor_value(read), tensor_value(reader)
+    small = tensor_value(computed)
+    assert value is not None
+    assert of_reader is not None
+    assert small is not None
+    if value.dim() == 0 or value.shape[-1] == 1 or value.stride(-1) == 0:
+        return False
+    return size_hint(of_reader.numel()) >= _REPEATED * size_hint(small.numel()) > 0
+
+
+def _store(graph: fx.Graph, node: fx.Node) -> None:
+    value = tensor_value(node)
+    assert value is not None
+    if not all(isinstance(size, int) for size in (*value.shape, *value.stride())):
+        return
+    with graph.inserting_after(node):
+        stored = graph.call_function(
+            _aten.as_strided.default, (node, [*value.shape], [*value.stride()])
+        )
+    stored.meta = {**node.meta}
+    stored.meta["val"] = fake_result(stored)
+    node.replace_all_uses_with(
+        stored, lambda user: user is not stored and user.op != "output", propagate_meta=False
+    )
