@@ -34,6 +34,7 @@ from benchmarks.held_memory import all_tensors, held_nbytes
 from benchmarks.record import commit
 from benchmarks.settings import Settings
 from examples.stdlib_text import batches, library_bytes
+from prac_fx.compiler.dynamo_backend import prac
 from prac_fx.noise.figures import student_quantile
 
 TITLE = "Convergence: validation loss at the end of training"
@@ -195,7 +196,8 @@ class Trainer:
             options = VARIANTS[run.variant]
             self.compiled[run.variant] = torch.compile(
                 LlamaForCausalLM.forward,
-                backend="inductor" if options is None else "prac",
+                # the backend by itself: its name is known only where the package is installed
+                backend="inductor" if options is None else prac,
                 options=options,
             )
         return self.compiled[run.variant]
@@ -400,7 +402,8 @@ def _kind_name(optimizer: str, accumulation: int) -> str:
 def body(record: dict[str, Any]) -> str:
     """A row per variant, optimizer and accumulation."""
     shown = ("steps", "batch", "sequence", "hidden", "layers", "rate", "dtype", "autocast")
-    about = ", ".join(f"{name} {record['training'][name]}" for name in shown)
+    training = asdict(Training(**record["training"]))
+    about = ", ".join(f"{name} {training[name]}" for name in shown)
     unfinished = [
         f"- unfinished: {row['variant']}, seed {row['seed']}, {row['unfinished']}, "
         f"validation loss {row['validation_loss']:.4f}"
@@ -411,7 +414,8 @@ def body(record: dict[str, Any]) -> str:
     commits = sorted({row["commit"] for row in record["rows"]})
     return (
         f"Byte-level LLaMA on the Python standard library's sources: {about}. Runs of one seed "
-        "share weights and batches; validation is held-out text. Each row of the data names the "
+        "share weights and batches. Validation is held-out text; the training loss is that of the "
+        f"last of {CURVE_POINTS} equal parts of the steps. Each row of the data names the "
         f"commit it was trained at: {'; '.join(commits)}.\n\n"
         "![training loss](convergence.svg)\n\nBands: from the lowest to the highest seed.\n\n"
         f"{as_table(finished(record['rows']))}\n{rest}"
@@ -419,7 +423,10 @@ def body(record: dict[str, Any]) -> str:
 
 
 def as_table(rows: list[dict[str, Any]]) -> str:
-    """Mean over seeds with its 95% interval, and the difference to plain Inductor's same seeds."""
+    """Mean over seeds with its 95% interval, and the difference to plain Inductor's same seeds.
+
+    The training loss is that of the last point of the curve, a mean over seeds and steps.
+    """
     exact = {
         (row["optimizer"], row["accumulation"], row["seed"]): row
         for row in rows
@@ -445,11 +452,12 @@ def as_table(rows: list[dict[str, Any]]) -> str:
                 len(of_kind),
                 _with_interval([row["validation_loss"] for row in of_kind], ""),
                 _with_interval(paired, "+") if kind[2] != "plain Inductor" else "",
+                f"{statistics.fmean(row['curve'][-1] for row in of_kind):.4f}",
                 f"{saved:.2f}",
             ]
         )
     headers = ["variant", "optimizer, accumulation", "seeds", "validation loss, 95% interval"]
-    headers += ["difference on the same seeds", "saved bytes"]
+    headers += ["difference on the same seeds", "training loss", "saved bytes"]
     return tabulate(lines, headers=headers, tablefmt="github", disable_numparse=True)
 
 

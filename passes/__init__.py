@@ -25,6 +25,7 @@ Rewriting, from `REWRITING` in `runner`:
                     of the basis
 7. `expand`         (`prac_fx.graph.inliner`) edit: the operators of each encoding and decoding in
                     the place of its node
+8. `tabulate`       edit: what depends on the position alone is stored once in each of both graphs
 
 The other files are parts of a pass, or data that passes share:
 

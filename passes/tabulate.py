@@ -1,4 +1,4 @@
-"""The pass `tabulate`: what depends on the position alone is computed once for all heads and layers.
+"""The pass `tabulate`: what depends on the position alone is computed once for all layers.
 
     angles = position * frequency        (T, D)
     cosine = cos(angles)                 (T, D)

@@ -78,7 +78,7 @@ _COMMON: Mapping[str, Any] = {
 }
 
 # Passes that can be left out; see `prac_fx.passes.runner`.
-SKIPPABLE_PASSES = ("judge", "factor", "sample")
+SKIPPABLE_PASSES = ("judge", "factor", "sample", "tabulate")
 
 ProjectedRole = Literal["weight_gradient", "input_gradient"]
 PROJECTED_ROLES: tuple[ProjectedRole, ...] = ("weight_gradient", "input_gradient")
@@ -149,7 +149,8 @@ class PracConfig:
         skip_passes: Passes to leave out, to find the one that a fault comes from. Without "judge" a
             value is encoded even if backward may not read it with an error, so gradients may be
             wrong. Without "factor" weight gradients are taken from decoded values. Without "sample"
-            no rows are sampled, so bases stay random.
+            no rows are sampled, so bases stay random. Without "tabulate" each kernel computes the
+            cosines of a rotary embedding, or the like, anew.
         strict: Whether to raise an error where the backend would fall back to plain Inductor with a
             warning.
         report: Path of a JSON file that the running job writes its report into. The report says

@@ -6,19 +6,33 @@ Inductor asks for the properties of the device and for a working Triton; both ar
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from types import SimpleNamespace
+from typing import Any
 from unittest.mock import patch
 
 import torch
 import torch._inductor.scheduler
+import torch.fx as fx
 from torch import Tensor
 from torch._dynamo.device_interface import CudaInterface
 from torch.fx.experimental.proxy_tensor import make_fx
+from torch.fx.passes.fake_tensor_prop import FakeTensorProp
 
+from prac_fx.compiler import two_phases
+from prac_fx.compiler.eager_graphs import run_eagerly
 from prac_fx.memory.inductor_buffers import Kernel, plan_graph
-from prac_fx.torch_compat import FakeTensorMode, inductor_decompositions
+from prac_fx.passes import quantizer
+from prac_fx.torch_compat import (
+    FakeTensor,
+    FakeTensorMode,
+    gpu_fusion_patches,
+    inductor_config,
+    inductor_decompositions,
+    without_autograd_cache,
+)
 
 _H100 = SimpleNamespace(
     name="NVIDIA H100 80GB HBM3",
@@ -48,6 +62,46 @@ def gpu_kernels(
         gm = make_fx(function, decomposition_table=inductor_decompositions())(*tensors)
         gm.graph.eliminate_dead_code()  # Inductor counts readers
         return plan_graph(gm, tensors).kernels
+
+
+@contextmanager
+def planning_for_a_gpu() -> Iterator[list[tuple[Kernel, ...]]]:
+    """Context in which what is compiled for a CPU is also planned for a GPU, and then run eagerly.
+
+    It gives the list of the kernels of each graph, a forward graph before its backward.
+    """
+    planned: list[tuple[Kernel, ...]] = []
+
+    def plan_and_run(gm: fx.GraphModule, inputs: Sequence[Any], **options: Any) -> Any:
+        planned.append(_planned_for_a_gpu(copy.deepcopy(gm), inputs, options))
+        return run_eagerly(gm, inputs, **options)
+
+    with (
+        patch.object(two_phases, "compile_fx_inner", plan_and_run),
+        patch.object(quantizer, "word_bits_on", lambda device: 8),
+        without_autograd_cache(),
+    ):
+        yield planned
+
+
+def _planned_for_a_gpu(
+    gm: fx.GraphModule, inputs: Sequence[Any], options: dict[str, Any]
+) -> tuple[Kernel, ...]:
+    mode = next(value.fake_mode for value in inputs if isinstance(value, FakeTensor))
+    with _made_up_gpu(), inductor_config.patch({**gpu_fusion_patches(), "shape_padding": False}):
+        moved = [_on_gpu(value, mode) for value in inputs]
+        for node in gm.graph.nodes:
+            if "device" in node.kwargs:
+                node.kwargs = {**node.kwargs, "device": torch.device("cuda", 0)}
+        FakeTensorProp(gm, mode).propagate_dont_convert_inputs(*moved)
+        return plan_graph(gm, moved, **options).kernels
+
+
+def _on_gpu(value: Any, mode: FakeTensorMode) -> Any:
+    if not isinstance(value, Tensor):
+        return value
+    with mode:
+        return torch.empty_strided(value.shape, value.stride(), dtype=value.dtype, device="cuda")
 
 
 @contextmanager

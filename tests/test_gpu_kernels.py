@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from prac_fx.codecs import BitCodec, QuantCodec
 from prac_fx.codecs.quantized import Format
@@ -16,7 +16,8 @@ from prac_fx.compiler.two_phases import rewritten_patches
 from prac_fx.graph.row_layout import Layout
 from prac_fx.passes.plan_data import DecodedSite, Plan
 from prac_fx.torch_compat import gpu_fusion_patches, inductor_config
-from tests.gpu_planning import gpu_kernels
+from tests.compiling import compile_prac
+from tests.gpu_planning import gpu_kernels, planning_for_a_gpu
 
 SEED = ((), torch.int64)
 ROWS = 4096
@@ -159,3 +160,56 @@ def test_words_for_a_cpu_would_take_more_kernels() -> None:
         lambda x, seed: _encode(codec, x, seed), ((ROWS, 2048), torch.bfloat16), SEED
     )
     assert len(_of_all_rows(kernels)) == 3
+
+
+class Block(nn.Module):
+    """A normalised, gated MLP."""
+
+    def __init__(self, features: int, intermediate: int) -> None:
+        super().__init__()
+        self.norm = nn.RMSNorm(features)
+        self.gate = nn.Linear(features, intermediate, bias=False)
+        self.up = nn.Linear(features, intermediate, bias=False)
+        self.down = nn.Linear(intermediate, features, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        read = self.norm(x)
+        return x + self.down(nn.functional.silu(self.gate(read)) * self.up(read))
+
+
+@pytest.mark.parametrize(
+    ("policy", "forward", "backward"),
+    [
+        # three matmuls a block, what is between them, and their gradients
+        ({"weight_gradient": "exact", "input_gradient": "exact"}, (10, 46), (10, 48)),
+        # coordinates of the norm's result: a matmul, then their codes
+        ({"policy": "linear"}, (12, 48), (10, 48)),
+        # codes of what the norm reads; those of gate and up are part of the product's kernel
+        ({"policy": "balanced"}, (15, 62), (12, 62)),
+        # codes of 4 bits are a kernel of their own each
+        ({"policy": "max"}, (19, 55), (12, 62)),
+    ],
+    ids=str,
+)
+def test_kernels_of_a_policy(
+    policy: dict[str, Any], forward: tuple[int, int], backward: tuple[int, int]
+) -> None:
+    """Kernels that write something for each row, matmuls included, and the MiB that they write.
+
+    They are of two blocks. What is saved for backward is part of what forward writes.
+    """
+    model = nn.Sequential(Block(256, 768), Block(256, 768)).bfloat16()
+    x = torch.randn(ROWS, 256, dtype=torch.bfloat16, requires_grad=True)
+    with planning_for_a_gpu() as graphs:
+        compile_prac(model, **policy)(x).square().mean().backward()
+    assert [_count_and_mib(kernels) for kernels in graphs] == [forward, backward]
+
+
+def _count_and_mib(kernels: Sequence[Any]) -> tuple[int, int]:
+    written = [
+        [value for value in kernel.allocated.values() if value.shape[:1] == (ROWS,)]
+        for kernel in kernels
+    ]
+    per_row = [[value for value in values if len(value.shape) > 1] for values in written]
+    nbytes = sum(value.nbytes for values in per_row for value in values)
+    return sum(map(bool, per_row)), nbytes >> 20

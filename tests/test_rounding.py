@@ -17,7 +17,7 @@ from torch.fx.experimental.proxy_tensor import make_fx
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from prac_fx.codecs import QuantCodec
-from prac_fx.codecs.evaluated_once import _mixed, mixed
+from prac_fx.codecs.evaluated_once import _mixed, mixed, rounded
 from prac_fx.codecs.rounding import (
     _MULTIPLIERS,
     column_numbers,
@@ -305,3 +305,38 @@ def test_compiled_code_hashes_rows_and_columns_only() -> None:
     rounding = [loop for loop in loops if ".floor()" in loop]
     assert len(hashing) == len(rounding) == 1
     assert hashing != rounding
+
+
+@pytest.mark.parametrize("bias", [0, 128])
+@pytest.mark.vectors
+def test_rounding_without_conversions_is_rounding(bias: int) -> None:
+    """The lowest bits of a sum are the nearest whole number: in eager and in compiled code."""
+    low, high = (-127.4999, 127.4999) if bias else (0, 255.4)
+    scaled = torch.linspace(low, high, 301 * 257).view(301, 257)
+    seed = torch.tensor(5)
+    rows, columns = row_numbers(301, seed).view(-1, 1), column_numbers(257, seed)
+    moved = scaled.double() + uniform(rows, columns).double() - 0.5
+    codes = rounded(scaled, rows, columns, bias)
+    assert codes.dtype == torch.int32
+    # the sum of the two is rounded to float32
+    away = (codes - bias - moved).abs()
+    assert away.max() <= 0.5 + 2.0**-16
+    assert torch.equal(torch.compile(rounded)(scaled, rows, columns, bias), codes)
+
+
+@pytest.mark.parametrize("value", [0.0, 0.3, 6.99, -126.98])
+def test_rounding_without_conversions_has_the_right_mean(value: float) -> None:
+    seed, shape = torch.tensor(17), (512, 256)
+    rows, columns = row_numbers(shape[0], seed).view(-1, 1), column_numbers(shape[1], seed)
+    codes = rounded(torch.full(shape, value), rows, columns, 128) - 128
+    assert {*codes.unique().tolist()} <= {math.floor(value), math.ceil(value)}
+    deviation = math.sqrt((value % 1) * (1 - value % 1) / codes.numel())
+    assert abs(codes.double().mean() - value) <= 5 * deviation + 2.0**-16
+
+
+def test_a_number_that_is_none_is_some_code() -> None:
+    """NaN and infinities become whatever fits: the scale of their group says what they were."""
+    scaled = torch.tensor([[math.nan, math.inf, -math.inf]])
+    seed = torch.tensor(3)
+    codes = torch.compile(rounded)(scaled, row_numbers(1, seed), column_numbers(3, seed), 8)
+    assert codes.shape == scaled.shape

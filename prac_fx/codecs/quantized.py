@@ -4,11 +4,14 @@ Letters: n features (length of the quantised dimension), k groups of g elements 
 is padding), m the size behind the quantised dimension when that is not the last.
 
 Rounding: x / scale goes to floor(x / scale + u) with u uniform in (0, 1) (see `rounding`). The mean
-of that is x / scale. For this to be exact, no value may be clipped, and both sides must use the
-same scale to the last bit. So each group stores its largest absolute value in the dtype of x, which
-is exact. With `zero_point` it stores its largest and its smallest value. Both sides make the scale
-from these. A scale rounded to bfloat16 would meet neither condition. A compiler may leave out a
-cast to bfloat16 and back, and then one side would use what the other never sees.
+of that is x / scale. On a GPU it goes to the whole number nearest to x / scale + u - 1/2, which is
+the same (see `evaluated_once.rounded`). For the mean to be exact, no value may be clipped, and both
+sides must use the same scale to the last bit. So each group stores its largest absolute value in
+the dtype of x, which is exact. With `zero_point` it stores its largest and its smallest value. Both
+sides make the scale from these. A scale rounded to bfloat16 would meet neither condition. A
+compiler may leave out a cast to bfloat16 and back, and then one side would use what the other never
+sees. There is one exception: of a group that spans less than 2^-110, only the zeros are exact. All
+that is decoded of it lies within that span.
 
 Layout: p codes make a word, of 32 bits on a CPU and of 8 on a GPU (see `words`). Word i of a group
 holds its elements i, i + g / p, i + 2 g / p and so on, so each p-th of a group is read in order.
@@ -29,8 +32,8 @@ import torch
 from torch import Tensor
 
 from prac_fx.codecs.base import Codec, Rounding
-from prac_fx.codecs.groups import group_size
 from prac_fx.codecs.evaluated_once import rounded
+from prac_fx.codecs.groups import group_size
 from prac_fx.codecs.rounding import column_numbers, row_numbers, uniform
 from prac_fx.codecs.words import WordBits, packed, packed_bytes, split, unpacked
 
@@ -311,7 +314,8 @@ class QuantCodec(Codec):
     def _rounded(self, scaled: Tensor, *numbers: Tensor) -> Tensor:
         """Codes, as numbers from zero up; rounded to nearest if there are no random numbers."""
         if numbers and self.word_bits == 8 and scaled.dtype == torch.float32:
-            return rounded(scaled, *numbers, self._bias)
+            rows, columns = numbers
+            return rounded(scaled, rows, columns, self._bias)
         whole = (scaled + uniform(*numbers)).floor() if numbers else scaled.round()
         return whole + self._bias
 
