@@ -32,7 +32,8 @@ The other files are parts of a pass, or data that passes share:
 - of the whole: `joint_graph` is the graph with what is known of it. `plan_data` is the plan.
   `encoded` is what `rewrite` has put into a graph. `draws` tells what draws random numbers.
 - of `plan`, a draft: `choose` finds the codec that the options choose. `sites` makes the site of a
-  value. `rows` makes the rows of the report. `ranks` are PRAC's. `quantizer` is the codec in few
+  value. `rows` makes the rows of the report. `ranks` are PRAC's. `worthwhile`
+  tells whether PRAC costs less than exact weight gradients. `quantizer` is the codec in few
   bits. `sizes` tells which symbolic sizes are large enough, with one guard for a graph. `chains`
   tells what lies between a stored value and its readers. `masks` are what backward may not compute
   from a decoded value.

@@ -180,7 +180,7 @@ class _Planner:
     def _derive_or_encode(self, role: ValueRole, chosen: str, stored: set[fx.Node]) -> None:
         """Compute a value again from stored ones; with "auto" only where PRAC does not pay.
 
-        PRAC pays where it is worth its noise (`ranks.check_worthwhile`).
+        PRAC pays where it is worth its noise (`worthwhile.check_worthwhile`).
 
         With "auto", a value that does not follow from others is stored as `input_gradient` says.
         """

@@ -22,12 +22,6 @@ _MAX_BLOCKS = 16
 # than 1.
 _MAX_STATE_SHARE = 0.5
 _MAX_RELATIVE_FLOPS = 1.1
-# With weight_gradient="auto" the noise has to buy something. PRAC is taken where it leaves at most
-# this share of the FLOPs of the exact weight gradients, and where there are features enough for a
-# good basis. Adapters fail both: a gradient of 8 columns costs less than encoding its input, and a
-# gradient of 8 rows costs nothing anyway.
-_WORTHWHILE_FLOPS = 0.85
-_MIN_WORTHWHILE_FEATURES = 32
 _GPU_ROW_NBYTES = 16
 
 
@@ -62,19 +56,6 @@ class Projected:
 def relative_flops(matrix: Projected, subspace: SubspaceShape) -> float:
     """FLOPs of encoding and of the factored weight gradients, over those of the exact ones."""
     return subspace.flops(size_hint(matrix.tokens), matrix.outputs) / max(1, matrix.exact_flops)
-
-
-def check_worthwhile(matrix: Projected, subspace: SubspaceShape) -> None:
-    """Does "auto" take PRAC for a matrix?
-
-    Raises:
-        Keep: it takes something else.
-    """
-    if matrix.features < _MIN_WORTHWHILE_FEATURES:
-        raise Keep("not_derivable", f"{matrix.features} features are few for PRAC")
-    left = relative_flops(matrix, subspace)
-    if left > _WORTHWHILE_FLOPS:
-        raise Keep("not_derivable", f"PRAC would take {left:.2f} of the exact FLOPs")
 
 
 def check_rank(matrix: Projected, config: PracConfig) -> None:

@@ -29,14 +29,13 @@ from prac_fx.passes.ranks import (
     Projected,
     check_rank,
     check_tokens,
-    check_worthwhile,
     choose_codec,
     least_tokens,
-    relative_flops,
     with_coordinates,
 )
 from prac_fx.passes.roles import Reader, ValueRole
 from prac_fx.passes.sizes import Bound, Size, Sizes, is_guardable
+from prac_fx.passes.worthwhile import check_worthwhile, describe_cost
 
 # With fewer features a scale for each row takes most of what is stored.
 _MIN_FEATURES = 8
@@ -202,7 +201,7 @@ class Sites:
 
         Args:
             role: of the value.
-            only_if_worthwhile: only where that takes fewer FLOPs than exact weight gradients do.
+            only_if_worthwhile: only where that costs less than exact weight gradients do.
 
         Raises:
             Keep: the readers see different matrices, the ranks do not suit the matrix, or PRAC is
@@ -223,9 +222,8 @@ class Sites:
             is_batch=value.dim() > 2,
         )
         codec = self._projection(root, matrix)
-        assert codec.subspace is not None
         if only_if_worthwhile:
-            check_worthwhile(matrix, codec.subspace)
+            check_worthwhile(matrix, codec)
         site = FactoredSite(
             **_common(root),
             codec=codec,
@@ -234,8 +232,7 @@ class Sites:
             transposed=common.transposed,
             readers=tuple((reader.node.name, reader.side) for reader in role.readers),
         )
-        left = relative_flops(matrix, codec.subspace)
-        return self._add_projected(role, matrix, site, f"{left:.2f} of the exact FLOPs")
+        return self._add_projected(role, matrix, site, describe_cost(matrix, codec))
 
     def _projection(self, root: fx.Node, matrix: Projected) -> Codec:
         """Ranks, blocks and coordinates."""

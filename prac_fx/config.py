@@ -98,8 +98,9 @@ class PracConfig:
             as int8, "max" stores it as int4. "paper" uses PRAC wherever the paper does.
         weight_gradient: How to store a value that only weight-gradient matmuls read (role W).
             "auto" tries three ways in turn. It takes PRAC where that leaves at most 0.85 of the
-            FLOPs and there are 32 features or more. It stores nothing where the value follows from
-            stored ones without a matmul. Else it does what `input_gradient` says.
+            FLOPs and there are 32 features or more. On a GPU of known speed it has to leave at most
+            0.95 of the estimated time, too. It stores nothing where the value follows from stored
+            ones without a matmul. Else it does what `input_gradient` says.
         input_gradient: How to store a value that the input-gradient path reads (role A).
         attention: How to store the value and the result of attention.
         query_key: How to store the query and the key of attention. Backward takes the exponential
