@@ -32,11 +32,14 @@ _DEAR = frozenset(
         *(_aten.pow.Tensor_Tensor, _aten.pow.Scalar, _aten.erf.default, _aten.atan2.default),
     }
 )
-# views whose elements Inductor computes where they are read, as it does those of a pointwise value
-_VIEWS = RESHAPING_VIEWS | {_aten.expand.default, _aten.slice.Tensor, _aten.select.int}
-_ALSO_POINTWISE = frozenset(
-    {_aten.cat.default, _aten.clone.default, torch.ops.prims.convert_element_type.default}
-)
+# Views, whose elements Inductor computes where they are read, as it does those of a pointwise value.
+# So are casts: Inductor may leave out one to 16 bits and back, and what is stored in 16 bits would
+# change the forward pass.
+_DONE_BY_READERS = RESHAPING_VIEWS | {
+    *(_aten.expand.default, _aten.slice.Tensor, _aten.select.int),
+    *(torch.ops.prims.convert_element_type.default, _aten._to_copy.default),
+}
+_ALSO_POINTWISE = frozenset({_aten.cat.default, _aten.clone.default})
 # a reader has at least so many times the elements
 _REPEATED = 8
 
@@ -50,7 +53,7 @@ def tabulate(graph: fx.Graph) -> None:
         if node.op != "call_function" or tensor_value(node) is None:
             continue
         sources = [argument for argument in node.all_input_nodes if argument in dear]
-        if node.target in _VIEWS:
+        if node.target in _DONE_BY_READERS:
             if sources:
                 dear[node] = dear[sources[0]]
         elif _is_pointwise(node):
