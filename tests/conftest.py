@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import logging
 import os
 from collections.abc import Iterator
 from contextlib import nullcontext
@@ -12,6 +13,7 @@ os.environ.setdefault("TORCHINDUCTOR_COMPILE_THREADS", "1")
 
 import pytest
 import torch
+import torch._dynamo.guards
 import torch._inductor.config
 
 
@@ -23,6 +25,22 @@ def pytest_collection_finish() -> None:
     gc.set_threshold(200_000, 20, 100)
 
 
+def pytest_configure() -> None:
+    """Torch's structured trace goes nowhere, so no graph is printed for it.
+
+    Pytest would have it printed: it listens to every logger that has its records to itself.
+    `test_processes` reads a trace.
+    """
+    trace = logging.getLogger("torch.__trace")
+    trace.propagate, trace.handlers = True, []
+    # nor does anyone read how long guards take, for which torch flushes the processor's cache
+    torch._dynamo.guards.profile_guard_manager = lambda *_: 0.0
+    # no search for garbage or for tensors goes through torch's own objects; those of test files,
+    # which are imported later, it does find
+    gc.collect()
+    gc.freeze()
+
+
 @pytest.fixture(autouse=True, scope="module")
 def _no_garbage() -> Iterator[None]:
     """Leave no garbage to the next file: a report looks through all objects that there are."""
@@ -30,14 +48,23 @@ def _no_garbage() -> Iterator[None]:
     gc.collect()
 
 
-# They take a minute or more each. Workers take one file after another: the last should be short.
+# They take longest. Workers take one file after another: the last should be short.
 _LONG_FILES = (
-    "test_zoo.py",
     "test_models.py",
+    "test_zoo.py",
     "test_benchmarks.py",
-    "test_repeated_blocks.py",
     "test_step_memory.py",
     "test_policies.py",
+    "test_repeated_blocks.py",
+    "test_fuzz.py",
+    "test_checkpointing.py",
+    "test_between_graphs.py",
+    "test_codec_quantized.py",
+    "test_forward_bits.py",
+    "test_report.py",
+    "test_trainers.py",
+    "test_distributed.py",
+    "test_odd_models.py",
 )
 
 

@@ -23,7 +23,7 @@ from benchmarks.partitioned import Partitioned
 from prac_fx.compiler.eager_graphs import run_eagerly
 from prac_fx.options import split_options
 from prac_fx.torch_compat import compile_fx
-from tests.uncompiled import no_code_generation
+from tests.uncompiled import no_code_generation, without_schedules
 
 ROOT = Path(__file__).parent.parent
 
@@ -33,6 +33,7 @@ def quick() -> Iterator[None]:
     """Plans and partitions are real, Inductor's kernels are tested elsewhere: they would take minutes here."""
     with (
         no_code_generation(),
+        without_schedules(),
         patch.object(methods, "compile_fx", partial(compile_fx, inner_compile=run_eagerly)),
         patch.object(torch, "compile", _compile_quickly(torch.compile)),
     ):

@@ -24,7 +24,7 @@ from prac_fx.torch_compat import functorch_config, inductor_config
 from tests import models
 from tests.compiling import SMALL, compile_prac, distance, gradients, loss_of, step, subspace_of
 from tests.models import rows
-from tests.uncompiled import compile_plain, no_code_generation
+from tests.uncompiled import compile_plain, no_code_generation, without_schedules
 
 # what is not about regions stays exact, or follows at no cost
 REGIONS: dict[str, Any] = {
@@ -93,7 +93,8 @@ def _compare(
     inputs = [*args, *kwargs.values()]
     held = held_nbytes(loss_of(compiled(*args, **kwargs)), all_tensors(model, inputs))
     given = {**SMALL, **{f"prac.{name}": value for name, value in options.items()}}
-    report = prac_fx.explain(model, *args, options=given, **kwargs)
+    with without_schedules():
+        report = prac_fx.explain(model, *args, options=given, **kwargs)
     assert held == report.saved_after_nbytes
     return distance(ours, exact), report
 

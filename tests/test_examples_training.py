@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.uncompiled import no_code_generation
+from tests.uncompiled import no_code_generation, without_schedules
 
 EXAMPLES = Path(__file__).parent.parent / "examples"
 SMALL = ["--layers", "1", "--steps", "6", "--backends", "eager", "prac"]
@@ -18,7 +18,7 @@ def _run(name: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixtu
     """What the script prints."""
     monkeypatch.syspath_prepend(str(EXAMPLES))
     script = runpy.run_path(str(EXAMPLES / f"{name}.py"))
-    with no_code_generation():
+    with no_code_generation(), without_schedules():
         script["main"](SMALL)
     return capsys.readouterr().out
 

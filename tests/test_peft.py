@@ -13,7 +13,7 @@ import prac_fx
 from prac_fx.report.explain import MemoryReport
 from tests.compiling import BALANCED
 from tests.models import Sequential, llama, rows
-from tests.uncompiled import compile_plain, no_code_generation
+from tests.uncompiled import compile_plain, no_code_generation, without_schedules
 
 peft = pytest.importorskip("peft")
 
@@ -59,16 +59,21 @@ def _readers(report: MemoryReport) -> list[set[str]]:
     ]
 
 
+def _explain(model: nn.Module, *args: Any, **kwargs: Any) -> MemoryReport:
+    with without_schedules():
+        return prac_fx.explain(model, *args, options=OPTIONS, **kwargs)
+
+
 @pytest.fixture(scope="module")
 def lora() -> MemoryReport:
-    """What a LLaMA with LoRA saves."""
+    """What a LLaMA with LoRA saves, with Inductor's schedules."""
     model, inputs = _adapted_llama("LoRA")
     return prac_fx.explain(model, **inputs, options=OPTIONS)
 
 
 def test_frozen_weights_need_no_saved_input(lora: MemoryReport) -> None:
     model, inputs = llama()
-    full = prac_fx.explain(model, **inputs, options=OPTIONS)
+    full = _explain(model, **inputs)
     assert {"lm_head.weight"} in [{*value.read_by} for value in full.values]
     # the input of an adapter's A is that of the frozen weight; that of its B has 4 features
     attention = [{f"self_attn.{name}_proj.lora_{which}"} for name in "qkvo" for which in "B"]
@@ -94,7 +99,7 @@ def test_no_projection_that_costs_more_than_the_small_gradients(
     report = lora
     if dropout:
         model, inputs = _adapted_llama("LoRA", dropout)
-        report = prac_fx.explain(model, **inputs, options=OPTIONS)
+        report = _explain(model, **inputs)
     values = [value for value in report.values if value.role == "W" and value.nbytes_before]
     assert not [value for value in values if (value.codec and value.codec.subspace)]
     assert {value.stored_as.partition("/")[0] for value in values} == {"int8", "recompute"}
@@ -103,7 +108,7 @@ def test_no_projection_that_costs_more_than_the_small_gradients(
 
 def test_ia3_keeps_nothing_for_weight_gradients() -> None:
     model, inputs = _adapted_llama("IA3")
-    report = prac_fx.explain(model, **inputs, options=OPTIONS)
+    report = _explain(model, **inputs)
     assert _readers(report) == []
     assert report.saved_after_nbytes < 0.4 * report.saved_before_nbytes
 
@@ -160,7 +165,7 @@ def test_dora_is_one_graph_with_a_substitute() -> None:
         peft.utils.integrations.dequantize_module_weight, skip_signature_check=True
     )(_unquantized_weight)
     model = _adapt("DoRA", Sequential(depth=1), LAYERS)
-    report = prac_fx.explain(model, rows(), loss_fn=torch.sum, options=OPTIONS)
+    report = _explain(model, rows(), loss_fn=torch.sum)
     assert report.num_graphs == 1
     assert report.saved_after_nbytes < 0.5 * report.saved_before_nbytes
 

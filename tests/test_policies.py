@@ -23,14 +23,17 @@ from tests.compiling import (
     step,
 )
 from tests.graphs import trace
-from tests.uncompiled import no_code_generation
+from tests.uncompiled import no_code_generation, without_schedules
 
 # relative error of all gradients together
 BOUNDS = {"balanced": 0.02, "max": 0.35}
 
 
 def test_the_paper_policy_warns() -> None:
-    with pytest.warns(prac_fx.PracWarning, match="passes through every earlier layer") as caught:
+    with (
+        pytest.warns(prac_fx.PracWarning, match="passes through every earlier layer") as caught,
+        no_code_generation(),
+    ):
         step(compile_prac(models.Sequential(), policy="paper"), nn.Module(), models.rows())
     assert len([one for one in caught if one.category is prac_fx.PracWarning]) == 1
 
@@ -41,7 +44,8 @@ def test_bytes_with_projection() -> None:
     with no_code_generation():
         loss = loss_of(compile_prac(model, policy="paper")(**inputs))
         held = held_nbytes(loss, all_tensors(model, inputs.values()))
-    report = prac_fx.explain(model, **inputs, options={**SMALL, "prac.policy": "paper"})
+    with without_schedules():
+        report = prac_fx.explain(model, **inputs, options={**SMALL, "prac.policy": "paper"})
     assert held == report.saved_after_nbytes < report.saved_before_nbytes
 
 
@@ -135,14 +139,15 @@ def test_resume_continues_the_rounding_bit_for_bit() -> None:
             found.append(gradients(model)["0.weight"])
         return found
 
-    model = models.Sequential()
-    run(model, 3)
-    saved = prac_fx.state_dict(model)
-    continued = run(model, 2)
-    torch._dynamo.reset()
-    resumed = models.Sequential()
-    prac_fx.load_state_dict(resumed, saved)
-    assert all(map(torch.equal, continued, run(resumed, 2)))
+    with no_code_generation():
+        model = models.Sequential()
+        run(model, 3)
+        saved = prac_fx.state_dict(model)
+        continued = run(model, 2)
+        torch._dynamo.reset()
+        resumed = models.Sequential()
+        prac_fx.load_state_dict(resumed, saved)
+        assert all(map(torch.equal, continued, run(resumed, 2)))
 
 
 @pytest.mark.parametrize(
@@ -174,8 +179,9 @@ def test_identical_blocks_round_differently() -> None:
     with torch.no_grad():
         blocks[1][0].weight.add_(0.01)
     compiled = [compile_prac(block, policy="max") for block in blocks]
-    for one, block in zip(compiled, blocks, strict=True):
-        step(one, block, models.rows())
+    with no_code_generation():
+        for one, block in zip(compiled, blocks, strict=True):
+            step(one, block, models.rows())
     seeds = [rounding_seed_of(block[0].weight) for block in blocks]
     assert all(seed is not None and seed.steps == 1 for seed in seeds)
     assert seeds[0].stream != seeds[1].stream  # type: ignore[union-attr]
@@ -237,7 +243,9 @@ def test_dropout_masks_are_packed_and_right() -> None:
 
     model, x = Dropped(), models.rows()
     options = {**SMALL, "prac.policy": "balanced"}
-    masks = [v for v in prac_fx.explain(model, x, options=options).values if v.dtype == "bool"]
+    with without_schedules():
+        report = prac_fx.explain(model, x, options=options)
+    masks = [v for v in report.values if v.dtype == "bool"]
     assert [(v.stored_as, v.nbytes_after) for v in masks] == [("bits", 512 * 128 // 8)]
     found = []
     for compiler in (torch.compile, lambda m: compile_prac(m, policy="balanced")):

@@ -28,7 +28,7 @@ from prac_fx.torch_compat import (
     min_cut_rematerialization_partition,
 )
 from tests.compiling import SMALL, gradients, loss_of
-from tests.uncompiled import compile_plain, no_code_generation
+from tests.uncompiled import compile_plain, no_code_generation, without_schedules
 
 aten = torch.ops.aten
 FEATURES = 64
@@ -319,7 +319,7 @@ def test_saved_bytes_are_those_that_our_backend_keeps() -> None:
     found = {}
     for budget in (1.0, 0.1):
         torch._dynamo.reset()
-        with functorch_config.patch(activation_memory_budget=budget):
+        with functorch_config.patch(activation_memory_budget=budget), without_schedules():
             report = prac_fx.explain(Drawing(_dropout), _inputs(), options=EXACT)
         found[budget] = {
             value.dtype: value.nbytes_after

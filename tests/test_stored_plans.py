@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import logging
 import os
@@ -38,7 +39,9 @@ def _folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path))
 
 
+@functools.cache
 def _plan(**options: Any) -> Plan:
+    torch._dynamo.reset()
     model, inputs = models.llama()
     return trace(lambda: model(**inputs).loss, **options).plan
 

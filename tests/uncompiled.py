@@ -12,6 +12,8 @@ import torch.fx as fx
 
 from prac_fx.compiler import dynamo_backend, two_phases
 from prac_fx.compiler.eager_graphs import run_eagerly
+from prac_fx.memory import planned_graph
+from prac_fx.memory.inductor_buffers import GraphPlan
 from prac_fx.passes.plan_data import Plan
 from prac_fx.torch_compat import compile_fx, without_autograd_cache
 
@@ -47,3 +49,19 @@ def plain_graphs(gm: fx.GraphModule, example_inputs: Sequence[Any]) -> Callable[
     with without_autograd_cache():
         compiled: Callable[..., Any] = compile_fx(gm, example_inputs, inner_compile=run_eagerly)
     return compiled
+
+
+@contextmanager
+def without_schedules() -> Iterator[None]:
+    """Context in which reports do not ask Inductor for its kernels: half the time.
+
+    What is saved for backward, and why, does not depend on them. Peaks and timelines do, so here
+    they say nothing.
+    """
+
+    def plan_nothing(gm: fx.GraphModule, *_: Any, **__: Any) -> GraphPlan:
+        outputs: Any = next(iter(gm.graph.find_nodes(op="output"))).args[0]
+        return GraphPlan({}, (), (None,) * len(outputs))
+
+    with patch.object(planned_graph, "plan_graph", plan_nothing):
+        yield

@@ -28,9 +28,12 @@ def existing_storages() -> dict[int, StorageWeakRef]:
     No new storage gets the key of one of these as long as its reference is kept.
     """
     storages = {}
-    for tensor in gc.get_objects():
-        # issubclass, because isinstance asks a proxy what it stands for
-        if issubclass(type(tensor), torch.Tensor) and torch._C._has_storage(tensor):
+    objects = gc.get_objects()
+    # There are millions of objects, and few types of them. issubclass, because isinstance asks a
+    # proxy what it stands for.
+    kinds = {kind for kind in set(map(type, objects)) if issubclass(kind, torch.Tensor)}
+    for tensor in [one for one in objects if type(one) in kinds]:
+        if torch._C._has_storage(tensor):
             try:
                 storages[storage_key(tensor)] = StorageWeakRef(tensor.untyped_storage())  # type: ignore[no-untyped-call]
             # a wrapper around other tensors; a parameter of a lazy module, which has no size yet
