@@ -32,7 +32,7 @@ _DEAR = frozenset(
         *(_aten.pow.Tensor_Tensor, _aten.pow.Scalar, _aten.erf.default, _aten.atan2.default),
     }
 )
-# Views, whose elements Inductor computes where they are read, as it does those of a pointwise value.
+# Views, whose elements Inductor computes where they are read, as it does those of pointwise values.
 # So are casts: Inductor may leave out one to 16 bits and back, and what is stored in 16 bits would
 # change the forward pass.
 _DONE_BY_READERS = RESHAPING_VIEWS | {

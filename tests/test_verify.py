@@ -291,6 +291,13 @@ def test_graph_breaks() -> None:
 # -- nothing to measure -----------------------------------------------------------------------------
 
 
+def test_without_a_subspace_nothing_is_said_of_muon() -> None:
+    options = {"prac.min_nbytes": 0, "prac.weight_gradient": "recompute"}
+    report = _measure(Sequential(), rows(), options=options, steps=2, by_value=False)
+    assert report.total.error > 0
+    assert not any("Muon" in note for note in report.notes)
+
+
 def test_a_model_with_nothing_to_compress() -> None:
     report = _measure(Sequential(), rows(), options={"prac.min_nbytes": 1 << 20}, steps=2)
     assert report.total.error == 0
@@ -387,7 +394,9 @@ def test_the_model_stays_as_it_is_and_its_own_bases_are_measured() -> None:
     assert {key: after[key] for key in ("steps", "draws")} == {
         key: state["subspaces"][0][key] for key in ("steps", "draws")
     }
-    assert first.notes == ("principal bases: the model's own",)
+    of_muon, of_bases = first.notes
+    assert "with Muon" in of_muon
+    assert of_bases == "principal bases: the model's own"
     assert [one.name for one in first.parameters if one.error] == ["down.weight"]
     # nothing is left of it: the same again
     assert _measure(compiled, rows(), steps=3) == first

@@ -33,7 +33,7 @@ from prac_fx.noise.figures import (
 )
 from prac_fx.noise.variants import ALL, EXACT, Variant, Variants, encoded_groups
 from prac_fx.options import read_options
-from prac_fx.passes.plan_data import Plan, PlannedValue
+from prac_fx.passes.plan_data import FactoredSite, Plan, PlannedValue
 from prac_fx.runtime.state_dict import load_state_dict, state_dict
 from prac_fx.runtime.subspace_state import Subspace, subspaces_of
 
@@ -89,6 +89,7 @@ def verify(
     exact = stepper.gradients(measured, EXACT)
     plans = backend.plans_of_last_step()
     notes = [_nothing_encoded(plans, is_traced=bool(backend.ran))]
+    notes.append(_for_equalising_optimizers(plans))
     notes.append(_check_reference(exact, stepper.gradients(measured, EXACT)))
     notes.append(_warm_up(stepper, measured, others))
     sums = stepper.deviations(exact, measured, ALL, steps)
@@ -344,6 +345,21 @@ def _nothing_encoded(plans: Sequence[Plan], *, is_traced: bool) -> str:
     if not any(plan.changes_graph for plan in plans):
         return "nothing is compressed: no value of this model qualifies under these options"
     return ""
+
+
+def _for_equalising_optimizers(plans: Sequence[Plan]) -> str:
+    """A note where weight gradients lie in a subspace, which is more than noise to some optimizers.
+
+    Muon gives all directions of an update the same length. A direction that a subspace leaves out
+    until its next refresh is lost to it (docs/policies.md).
+    """
+    count = sum(isinstance(site, FactoredSite) for plan in plans for site in plan.sites)
+    if not count:
+        return ""
+    return (
+        f"weight gradients of {count} values lie in a subspace between two refreshes: with Muon, "
+        'which gives all directions the same weight, set prac.weight_gradient="recompute"'
+    )
 
 
 def _check_reference(first: Sequence[Tensor], second: Sequence[Tensor]) -> str:
