@@ -9,6 +9,9 @@ embedding is computed for each element of each query and key. On a GPU that take
 reading and writing them. Here such a value is stored: a strided view of it needs memory to look
 at. It is small, because what reads it is many times larger.
 
+On a CPU nothing is stored: there a cosine in a vector and one by itself may differ in the last bit,
+and what is kept exact would no longer be plain Inductor's to the bit.
+
 Only values that take many instructions are stored, and only those that vary along the last
 dimension of what reads them. A number for each row is in a register already.
 """
@@ -50,7 +53,8 @@ def tabulate(graph: fx.Graph) -> None:
     dear: dict[fx.Node, fx.Node] = {}
     tables: dict[fx.Node, None] = {}
     for node in graph.nodes:
-        if node.op != "call_function" or tensor_value(node) is None:
+        value = tensor_value(node)
+        if node.op != "call_function" or value is None or not _has_one_cosine(value.device):
             continue
         sources = [argument for argument in node.all_input_nodes if argument in dear]
         if node.target in _DONE_BY_READERS:
@@ -63,6 +67,11 @@ def tabulate(graph: fx.Graph) -> None:
                 dear[node] = node
     for node in tables:
         _store(graph, node)
+
+
+def _has_one_cosine(device: torch.device) -> bool:
+    """Is the cosine of a number the same in every kernel?"""
+    return device.type != "cpu"
 
 
 def _is_pointwise(node: fx.Node) -> bool:

@@ -6,6 +6,7 @@
 from prac_fx._version import __version__
 from prac_fx.compiler.dynamo_backend import backend
 from prac_fx.compiler.rank_check import check_plans
+from prac_fx.compiler.summary import KeptValue, Summary, summary
 from prac_fx.config import PracConfig
 from prac_fx.errors import (
     CannotRewriteError,
@@ -26,6 +27,7 @@ from prac_fx.runtime.state_dict import load_state_dict, state_dict
 __all__ = [
     "CannotRewriteError",
     "CheckpointState",
+    "KeptValue",
     "MemoryReport",
     "NoiseReport",
     "ParameterNoise",
@@ -36,6 +38,7 @@ __all__ = [
     "PracWarning",
     "ReportError",
     "StateError",
+    "Summary",
     "ValueNoise",
     "VerifyError",
     "__version__",
@@ -44,5 +47,6 @@ __all__ = [
     "explain",
     "load_state_dict",
     "state_dict",
+    "summary",
     "verify",
 ]

@@ -150,8 +150,8 @@ class PracConfig:
         skip_passes: Passes to leave out, to find the one that a fault comes from. Without "judge" a
             value is encoded even if backward may not read it with an error, so gradients may be
             wrong. Without "factor" weight gradients are taken from decoded values. Without "sample"
-            no rows are sampled, so bases stay random. Without "tabulate" each kernel computes the
-            cosines of a rotary embedding, or the like, anew.
+            no rows are sampled, so bases stay random. Without "tabulate" each kernel on a
+            GPU computes the cosines of a rotary embedding, or the like, anew.
         strict: Whether to raise an error where the backend would fall back to plain Inductor with a
             warning.
         report: Path of a JSON file that the running job writes its report into. The report says

@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from prac_fx.config import PracConfig
+from prac_fx.environment import OPTIONS, options_of_environment
 from prac_fx.errors import PracOptionError
 from prac_fx.option_checks import PREFIX, near_miss
 from prac_fx.torch_compat import inductor_config, inductor_patches
@@ -14,6 +15,8 @@ from prac_fx.torch_compat import inductor_config, inductor_patches
 
 def split_options(options: Mapping[str, Any] | None) -> tuple[PracConfig, dict[str, Any]]:
     """Split the `options` of `torch.compile` into our configuration and Inductor's.
+
+    What the options do not say PRAC_FX_OPTIONS may say.
 
     Returns:
         The configuration from the `prac.*` keys, and the remaining keys, checked against
@@ -23,10 +26,20 @@ def split_options(options: Mapping[str, Any] | None) -> tuple[PracConfig, dict[s
         PracOptionError: an unknown key (with the nearest known key), or an ill-typed or
             contradictory value.
     """
+    given = options_of_environment()
+    if given:
+        try:
+            _split(given)
+        except PracOptionError as error:
+            raise PracOptionError(f"{OPTIONS}: {error}") from None
+    return _split({**given, **(options or {})})
+
+
+def _split(options: Mapping[str, Any]) -> tuple[PracConfig, dict[str, Any]]:
     fields = {field.name for field in dataclasses.fields(PracConfig)}
     ours: dict[str, Any] = {}
     inductor: dict[str, Any] = {}
-    for key, value in (options or {}).items():
+    for key, value in options.items():
         if not isinstance(key, str):
             raise PracOptionError(f"options: keys are text, got {key!r}")
         name = key.replace("-", "_")

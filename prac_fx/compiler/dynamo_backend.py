@@ -6,26 +6,28 @@ How a graph is compiled is in `prac_fx.compiler.two_phases`.
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Mapping, Sequence
+import os
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import torch.fx as fx
 
 from prac_fx.compiler.dynamo_graph import DynamoGraph
 from prac_fx.compiler.graph_records import forget_graphs, with_record
 from prac_fx.compiler.plan_text import plan_as_text
-from prac_fx.compiler.two_phases import compile_plain, plan_and_compile
+from prac_fx.compiler.two_phases import Compiled, compile_plain, plan_and_compile
 from prac_fx.config import PracConfig
 from prac_fx.document.graph_record import graph_record
 from prac_fx.document.job import check_report_path
+from prac_fx.environment import DISABLE, OPTIONS, is_disabled
 from prac_fx.errors import PracOptionError, warn
 from prac_fx.graph.nbytes import format_nbytes
 from prac_fx.options import config_patches, split_options
 from prac_fx.passes.plan_data import Plan
 from prac_fx.runtime.data_parallel import is_distributed
 from prac_fx.runtime.step import training_step
-from prac_fx.torch_compat import inductor_config, raise_signal, trace_structured
+from prac_fx.torch_compat import compile_fx, inductor_config, raise_signal, trace_structured
 
 log = logging.getLogger(__name__)
 
@@ -38,7 +40,7 @@ def prac(
     *,
     mode: str | None = None,
     options: Mapping[str, Any] | None = None,
-) -> Callable[..., Any]:
+) -> Compiled:
     """Entry point: `torch.compile(model, backend="prac", options={"prac.principal": 0.2, ...})`.
 
     Args:
@@ -54,8 +56,41 @@ def prac(
     return _checked_compile(gm, example_inputs, config, mode, inductor_options, options)
 
 
+def prac_linear(gm: fx.GraphModule, example_inputs: Sequence[Any], **given: Any) -> Compiled:
+    """Entry point: `backend="prac_linear"` is `prac` with policy "linear"."""
+    return _with_policy("linear", gm, example_inputs, **given)
+
+
+def prac_max(gm: fx.GraphModule, example_inputs: Sequence[Any], **given: Any) -> Compiled:
+    """Entry point: `backend="prac_max"` is `prac` with policy "max"."""
+    return _with_policy("max", gm, example_inputs, **given)
+
+
+def _with_policy(
+    policy: str,
+    gm: fx.GraphModule,
+    example_inputs: Sequence[Any],
+    *,
+    mode: str | None = None,
+    options: Mapping[str, Any] | None = None,
+) -> Compiled:
+    """Compile with a policy that the backend's name says.
+
+    Raises:
+        PracOptionError: as `prac`, or the options say another policy.
+    """
+    config, inductor_options = split_options({"prac.policy": policy, **(options or {})})
+    if config.policy != policy:
+        raise PracOptionError(
+            f'backend="prac_{policy}" contradicts prac.policy={config.policy!r}; '
+            'backend="prac" takes any policy'
+        )
+    return _checked_compile(gm, example_inputs, config, mode, inductor_options, options or policy)
+
+
 # `torch._dynamo.reset()` calls this
-prac.reset = forget_graphs  # type: ignore[attr-defined]
+for _entry in (prac, prac_linear, prac_max):
+    _entry.reset = forget_graphs  # type: ignore[union-attr]
 
 
 def backend(config: PracConfig | None = None) -> PracBackend:
@@ -88,7 +123,7 @@ class PracBackend:
         *,
         mode: str | None = None,
         options: Mapping[str, Any] | None = None,
-    ) -> Callable[..., Any]:
+    ) -> Compiled:
         """Compile one of Dynamo's graphs; `options` may hold Inductor's keys only."""
         ours = [key for key in options or {} if str(key).startswith("prac.")]
         if ours:
@@ -110,7 +145,7 @@ def _checked_compile(
     mode: str | None,
     inductor_options: Mapping[str, Any],
     given: object,
-) -> Callable[..., Any]:
+) -> Compiled:
     """What both forms of the backend do once the options are split: check the rest, compile.
 
     Args:
@@ -134,6 +169,10 @@ def _checked_compile(
             "ranks alone draw independently"
         )
     patches = config_patches(mode, inductor_options)
+    if is_disabled():
+        return _without_us(gm, example_inputs, config, patches)
+    if OPTIONS in os.environ:
+        log.info("%s=%s", OPTIONS, os.environ[OPTIONS])
     if config.report is not None:
         check_report_path(config.report)
     if config.is_biased:
@@ -157,7 +196,7 @@ _PROJECTED = (
 
 def _compile(
     gm: fx.GraphModule, example_inputs: Sequence[Any], config: PracConfig, patches: dict[str, Any]
-) -> Callable[..., Any]:
+) -> Compiled:
     graph = DynamoGraph(gm, tuple(example_inputs))
     if not graph.requires_grad:
         return compile_plain(graph, patches)
@@ -182,9 +221,21 @@ def _compile(
     return with_record(compiled, graph_record(graph.gm, config, plan))
 
 
+def _without_us(
+    gm: fx.GraphModule, example_inputs: Sequence[Any], config: PracConfig, patches: dict[str, Any]
+) -> Compiled:
+    """Inductor's, and nothing of ours in it."""
+    reason = f"{DISABLE} is set"
+    log.info("plain Inductor: %s", reason)
+    has_backward = DynamoGraph(gm, tuple(example_inputs)).returns_grad
+    record = graph_record(gm, config, None, reason)
+    compiled = cast(Compiled, compile_fx(gm, list(example_inputs), config_patches=patches))
+    return with_record(compiled, record) if has_backward else compiled
+
+
 def _compile_without_parameters(
     graph: DynamoGraph, config: PracConfig, patches: Mapping[str, Any]
-) -> Callable[..., Any]:
+) -> Compiled:
     """Plain Inductor's, recorded if it has a backward."""
     compiled = compile_plain(graph, patches)
     if not graph.returns_grad:
@@ -195,7 +246,7 @@ def _compile_without_parameters(
 
 def _fall_back(
     graph: DynamoGraph, config: PracConfig, patches: Mapping[str, Any], error: Exception
-) -> Callable[..., Any]:
+) -> Compiled:
     """Plain Inductor's instead of ours. If that fails too, its error is the one to see."""
     compiled = compile_plain(graph, patches)
     reason = f"{type(error).__name__}: {error}"

@@ -190,31 +190,27 @@ class RecordedGraph:
     instances: int
 
 
-def recorded_graphs(records: Iterable[GraphRecord]) -> list[RecordedGraph]:
+def recorded_graphs(
+    records: Iterable[GraphRecord], model: nn.Module | None = None
+) -> list[RecordedGraph]:
     """The distinct graphs among records, in the order of their first compilation.
 
     A graph that is compiled again, for other sizes of its inputs, is still one graph.
 
     Args:
         records: in the order of their compilation.
+        model: only graphs that this module or a part of it runs. None for all.
     """
+    owners = None if model is None else {id(parameter) for parameter in model.parameters()}
     by_key: dict[object, list[GraphRecord]] = {}
     for record in records:
         by_key.setdefault(record.key, []).append(record)
-    return [
-        RecordedGraph(
-            compilations[-1],
+    found = []
+    for compilations in by_key.values():
+        met = {one for record in compilations for one in record.instances.identities}
+        if owners is None:
             # before its first call a graph has met no module yet
-            max(
-                1,
-                len(
-                    {
-                        identity
-                        for record in compilations
-                        for identity in record.instances.identities
-                    }
-                ),
-            ),
-        )
-        for compilations in by_key.values()
-    ]
+            found.append(RecordedGraph(compilations[-1], max(1, len(met))))
+        elif met & owners:
+            found.append(RecordedGraph(compilations[-1], len(met & owners)))
+    return found

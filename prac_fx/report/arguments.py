@@ -20,13 +20,13 @@ Options follow as key=value, as in `torch.compile(options=...)`:
 from __future__ import annotations
 
 import argparse
-import ast
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
 from prac_fx.document.write import why_not_writable
+from prac_fx.environment import parsed
 from prac_fx.errors import ReportError
 from prac_fx.options import split_options
 from prac_fx.report import table
@@ -226,8 +226,5 @@ def _parse_options(pairs: Sequence[str]) -> dict[str, Any]:
         key, equals, text = pair.partition("=")
         if not equals:
             raise ReportError(f"{pair!r}: expected option=value, such as prac.principal=0.2")
-        try:
-            options[key] = ast.literal_eval(text)
-        except (ValueError, TypeError, SyntaxError):
-            options[key] = text
+        options[key] = parsed(text)
     return options

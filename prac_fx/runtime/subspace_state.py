@@ -146,6 +146,11 @@ def owned_by(owner: Tensor) -> dict[SubspaceKey, Subspace]:
     return _OWNERS.get(owner, {})
 
 
+def all_subspaces() -> list[Subspace]:
+    """The states of all owners of this process."""
+    return [one for of_owner in _OWNERS.values() for one in of_owner.values()]
+
+
 def adopt(owner: Tensor, subspace: Subspace) -> None:
     """Make a parameter the owner of a state."""
     _OWNERS.setdefault(owner, {})[subspace.key] = subspace

@@ -21,6 +21,12 @@ from tests.uncompiled import no_code_generation
 _STORED = torch.ops.aten.as_strided.default
 
 
+@pytest.fixture(autouse=True)
+def _as_on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Graphs are traced and run on a CPU."""
+    monkeypatch.setattr("prac_fx.passes.tabulate._has_one_cosine", lambda device: True)
+
+
 def _traced(function: Callable[..., Tensor], *inputs: Tensor) -> fx.GraphModule:
     gm = make_fx(function, tracing_mode="fake")(*inputs)
     tabulate(gm.graph)
@@ -99,6 +105,11 @@ def _twice_as_large(x: Tensor) -> Tensor:
 )
 def test_what_is_not_stored(function: Callable[[Tensor], Tensor]) -> None:
     assert _stored(_traced(function, torch.randn(2, 4, 16, 8)).graph) == []
+
+
+def test_on_a_cpu_nothing_is_stored(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.undo()
+    assert _stored(_traced(_rotated, torch.randn(2, 4, 16, 8)).graph) == []
 
 
 def test_symbolic_sizes_are_left_alone() -> None:

@@ -1,0 +1,70 @@
+"""Environment variables, for programs that pass on nothing but the name of a backend.
+
+PRAC_FX_OPTIONS   what `torch.compile(options=...)` would take: JSON, or `key=value;key=value`
+PRAC_FX_DISABLE   1: the backend is plain Inductor, whatever the options say
+
+They are read when a graph is compiled.
+"""
+
+from __future__ import annotations
+
+import ast
+import json
+import os
+from typing import Any
+
+from prac_fx.errors import PracOptionError
+
+OPTIONS = "PRAC_FX_OPTIONS"
+DISABLE = "PRAC_FX_DISABLE"
+_JSON_NAMES = {"true": True, "false": False, "null": None}
+
+
+def options_of_environment() -> dict[str, Any]:
+    """The options in PRAC_FX_OPTIONS; none where it is not set.
+
+    Raises:
+        PracOptionError: it is neither JSON nor pairs.
+    """
+    text = os.environ.get(OPTIONS, "").strip()
+    if text.startswith("{"):
+        return _from_json(text)
+    options = {}
+    for pair in filter(None, map(str.strip, text.split(";"))):
+        key, equals, value = pair.partition("=")
+        if not equals:
+            raise PracOptionError(
+                f"{OPTIONS}: {pair!r} is no key=value, as in prac.policy=max;prac.min_nbytes=0"
+            )
+        options[key.strip()] = parsed(value.strip())
+    return options
+
+
+def is_disabled() -> bool:
+    """Is PRAC_FX_DISABLE set to 1?
+
+    Raises:
+        PracOptionError: it is something else than 1, 0 or nothing.
+    """
+    text = os.environ.get(DISABLE, "")
+    if text not in ("", "0", "1"):
+        raise PracOptionError(f"{DISABLE}: it is 1 or 0, not {text!r}")
+    return text == "1"
+
+
+def parsed(text: str) -> Any:
+    """A value as Python or JSON writes it, such as `0.2` or `["*.head"]`; other text is itself."""
+    if text in _JSON_NAMES:
+        return _JSON_NAMES[text]
+    try:
+        return ast.literal_eval(text)
+    except (ValueError, TypeError, SyntaxError):
+        return text
+
+
+def _from_json(text: str) -> dict[str, Any]:
+    try:
+        options: dict[str, Any] = json.loads(text)
+    except json.JSONDecodeError as error:
+        raise PracOptionError(f"{OPTIONS}: no JSON: {error}") from None
+    return options
