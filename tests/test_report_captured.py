@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import gc
 from collections.abc import Callable
 from typing import Any
 
@@ -17,6 +18,12 @@ from tests.models import Sequential, rows
 
 TARGET = torch.randn(512, 64)
 MODEL = Sequential()
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _globals_are_found() -> None:
+    """A report looks through all objects but those that conftest has frozen."""
+    gc.unfreeze()
 
 
 class Loss:
