@@ -22,7 +22,7 @@ import torch
 import torch.fx as fx
 
 from prac_fx.graph.graph_edit import RESHAPING_VIEWS, fake_result, tensor_value
-from prac_fx.graph.nbytes import size_hint
+from prac_fx.graph.nbytes import size_hint, value_nbytes
 
 _aten = torch.ops.aten
 
@@ -45,6 +45,8 @@ _DONE_BY_READERS = RESHAPING_VIEWS | {
 _ALSO_POINTWISE = frozenset({_aten.cat.default, _aten.clone.default})
 # a reader has at least so many times the elements
 _REPEATED = 8
+# a table is there until its last reader has run
+_MAX_NBYTES = 64 << 20
 
 
 def tabulate(graph: fx.Graph) -> None:
@@ -61,8 +63,8 @@ def tabulate(graph: fx.Graph) -> None:
             if sources:
                 dear[node] = dear[sources[0]]
         elif _is_pointwise(node):
-            repeated = [source for source in sources if _is_repeated(source, dear[source], node)]
-            tables.update((dear[source], None) for source in repeated)
+            repeated = [source for source in sources if _is_repeated(dear[source], node)]
+            tables.update((dear[source], None) for source in repeated if _varies_in_rows(source))
             if node.target in _DEAR or len(repeated) < len(sources):
                 dear[node] = node
     for node in tables:
@@ -79,22 +81,27 @@ def _is_pointwise(node: fx.Node) -> bool:
     return torch.Tag.pointwise in tags or node.target in _ALSO_POINTWISE
 
 
-def _is_repeated(read: fx.Node, computed: fx.Node, reader: fx.Node) -> bool:
-    """Does a reader have each element of `computed` many times, which it reads as `read`?"""
-    value, of_reader = tensor_value(read), tensor_value(reader)
-    small = tensor_value(computed)
-    assert value is not None
-    assert of_reader is not None
+def _is_repeated(computed: fx.Node, reader: fx.Node) -> bool:
+    """Does a reader have each element of a value many times?"""
+    small, large = tensor_value(computed), tensor_value(reader)
     assert small is not None
-    if value.dim() == 0 or value.shape[-1] == 1 or value.stride(-1) == 0:
-        return False
-    return size_hint(of_reader.numel()) >= _REPEATED * size_hint(small.numel()) > 0
+    assert large is not None
+    return size_hint(large.numel()) >= _REPEATED * size_hint(small.numel()) > 0
+
+
+def _varies_in_rows(read: fx.Node) -> bool:
+    """Does a value vary along the last dimension of what reads it?"""
+    value = tensor_value(read)
+    assert value is not None
+    return value.dim() > 0 and value.shape[-1] != 1 and value.stride(-1) != 0
 
 
 def _store(graph: fx.Graph, node: fx.Node) -> None:
     value = tensor_value(node)
     assert value is not None
     if not all(isinstance(size, int) for size in (*value.shape, *value.stride())):
+        return
+    if value_nbytes(value) > _MAX_NBYTES:
         return
     with graph.inserting_after(node):
         stored = graph.call_function(

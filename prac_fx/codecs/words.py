@@ -51,7 +51,7 @@ def packed_bytes(codes: Sequence[Tensor], bits: int) -> Tensor:
     """Words of 8 bits.
 
     Args:
-        codes: p tensors, by place in the word, of whole numbers in [0, 2^bits), float32 or float64.
+        codes: p tensors, by place in the word, of whole numbers in [0, 2^bits), int32 or floats.
         bits: 4 or 8.
 
     Returns:

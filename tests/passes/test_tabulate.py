@@ -82,6 +82,12 @@ def _expanded_row(x: Tensor) -> Tensor:
     return x * torch.arange(x.shape[-2]).float().cos()[:, None].expand(-1, 8)
 
 
+def _slopes(x: Tensor) -> Tensor:
+    """As of ALiBi: the powers are few, and what they are multiplied with is as large as x."""
+    slopes = torch.arange(x.shape[1]).float().exp2()[:, None, None]
+    return x + slopes * torch.arange(x.shape[-2] * x.shape[-1]).view(x.shape[-2:])
+
+
 def _cheap(x: Tensor) -> Tensor:
     return x * (_angles(16) + 1).relu()
 
@@ -101,10 +107,18 @@ def _twice_as_large(x: Tensor) -> Tensor:
 
 @pytest.mark.parametrize(
     "function",
-    [_for_each_row, _expanded_row, _cheap, _of_the_same_size, _reduced, _twice_as_large],
+    [_for_each_row, _expanded_row, _slopes, _cheap, _of_the_same_size, _reduced, _twice_as_large],
 )
 def test_what_is_not_stored(function: Callable[[Tensor], Tensor]) -> None:
     assert _stored(_traced(function, torch.randn(2, 4, 16, 8)).graph) == []
+
+
+@pytest.mark.parametrize(("room", "count"), [(16 * 8 * 4, 2), (16 * 8 * 4 - 1, 0)])
+def test_a_large_table_is_not_stored(
+    room: int, count: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("prac_fx.passes.tabulate._MAX_NBYTES", room)
+    assert len(_stored(_traced(_rotated, torch.randn(2, 4, 16, 8)).graph)) == count
 
 
 def test_on_a_cpu_nothing_is_stored(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -138,7 +152,7 @@ def test_a_kernel_makes_the_table() -> None:
 
 def _gradients(**options: Any) -> tuple[list[int], dict[str, Tensor]]:
     """How many tables both graphs of a LLaMA have, and its gradients."""
-    model, inputs = llama(2)
+    model, inputs = llama()
     counts: dict[str, list[int]] = {}
 
     def count(done: Pass, work: Work) -> None:
