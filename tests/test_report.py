@@ -540,7 +540,7 @@ def test_no_backward(
     [
         ("prac.principle=0.3", "unknown option 'prac.principle' (did you mean 'prac.principal'?)"),
         ("prac.principal=3.0", "prac.principal=3.0: expected a fraction"),
-        ("prac.strict=true", "prac.strict='true': expected True or False"),
+        ("prac.strict=yes", "prac.strict='yes': expected True or False"),
         ("prac.min_nbytes=", "prac.min_nbytes='': expected an int"),
         ("prac.seed={[]:1}", "prac.seed='{[]:1}': expected an int"),
         ("max_autotunee=True", "unknown option 'max_autotunee'"),
