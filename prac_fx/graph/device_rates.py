@@ -65,7 +65,8 @@ def rates_of(device: torch.device) -> DeviceRates | None:
     """The rates of a CUDA device of a known architecture; None for any other."""
     if device.type != "cuda" or torch.version.cuda is None or not torch.cuda.is_available():
         return None
-    is_tf32 = torch.backends.cuda.matmul.allow_tf32
+    # `allow_tf32` raises an error where this was set
+    is_tf32 = torch.backends.cuda.matmul.fp32_precision == "tf32"
     return _cuda_rates(device.index or torch.cuda.current_device(), is_tf32)
 
 

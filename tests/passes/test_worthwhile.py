@@ -137,11 +137,12 @@ def test_rates_of_a_device() -> None:
     assert rates.bandwidth == pytest.approx(RATES.bandwidth, rel=1e-3)
     assert rates.half_flops == pytest.approx(RATES.half_flops)
     assert rates.float_flops == pytest.approx(RATES.float_flops)
-    torch.backends.cuda.matmul.allow_tf32 = True
+    before = torch.backends.cuda.matmul.fp32_precision
+    torch.backends.cuda.matmul.fp32_precision = "tf32"
     try:
         with_tf32 = rates_of(GPU)
     finally:
-        torch.backends.cuda.matmul.allow_tf32 = False
+        torch.backends.cuda.matmul.fp32_precision = before
     assert with_tf32 is not None
     assert with_tf32.float_flops == 8 * rates.float_flops
 
