@@ -189,7 +189,7 @@ _BIASED = (
 _PROJECTED = (
     'prac.input_gradient="prac" (policy "paper") projects what the input gradient reads: that '
     "noise passes through every earlier layer and makes gradients noisy and biased. A small LLaMA "
-    "ended at a validation loss of 2.30 instead of 1.73 (benchmarks/results/convergence.md); "
+    "ended at a validation loss of 2.30 instead of 1.75 (benchmarks/results/convergence.md); "
     'policy "balanced" saves more and stays at it'
 )
 
