@@ -29,7 +29,7 @@ from benchmarks.partitioned import Partitioned
 from benchmarks.record import write_record
 from prac_fx.config import PracConfig
 from prac_fx.graph.nbytes import size_hint
-from prac_fx.runtime.subspace_state import subspaces_of
+from prac_fx.runtime.subspace_state import subspaces_in
 from prac_fx.torch_compat import functorch_config
 
 BATCH, SEQUENCE, HIDDEN, HEADS = 16, 256, 512, 8
@@ -175,7 +175,7 @@ def measure(build: Callable[[int], Built], policy: str | None, budget: float) ->
             loss = torch.compile(model, backend=backend)(**inputs).loss
             held = held_nbytes(loss, all_tensors(model, inputs.values()))
             loss.backward()  # compiles the backward graph, if that has waited
-        state = sum(s.nbytes() for p in model.parameters() for s in subspaces_of(p).values())
+        state = sum(subspace.nbytes() for subspace in subspaces_in(model))
         measured.append((held, state, backend.flops))
     held, state, flops = (of_two - of_one for of_one, of_two in zip(*measured, strict=True))
     unit = BATCH * SEQUENCE * HIDDEN * 2

@@ -31,7 +31,7 @@ from benchmarks.settings import Settings
 from benchmarks.shapes import Shape, build, chosen_shapes
 from prac_fx.compare.allocator import step_allocations
 from prac_fx.graph.nbytes import format_nbytes
-from prac_fx.runtime.subspace_state import Subspace, subspaces_of
+from prac_fx.runtime.subspace_state import subspaces_in
 
 TITLE = "Memory and step time of every method"
 
@@ -184,12 +184,6 @@ def _memory(step: Step, model: nn.Module, inputs: Mapping[str, Tensor]) -> dict[
         "state_nbytes": state,
         "total_nbytes": _held_nbytes(model, inputs) + state + allocated.peak_nbytes,
     }
-
-
-def subspaces_in(model: nn.Module) -> Iterator[Subspace]:
-    """The states of all methods that have trained a model."""
-    for parameter in model.parameters():
-        yield from subspaces_of(parameter).values()
 
 
 def _held_nbytes(model: nn.Module, inputs: Mapping[str, Tensor]) -> int:

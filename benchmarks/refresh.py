@@ -40,7 +40,7 @@ from prac_fx.codecs.subspace import (
     seeded_generator,
 )
 from prac_fx.runtime.refresh import batches, refresh
-from prac_fx.runtime.subspace_state import Subspace, subspaces_of
+from prac_fx.runtime.subspace_state import Subspace, subspaces_in
 
 TITLE = "Cost of refreshing the bases"
 
@@ -173,7 +173,7 @@ def _train(method: Method, shape: Shape, settings: Settings) -> tuple[list[float
     model, inputs = build(shape, settings.device, settings.dtype)
     step = prepared(method, model)
     steps = [train_step(step, model, inputs) for _ in range(STEPS[settings.size])]
-    subspaces = [s for p in model.parameters() for s in subspaces_of(p).values()]
+    subspaces = subspaces_in(model)
     return steps[3:], batch_times(subspaces, settings.device)
 
 

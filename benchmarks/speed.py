@@ -30,12 +30,13 @@ from torch import Tensor, nn
 
 from benchmarks import memory_time, step_parts
 from benchmarks.compile_time import train_steps, warm_compiler
-from benchmarks.memory_time import draws_in, prepare, subspaces_in
+from benchmarks.memory_time import draws_in, prepare
 from benchmarks.methods import BASELINE, METHODS, Step
 from benchmarks.refresh import batch_times, by_shape
 from benchmarks.settings import Settings
 from benchmarks.shapes import PAPER, SMALL, TINY, Shape, build
 from prac_fx.graph.nbytes import format_nbytes
+from prac_fx.runtime.subspace_state import subspaces_in
 from prac_fx.torch_compat import fresh_inductor_cache, inductor_config
 
 TITLE = "Speed: steps, their parts, compilation and refreshes"
@@ -233,7 +234,7 @@ class _Measurement:
             self.figures["in_a_row"].append({**about, "methods": methods})
 
         def refreshes() -> None:
-            times = batch_times(list(subspaces_in(module)), self.settings.device)
+            times = batch_times(subspaces_in(module), self.settings.device)
             self.figures["refreshes"].append({**about, "shapes": by_shape(times)})
 
         yield in_turn

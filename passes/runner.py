@@ -217,15 +217,18 @@ def _sample(work: Work) -> None:
 def _expand(work: Work) -> None:
     for gm in (work.partitioned.fw, work.partitioned.bw):
         expand(gm.graph)
-        gm.graph.lint()
-        gm.recompile()
+        _settle(gm)
 
 
 def _tabulate(work: Work) -> None:
     for gm in (work.partitioned.fw, work.partitioned.bw):
-        tabulate(gm.graph)
-        gm.graph.lint()
-        gm.recompile()
+        if tabulate(gm.graph):
+            _settle(gm)
+
+
+def _settle(gm: fx.GraphModule) -> None:
+    gm.graph.lint()
+    gm.recompile()
 
 
 REWRITING = (

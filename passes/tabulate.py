@@ -22,7 +22,7 @@ import torch
 import torch.fx as fx
 
 from prac_fx.graph.graph_edit import RESHAPING_VIEWS, fake_result, tensor_value
-from prac_fx.graph.nbytes import size_hint, value_nbytes
+from prac_fx.graph.nbytes import is_symbolic, size_hint, value_nbytes
 
 _aten = torch.ops.aten
 
@@ -49,8 +49,8 @@ _REPEATED = 8
 _MAX_NBYTES = 64 << 20
 
 
-def tabulate(graph: fx.Graph) -> None:
-    """Store such values of a forward or backward graph; edits it."""
+def tabulate(graph: fx.Graph) -> bool:
+    """Store such values of a forward or backward graph; edits it. Was there one?"""
     # what a kernel computes on its way to a node, from the last node that takes instructions
     dear: dict[fx.Node, fx.Node] = {}
     tables: dict[fx.Node, None] = {}
@@ -67,8 +67,10 @@ def tabulate(graph: fx.Graph) -> None:
             tables.update((dear[source], None) for source in repeated if _varies_in_rows(source))
             if node.target in _DEAR or len(repeated) < len(sources):
                 dear[node] = node
-    for node in tables:
+    stored = [node for node in tables if _can_be_stored(node)]
+    for node in stored:
         _store(graph, node)
+    return bool(stored)
 
 
 def _has_one_cosine(device: torch.device) -> bool:
@@ -96,13 +98,15 @@ def _varies_in_rows(read: fx.Node) -> bool:
     return value.dim() > 0 and value.shape[-1] != 1 and value.stride(-1) != 0
 
 
+def _can_be_stored(node: fx.Node) -> bool:
+    value = tensor_value(node)
+    assert value is not None
+    return not is_symbolic(value) and value_nbytes(value) <= _MAX_NBYTES
+
+
 def _store(graph: fx.Graph, node: fx.Node) -> None:
     value = tensor_value(node)
     assert value is not None
-    if not all(isinstance(size, int) for size in (*value.shape, *value.stride())):
-        return
-    if value_nbytes(value) > _MAX_NBYTES:
-        return
     with graph.inserting_after(node):
         stored = graph.call_function(
             _aten.as_strided.default, (node, [*value.shape], [*value.stride()])

@@ -37,11 +37,8 @@ def check_worthwhile(matrix: Projected, codec: Codec) -> None:
     left = relative_flops(matrix, codec.subspace)
     if left > _WORTHWHILE_FLOPS:
         raise Keep("not_derivable", f"PRAC would take {left:.2f} of the exact FLOPs")
-    rates = rates_of(matrix.device)
-    if rates is None or matrix.itemsize > 4:
-        return
-    left = relative_seconds(matrix, codec, rates)
-    if left > _WORTHWHILE_SECONDS:
+    rates = _rates(matrix)
+    if rates is not None and (left := relative_seconds(matrix, codec, rates)) > _WORTHWHILE_SECONDS:
         raise Keep("not_derivable", f"PRAC would take {left:.2f} of the exact time, {rates.name}")
 
 
@@ -49,10 +46,15 @@ def describe_cost(matrix: Projected, codec: Codec) -> str:
     """What PRAC takes of the FLOPs of exact weight gradients, and of their time if it is known."""
     assert codec.subspace is not None
     text = f"{relative_flops(matrix, codec.subspace):.2f} of the exact FLOPs"
-    rates = rates_of(matrix.device)
-    if rates is None or matrix.itemsize > 4:
+    rates = _rates(matrix)
+    if rates is None:
         return text
     return f"{text}, {relative_seconds(matrix, codec, rates):.2f} of the time, {rates.name}"
+
+
+def _rates(matrix: Projected) -> DeviceRates | None:
+    """Those of its device; there are none of matmuls in float64."""
+    return rates_of(matrix.device) if matrix.itemsize <= 4 else None
 
 
 def relative_seconds(matrix: Projected, codec: Codec, rates: DeviceRates) -> float:

@@ -34,7 +34,7 @@ from prac_fx.torch_compat import (
     without_autograd_cache,
 )
 
-_H100 = SimpleNamespace(
+H100 = SimpleNamespace(
     name="NVIDIA H100 80GB HBM3",
     major=9,
     minor=0,
@@ -45,6 +45,9 @@ _H100 = SimpleNamespace(
     regs_per_multiprocessor=65536,
     shared_memory_per_block_optin=232448,
     total_memory=80 << 30,
+    clock_rate=1_980_000,
+    memory_clock_rate=2_619_000,
+    memory_bus_width=5120,
 )
 
 
@@ -107,7 +110,7 @@ def _on_gpu(value: Any, mode: FakeTensorMode) -> Any:
 @contextmanager
 def _made_up_gpu() -> Iterator[None]:
     def properties(device: object = None) -> SimpleNamespace:
-        return _H100
+        return H100
 
     def yes(*args: object, **kwargs: object) -> bool:
         return True

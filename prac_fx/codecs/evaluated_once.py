@@ -98,12 +98,19 @@ def _lower_mixed(words: Any, shift: int, multiplier: int, mask: int) -> Any:
     return make_pointwise(of_a_word)(words)
 
 
+def _turned(row: Any, column: Any, back: Any = None) -> Any:
+    """a + m b, of which `rotated` is the fraction; less `back`, if that is given."""
+    multiplier = inductor_ops.floor(row)
+    offset = inductor_ops.sub(row, multiplier)
+    if back is not None:
+        offset = inductor_ops.sub(offset, back)
+    return inductor_ops.add(offset, inductor_ops.mul(multiplier, column))
+
+
 @register_lowering(torch.ops.prac_fx.rotated.default, broadcast=True, type_promotion_kind=None)
 def _lower_rotated(rows: Any, columns: Any) -> Any:
     def of_an_element(row: Any, column: Any) -> Any:
-        multiplier = inductor_ops.floor(row)
-        offset = inductor_ops.sub(row, multiplier)
-        total = inductor_ops.add(offset, inductor_ops.mul(multiplier, column))
+        total = _turned(row, column)
         return inductor_ops.sub(total, inductor_ops.floor(total))
 
     return make_pointwise(of_an_element)(rows, columns)
@@ -114,9 +121,7 @@ def _lower_rounded(scaled: Any, rows: Any, columns: Any, bias: int) -> Any:
     number, whole = inductor_ops.constant, 1.5 * 2.0**23
 
     def of_an_element(element: Any, row: Any, column: Any) -> Any:
-        multiplier = inductor_ops.floor(row)
-        offset = inductor_ops.sub(inductor_ops.sub(row, multiplier), number(0.5, torch.float32))
-        total = inductor_ops.add(offset, inductor_ops.mul(multiplier, column))
+        total = _turned(row, column, back=number(0.5, torch.float32))
         # never half way between two whole numbers, so this is the floor of the total plus 1/2
         nearest = inductor_ops.add(total, number(whole, torch.float32))
         nearest = inductor_ops.sub(nearest, number(whole, torch.float32))

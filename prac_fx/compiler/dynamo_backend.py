@@ -27,7 +27,13 @@ from prac_fx.options import config_patches, split_options
 from prac_fx.passes.plan_data import Plan
 from prac_fx.runtime.data_parallel import is_distributed
 from prac_fx.runtime.step import training_step
-from prac_fx.torch_compat import compile_fx, inductor_config, raise_signal, trace_structured
+from prac_fx.torch_compat import (
+    compile_fx,
+    copy_dynamo_graph,
+    inductor_config,
+    raise_signal,
+    trace_structured,
+)
 
 log = logging.getLogger(__name__)
 
@@ -225,23 +231,24 @@ def _without_us(
     gm: fx.GraphModule, example_inputs: Sequence[Any], config: PracConfig, patches: dict[str, Any]
 ) -> Compiled:
     """Inductor's, and nothing of ours in it."""
-    reason = f"{DISABLE} is set"
-    log.info("plain Inductor: %s", reason)
-    has_backward = DynamoGraph(gm, tuple(example_inputs)).returns_grad
-    record = graph_record(gm, config, None, reason)
-    compiled = cast(Compiled, compile_fx(gm, list(example_inputs), config_patches=patches))
-    return with_record(compiled, record) if has_backward else compiled
+    graph = DynamoGraph(gm, tuple(example_inputs))
+    compiled = compile_fx(copy_dynamo_graph(gm), list(example_inputs), config_patches=patches)
+    return _recorded(cast(Compiled, compiled), graph, config, f"{DISABLE} is set")
 
 
 def _compile_without_parameters(
     graph: DynamoGraph, config: PracConfig, patches: Mapping[str, Any]
 ) -> Compiled:
-    """Plain Inductor's, recorded if it has a backward."""
-    compiled = compile_plain(graph, patches)
+    """Plain Inductor's."""
+    return _recorded(compile_plain(graph, patches), graph, config, _NO_PARAMETER)
+
+
+def _recorded(compiled: Compiled, graph: DynamoGraph, config: PracConfig, reason: str) -> Compiled:
+    """What is plain Inductor's for a reason, with a record if it has a backward."""
     if not graph.returns_grad:
         return compiled
-    log.info("plain Inductor: %s", _NO_PARAMETER)
-    return with_record(compiled, graph_record(graph.gm, config, None, _NO_PARAMETER))
+    log.info("plain Inductor: %s", reason)
+    return with_record(compiled, graph_record(graph.gm, config, None, reason))
 
 
 def _fall_back(

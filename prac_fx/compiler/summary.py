@@ -10,7 +10,7 @@ from prac_fx.compiler.graph_records import compiled_graphs
 from prac_fx.document.graph_record import recorded_graphs
 from prac_fx.graph.nbytes import format_nbytes
 from prac_fx.passes.plan_data import PlannedValue
-from prac_fx.runtime.subspace_state import all_subspaces, subspaces_of
+from prac_fx.runtime.subspace_state import all_subspaces, subspaces_in
 
 _SHOWN = 3  # of the largest values that are kept
 
@@ -116,7 +116,5 @@ def _kept(value: PlannedValue) -> KeptValue:
 
 
 def _refreshes(model: nn.Module | None) -> int:
-    if model is None:
-        return sum(subspace.draws for subspace in all_subspaces())
-    found = (subspaces_of(parameter).values() for parameter in model.parameters())
-    return sum(subspace.draws for subspaces in found for subspace in subspaces)
+    subspaces = all_subspaces() if model is None else subspaces_in(model)
+    return sum(subspace.draws for subspace in subspaces)

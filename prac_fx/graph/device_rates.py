@@ -21,9 +21,11 @@ _FLOPS_IN_A_CYCLE: Mapping[tuple[int, int], tuple[int, int, int]] = {
     (9, 0): (4096, 2048, 256),
     (10, 0): (8192, 4096, 256),
 }
-# what large matmuls and copies reach of that on an H200 (benchmarks/results/gpu/speed.md)
-_REACHED_FLOPS, _REACHED_BANDWIDTH = 0.7, 0.8
-# from the end of one kernel to the full speed of the next
+# Of that, the matmuls of LLaMA-1B reach so much on an H200 (benchmarks/results/gpu/speed.md).
+_REACHED_FLOPS = 0.7
+# Assumed: what kernels reach of the bandwidth, and the time from the end of one kernel to the full
+# speed of the next.
+_REACHED_BANDWIDTH = 0.8
 _LAUNCH_S = 3e-6
 
 
@@ -67,7 +69,8 @@ def rates_of(device: torch.device) -> DeviceRates | None:
         return None
     # `allow_tf32` raises an error where this was set
     is_tf32 = torch.backends.cuda.matmul.fp32_precision == "tf32"
-    return _cuda_rates(device.index or torch.cuda.current_device(), is_tf32)
+    index = torch.cuda.current_device() if device.index is None else device.index
+    return _cuda_rates(index, is_tf32)
 
 
 @functools.cache

@@ -35,7 +35,7 @@ from prac_fx.noise.variants import ALL, EXACT, Variant, Variants, encoded_groups
 from prac_fx.options import read_options
 from prac_fx.passes.plan_data import FactoredSite, Plan, PlannedValue
 from prac_fx.runtime.state_dict import load_state_dict, state_dict
-from prac_fx.runtime.subspace_state import Subspace, subspaces_of
+from prac_fx.runtime.subspace_state import Subspace, subspaces_in
 
 # Passes before the first draw: enough for two refreshes of every principal basis.
 _WARM_UP = 4
@@ -160,16 +160,8 @@ def _copied(model: nn.Module) -> nn.Module:
             f"verify: {type(model).__name__} cannot be copied: {type(error).__name__}: {error}"
         ) from error
     load_state_dict(copied, state_dict(model))
-    _fix([subspace for subspace in _subspaces(copied) if subspace.refreshes])
+    _fix([subspace for subspace in subspaces_in(copied) if subspace.refreshes])
     return copied
-
-
-def _subspaces(model: nn.Module) -> list[Subspace]:
-    return [
-        subspace
-        for parameter in model.parameters()
-        for subspace in subspaces_of(parameter).values()
-    ]
 
 
 def _fix(subspaces: Sequence[Subspace]) -> None:
@@ -192,19 +184,19 @@ def _warm_up(stepper: _Stepper, measured: _Inputs, others: Sequence[_Inputs]) ->
             stepper.gradients(inputs, ALL)
         return all(
             subspace.refreshes
-            for subspace in _subspaces(stepper.model)
+            for subspace in subspaces_in(stepper.model)
             if subspace.rows is not None
         )
 
     source = "the model's own"
-    has_own = bool(_subspaces(stepper.model))
+    has_own = bool(subspaces_in(stepper.model))
     if not (has_own and steps(measured)):
         source = f"from {_WARM_UP} passes on {'other batches' if others else 'this batch'}"
         if not steps(*islice(cycle(others or [measured]), _WARM_UP), measured):
             # the other batches have other shapes, and so bases of their own
             source = f"from {_WARM_UP} passes on this batch"
             steps(*repeat(measured, _WARM_UP))
-    subspaces = _subspaces(stepper.model)
+    subspaces = subspaces_in(stepper.model)
     _fix(subspaces)
     return (
         f"principal bases: {source}"

@@ -12,7 +12,7 @@ from collections.abc import MutableMapping
 from dataclasses import dataclass, field
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from prac_fx.codecs import SubspaceShape
@@ -144,6 +144,12 @@ def subspaces_of(parameter: Tensor) -> dict[SubspaceKey, Subspace]:
 def owned_by(owner: Tensor) -> dict[SubspaceKey, Subspace]:
     """All states of one owner (`home_of`); empty when it has none."""
     return _OWNERS.get(owner, {})
+
+
+def subspaces_in(model: nn.Module) -> list[Subspace]:
+    """The states of all parameters of a model."""
+    found = (subspaces_of(parameter).values() for parameter in model.parameters())
+    return [subspace for subspaces in found for subspace in subspaces]
 
 
 def all_subspaces() -> list[Subspace]:

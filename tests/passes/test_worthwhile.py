@@ -18,6 +18,7 @@ from prac_fx.passes import worthwhile
 from prac_fx.passes.plan_data import Keep
 from prac_fx.passes.ranks import Projected, choose_codec, with_coordinates
 from prac_fx.passes.worthwhile import check_worthwhile, describe_cost, relative_seconds
+from tests.gpu_planning import H100
 from tests.graphs import trace
 
 GPU = torch.device("cuda")
@@ -104,22 +105,11 @@ def test_a_plan_says_why_prac_is_not_taken() -> None:
 # -- rates -----------------------------------------------------------------------------------------
 
 
-def _properties(major: int, minor: int) -> SimpleNamespace:
-    return SimpleNamespace(
-        name="made up",
-        major=major,
-        minor=minor,
-        multi_processor_count=132,
-        clock_rate=1_980_000,
-        memory_clock_rate=2_619_000,
-        memory_bus_width=5120,
-    )
-
-
 @pytest.fixture
 def capability(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
     """A CUDA device of this capability."""
-    found = _properties(*request.param)
+    major, minor = request.param
+    found = SimpleNamespace(**{**vars(H100), "major": major, "minor": minor})
     monkeypatch.setattr(torch.version, "cuda", "13.0")
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
