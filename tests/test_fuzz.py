@@ -18,7 +18,7 @@ from tests.fuzz.generate import generate
 from tests.fuzz.programs import Input, Program, Statement, source_of
 from tests.fuzz.shrink import shrink
 
-_SEEDS = 40
+_SEEDS = 30
 _BLOCK = 10
 # compiled for real: one of each policy, and two with convolution and attention
 _COMPILED = (4, 5, 6, 7, 8, 9)
