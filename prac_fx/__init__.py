@@ -3,26 +3,34 @@
 `torch.compile(model, backend="prac")` uses it.
 """
 
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
 from prac_fx._version import __version__
-from prac_fx.compiler.dynamo_backend import backend
-from prac_fx.compiler.rank_check import check_plans
-from prac_fx.compiler.summary import KeptValue, Summary, summary
-from prac_fx.config import PracConfig
-from prac_fx.errors import (
-    CannotRewriteError,
-    PlanMismatchError,
-    PracError,
-    PracOptionError,
-    PracWarning,
-    ReportError,
-    StateError,
-    VerifyError,
-)
-from prac_fx.noise.figures import NoiseReport, ParameterNoise, ValueNoise
-from prac_fx.noise.verify import verify
-from prac_fx.report.explain import MemoryReport, explain
-from prac_fx.runtime.distributed_checkpoint import CheckpointState
-from prac_fx.runtime.state_dict import load_state_dict, state_dict
+
+if TYPE_CHECKING:
+    from prac_fx.compiler.dynamo_backend import backend
+    from prac_fx.compiler.rank_check import check_plans
+    from prac_fx.compiler.summary import KeptValue, Summary, summary
+    from prac_fx.config import PracConfig
+    from prac_fx.errors import (
+        CannotRewriteError,
+        NothingCompressedError,
+        PlanMismatchError,
+        PracError,
+        PracOptionError,
+        PracWarning,
+        ReportError,
+        StateError,
+        VerifyError,
+    )
+    from prac_fx.noise.figures import NoiseReport, ParameterNoise, ValueNoise
+    from prac_fx.noise.verify import verify
+    from prac_fx.report.explain import MemoryReport, explain
+    from prac_fx.runtime.distributed_checkpoint import CheckpointState
+    from prac_fx.runtime.state_dict import load_state_dict, state_dict
 
 __all__ = [
     "CannotRewriteError",
@@ -30,6 +38,7 @@ __all__ = [
     "KeptValue",
     "MemoryReport",
     "NoiseReport",
+    "NothingCompressedError",
     "ParameterNoise",
     "PlanMismatchError",
     "PracConfig",
@@ -50,3 +59,31 @@ __all__ = [
     "summary",
     "verify",
 ]
+
+# What is imported when somebody asks for it. So torch finds the backends also where a version of
+# torch lacks a part that other files import.
+_HOMES = {
+    "compiler.dynamo_backend": ("backend",),
+    "compiler.rank_check": ("check_plans",),
+    "compiler.summary": ("KeptValue", "Summary", "summary"),
+    "config": ("PracConfig",),
+    "errors": tuple(name for name in __all__ if name.endswith(("Error", "Warning"))),
+    "noise.figures": ("NoiseReport", "ParameterNoise", "ValueNoise"),
+    "noise.verify": ("verify",),
+    "report.explain": ("MemoryReport", "explain"),
+    "runtime.distributed_checkpoint": ("CheckpointState",),
+    "runtime.state_dict": ("load_state_dict", "state_dict"),
+}
+_HOME_OF = {name: home for home, names in _HOMES.items() for name in names}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOME_OF:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    value = getattr(importlib.import_module(f"{__name__}.{_HOME_OF[name]}"), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return __all__

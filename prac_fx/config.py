@@ -36,6 +36,13 @@ RULE_CODECS = ("prac", "recompute", *QUANTIZED, "exact")
 
 # What each policy sets wherever the user sets nothing.
 POLICIES: Mapping[str, Mapping[str, Any]] = {
+    "exact": {
+        "weight_gradient": "recompute",
+        "input_gradient": "exact",
+        "attention": "exact",
+        "query_key": "exact",
+        "coordinates": "exact",
+    },
     "linear": {
         "weight_gradient": "prac",
         "input_gradient": "exact",
@@ -93,9 +100,11 @@ class PracConfig:
     `{"weight_gradient": 0.3, "input_gradient": 0.2}`.
 
     Attributes:
-        policy: Sets how values are stored wherever no other option says so. "linear" stores what
-            only weight gradients read by PRAC, and keeps the rest exact. "balanced" stores the rest
-            as int8, "max" stores it as int4. "paper" uses PRAC wherever the paper does.
+        policy: Sets how values are stored wherever no other option says so. "exact" stores nothing
+            with an error: it leaves out what follows from other stored values without a matmul.
+            "linear" stores what only weight gradients read by PRAC, and keeps the rest exact.
+            "balanced" stores the rest as int8, "max" stores it as int4. "paper" uses PRAC wherever
+            the paper does.
         weight_gradient: How to store a value that only weight-gradient matmuls read (role W).
             "auto" tries three ways in turn. It takes PRAC where that leaves at most 0.85 of the
             FLOPs and there are 32 features or more. On a GPU of known speed it has to leave at most
@@ -164,7 +173,7 @@ class PracConfig:
         PracOptionError: on construction, naming the option, the value and what is allowed.
     """
 
-    policy: Literal["linear", "balanced", "max", "paper"] = "balanced"
+    policy: Literal["exact", "linear", "balanced", "max", "paper"] = "balanced"
     weight_gradient: str | None = None
     input_gradient: str | None = None
     attention: str | None = None
@@ -253,7 +262,19 @@ class PracConfig:
     @property
     def is_biased(self) -> bool:
         """Has PRAC no random part (PAC), so that its gradients are biased?"""
-        return any(self.for_role("random", role) == 0 for role in PROJECTED_ROLES)
+        has_no_tail = any(self.for_role("random", role) == 0 for role in PROJECTED_ROLES)
+        return has_no_tail and not self.is_exact
+
+    @property
+    def is_exact(self) -> bool:
+        """Is nothing stored with an error?"""
+        stored = [getattr(self, part) for part in PARTS if part != "coordinates"]
+        return {*stored, *(codec for _, codec in self.rules)} <= {"exact", "recompute"}
+
+    def made_exact(self) -> PracConfig:
+        """The same, with nothing stored with an error."""
+        changes = {"policy": "exact", "rules": (), "checkpoint_inputs": "exact"}
+        return dataclasses.replace(self, **{**changes, **POLICIES["exact"]})
 
     def cache_key(self) -> str:
         """Text that is the same for two configurations if and only if they compile alike."""

@@ -2,6 +2,8 @@
 
 PRAC_FX_OPTIONS   what `torch.compile(options=...)` would take: JSON, or `key=value;key=value`
 PRAC_FX_DISABLE   1: the backend is plain Inductor, whatever the options say
+PRAC_FX_EXACT     1: nothing is stored with an error, whatever the options say
+PRAC_FX_LOG       error, warning, info or debug: how much the log says
 
 They are read when a graph is compiled.
 """
@@ -10,6 +12,7 @@ from __future__ import annotations
 
 import ast
 import json
+import logging
 import os
 from typing import Any
 
@@ -17,6 +20,14 @@ from prac_fx.errors import PracOptionError
 
 OPTIONS = "PRAC_FX_OPTIONS"
 DISABLE = "PRAC_FX_DISABLE"
+EXACT = "PRAC_FX_EXACT"
+LOG = "PRAC_FX_LOG"
+_LEVELS = {
+    "error": logging.ERROR,
+    "warning": logging.WARNING,
+    "info": logging.INFO,
+    "debug": logging.DEBUG,
+}
 _JSON_NAMES = {"true": True, "false": False, "null": None}
 
 
@@ -40,16 +51,30 @@ def options_of_environment() -> dict[str, Any]:
     return options
 
 
-def is_disabled() -> bool:
-    """Is PRAC_FX_DISABLE set to 1?
+def is_set(switch: str) -> bool:
+    """Is `PRAC_FX_DISABLE` or `PRAC_FX_EXACT` set to 1?
 
     Raises:
         PracOptionError: it is something else than 1, 0 or nothing.
     """
-    text = os.environ.get(DISABLE, "")
+    text = os.environ.get(switch, "")
     if text not in ("", "0", "1"):
-        raise PracOptionError(f"{DISABLE}: it is 1 or 0, not {text!r}")
+        raise PracOptionError(f"{switch}: it is 1 or 0, not {text!r}")
     return text == "1"
+
+
+def log_level() -> int | None:
+    """The level that PRAC_FX_LOG names; None where it is not set.
+
+    Raises:
+        PracOptionError: it names none.
+    """
+    text = os.environ.get(LOG, "")
+    if not text:
+        return None
+    if text.lower() not in _LEVELS:
+        raise PracOptionError(f"{LOG}: it is {', '.join(_LEVELS)}, not {text!r}")
+    return _LEVELS[text.lower()]
 
 
 def parsed(text: str) -> Any:

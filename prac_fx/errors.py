@@ -41,6 +41,10 @@ class CannotRewriteError(PracError):
         self.value = value
 
 
+class NothingCompressedError(PracError):
+    """With `prac.strict`: the first step of an optimizer is done, and nothing is compressed."""
+
+
 class StateError(PracError, ValueError):
     """A saved subspace state does not fit the model it is loaded into."""
 

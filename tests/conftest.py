@@ -98,6 +98,16 @@ def _no_stored_plans(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.fixture(autouse=True)
+def _nobody_watches(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Neither the first compilation of a process nor its first steps are those of a run.
+
+    `test_first_steps` and `test_announce` have them back.
+    """
+    monkeypatch.setattr("prac_fx.compiler.announce._shown", ["for tests"])
+    monkeypatch.setattr("prac_fx.compiler.first_steps._STEPS", 0)
+
+
+@pytest.fixture(autouse=True)
 def _loops_over_numbers(request: pytest.FixtureRequest) -> Iterator[None]:
     """Loops over numbers instead of vectors, for which the C++ compiler needs half the time.
 

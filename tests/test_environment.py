@@ -91,7 +91,10 @@ def test_a_configuration_says_everything(monkeypatch: pytest.MonkeyPatch) -> Non
     assert config.policy == "max"
 
 
-@pytest.mark.parametrize(("name", "policy"), [("prac_linear", "linear"), ("prac_max", "max")])
+@pytest.mark.parametrize(
+    ("name", "policy"),
+    [("prac_exact", "exact"), ("prac_linear", "linear"), ("prac_max", "max")],
+)
 def test_names_of_policies(name: str, policy: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """A name wins over the environment, and contradicts another policy."""
     monkeypatch.setenv("PRAC_FX_OPTIONS", "prac.policy=paper;prac.min_nbytes=0")
@@ -119,6 +122,23 @@ def test_the_switch(monkeypatch: pytest.MonkeyPatch) -> None:
     with torch.no_grad():
         torch.compile(model, backend="prac")(x)
     assert compiled_graphs() == []
+
+
+def test_exact_gradients(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whatever the options say, nothing is stored with an error, and what can be left out is."""
+    monkeypatch.setenv("PRAC_FX_EXACT", "1")
+    (config,) = _configs(
+        options={
+            "prac.min_nbytes": 0,
+            "prac.policy": "max",
+            "prac.weight_gradient": "prac",
+            "prac.checkpoint_inputs": "int4",
+            "prac.rules": [("*", "int4")],
+        }
+    )
+    assert config.is_exact
+    (graph,) = compiled_graphs()
+    assert {value.decision for value in graph.values} == {"keep", "recompute"}
 
 
 @pytest.mark.parametrize("text", ["", "0"])

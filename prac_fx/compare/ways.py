@@ -146,6 +146,8 @@ def ways_to_train(config: PracConfig) -> list[Way]:
 
 
 def _gradient(config: PracConfig) -> str:
+    if config.is_exact:
+        return "exact"
     if config.is_biased:
         return "biased"
     return "rounded" if config.rounding == "nearest" else "unbiased"

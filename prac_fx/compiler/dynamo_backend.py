@@ -13,16 +13,17 @@ from typing import Any, cast
 
 import torch.fx as fx
 
+from prac_fx.compiler.announce import announce, set_up_log
 from prac_fx.compiler.dynamo_graph import DynamoGraph
+from prac_fx.compiler.first_steps import watch_first_steps
 from prac_fx.compiler.graph_records import forget_graphs, with_record
 from prac_fx.compiler.plan_text import plan_as_text
 from prac_fx.compiler.two_phases import Compiled, compile_plain, plan_and_compile
 from prac_fx.config import PracConfig
 from prac_fx.document.graph_record import graph_record
 from prac_fx.document.job import check_report_path
-from prac_fx.environment import DISABLE, OPTIONS, is_disabled
+from prac_fx.environment import DISABLE, EXACT, OPTIONS, is_set
 from prac_fx.errors import PracOptionError, warn
-from prac_fx.graph.nbytes import format_nbytes
 from prac_fx.options import config_patches, split_options
 from prac_fx.passes.plan_data import Plan
 from prac_fx.runtime.data_parallel import is_distributed
@@ -34,6 +35,7 @@ from prac_fx.torch_compat import (
     raise_signal,
     trace_structured,
 )
+from prac_fx.torch_versions import untested_torch
 
 log = logging.getLogger(__name__)
 
@@ -47,7 +49,7 @@ def prac(
     mode: str | None = None,
     options: Mapping[str, Any] | None = None,
 ) -> Compiled:
-    """Entry point: `torch.compile(model, backend="prac", options={"prac.principal": 0.2, ...})`.
+    """What `torch.compile(model, backend="prac", options={"prac.principal": 0.2, ...})` calls.
 
     Args:
         gm: Dynamo's graph.
@@ -62,17 +64,7 @@ def prac(
     return _checked_compile(gm, example_inputs, config, mode, inductor_options, options)
 
 
-def prac_linear(gm: fx.GraphModule, example_inputs: Sequence[Any], **given: Any) -> Compiled:
-    """Entry point: `backend="prac_linear"` is `prac` with policy "linear"."""
-    return _with_policy("linear", gm, example_inputs, **given)
-
-
-def prac_max(gm: fx.GraphModule, example_inputs: Sequence[Any], **given: Any) -> Compiled:
-    """Entry point: `backend="prac_max"` is `prac` with policy "max"."""
-    return _with_policy("max", gm, example_inputs, **given)
-
-
-def _with_policy(
+def with_policy(
     policy: str,
     gm: fx.GraphModule,
     example_inputs: Sequence[Any],
@@ -80,7 +72,7 @@ def _with_policy(
     mode: str | None = None,
     options: Mapping[str, Any] | None = None,
 ) -> Compiled:
-    """Compile with a policy that the backend's name says.
+    """Compile with a policy that the backend's name says, as `prac` does with that of its options.
 
     Raises:
         PracOptionError: as `prac`, or the options say another policy.
@@ -94,9 +86,7 @@ def _with_policy(
     return _checked_compile(gm, example_inputs, config, mode, inductor_options, options or policy)
 
 
-# `torch._dynamo.reset()` calls this
-for _entry in (prac, prac_linear, prac_max):
-    _entry.reset = forget_graphs  # type: ignore[union-attr]
+prac.reset = forget_graphs  # type: ignore[attr-defined]  # `torch._dynamo.reset()` calls it
 
 
 def backend(config: PracConfig | None = None) -> PracBackend:
@@ -108,6 +98,7 @@ def backend(config: PracConfig | None = None) -> PracBackend:
     config = PracConfig() if config is None else config
     if not isinstance(config, PracConfig):
         raise PracOptionError(f"prac_fx.backend: expected a PracConfig, got {config!r}")
+    watch_first_steps(config.strict)
     return PracBackend(config)
 
 
@@ -175,10 +166,16 @@ def _checked_compile(
             "ranks alone draw independently"
         )
     patches = config_patches(mode, inductor_options)
-    if is_disabled():
+    set_up_log()
+    if untested := untested_torch():
+        warn(untested, once_for=untested_torch)
+    if is_set(DISABLE):
         return _without_us(gm, example_inputs, config, patches)
-    if OPTIONS in os.environ:
-        log.info("%s=%s", OPTIONS, os.environ[OPTIONS])
+    for variable in (OPTIONS, EXACT):
+        if variable in os.environ:
+            log.info("%s=%s", variable, os.environ[variable])
+    if is_set(EXACT):
+        config = config.made_exact()
     if config.report is not None:
         check_report_path(config.report)
     if config.is_biased:
@@ -204,27 +201,34 @@ def _compile(
     gm: fx.GraphModule, example_inputs: Sequence[Any], config: PracConfig, patches: dict[str, Any]
 ) -> Compiled:
     graph = DynamoGraph(gm, tuple(example_inputs))
-    if not graph.requires_grad:
-        return compile_plain(graph, patches)
-    if not graph.is_planned:
-        return _compile_without_parameters(graph, config, patches)
-    plain = graph
+    with graph.compiling.running():
+        if not graph.requires_grad:
+            return compile_plain(graph, patches)
+        if not graph.is_planned:
+            return _recorded(compile_plain(graph, patches), graph, config, _NO_PARAMETER)
+        return _compile_planned(graph, config, patches)
+
+
+def _compile_planned(
+    plain: DynamoGraph, config: PracConfig, patches: Mapping[str, Any]
+) -> Compiled:
     try:
-        graph = graph.without_regions()
+        graph = plain.without_regions()
         plan, rewritten = plan_and_compile(graph, config, patches)
     except Exception as error:
         raise_signal(error)
         if config.strict:
             raise
         return _fall_back(plain, config, patches, error)
-    _log_plan(plan)
     if plan is None:
+        log.debug("graph without backward: plain Inductor")
         return compile_plain(plain, patches)
+    _log_plan(plan)
     if rewritten is None:
         compiled = compile_plain(plain, patches)
     else:
         compiled = training_step(rewritten, plan, config)
-    return with_record(compiled, graph_record(graph.gm, config, plan))
+    return _told(compiled, graph, config, plan)
 
 
 def _without_us(
@@ -232,23 +236,16 @@ def _without_us(
 ) -> Compiled:
     """Inductor's, and nothing of ours in it."""
     graph = DynamoGraph(gm, tuple(example_inputs))
-    compiled = compile_fx(copy_dynamo_graph(gm), list(example_inputs), config_patches=patches)
+    with graph.compiling.running():
+        compiled = compile_fx(copy_dynamo_graph(gm), list(example_inputs), config_patches=patches)
     return _recorded(cast(Compiled, compiled), graph, config, f"{DISABLE} is set")
-
-
-def _compile_without_parameters(
-    graph: DynamoGraph, config: PracConfig, patches: Mapping[str, Any]
-) -> Compiled:
-    """Plain Inductor's."""
-    return _recorded(compile_plain(graph, patches), graph, config, _NO_PARAMETER)
 
 
 def _recorded(compiled: Compiled, graph: DynamoGraph, config: PracConfig, reason: str) -> Compiled:
     """What is plain Inductor's for a reason, with a record if it has a backward."""
     if not graph.returns_grad:
         return compiled
-    log.info("plain Inductor: %s", reason)
-    return with_record(compiled, graph_record(graph.gm, config, None, reason))
+    return _told(compiled, graph, config, None, reason)
 
 
 def _fall_back(
@@ -259,21 +256,23 @@ def _fall_back(
     reason = f"{type(error).__name__}: {error}"
     warn(f'backend="prac" compiles this graph with plain Inductor, nothing is compressed: {reason}')
     log.debug("fallback", exc_info=error)
-    return with_record(compiled, graph_record(graph.gm, config, None, reason))
+    return _told(compiled, graph, config, None, reason)
 
 
-def _log_plan(plan: Plan | None) -> None:
-    if plan is None:
-        log.debug("graph without backward: plain Inductor")
-        return
-    log.info(
-        "saved for backward: %s -> %s, %d of %d values encoded, state %s",
-        format_nbytes(plan.nbytes_before),
-        format_nbytes(plan.nbytes_after),
-        len(plan.sites),
-        len(plan.values),
-        format_nbytes(plan.state_nbytes),
-    )
+def _told(
+    compiled: Compiled,
+    graph: DynamoGraph,
+    config: PracConfig,
+    plan: Plan | None,
+    fallback: str = "",
+) -> Compiled:
+    """A compiled graph with a record, which the log tells of."""
+    record = graph_record(graph.gm, config, graph.compiling, plan, fallback)
+    announce(record)
+    return with_record(compiled, record)
+
+
+def _log_plan(plan: Plan) -> None:
     log.debug("plan:\n%s", plan_as_text(plan))
     trace_structured(
         "artifact",

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -11,6 +11,7 @@ import torch.fx as fx
 from torch import Tensor, nn
 
 from prac_fx.compiler.regions import without_regions
+from prac_fx.document.stopwatch import Stopwatch
 from prac_fx.graph.nbytes import Symbols
 from prac_fx.graph.origin import clean_path
 from prac_fx.passes.runner import Arguments
@@ -19,15 +20,22 @@ from prac_fx.torch_compat import placeholder_source_name, symbol_names
 
 @dataclass(frozen=True)
 class DynamoGraph:
-    """Dynamo's graph with its inputs, and what we need to know of them."""
+    """Dynamo's graph with its inputs, and what we need to know of them.
+
+    Attributes:
+        gm: the graph.
+        example_inputs: its inputs, fake tensors.
+        compiling: the time that its compilation takes.
+    """
 
     gm: fx.GraphModule
     example_inputs: tuple[Any, ...]
+    compiling: Stopwatch = field(default_factory=Stopwatch)
 
     def without_regions(self) -> DynamoGraph:
         """The graph to plan: with the operators of nested regions in it."""
         gm = without_regions(self.gm)
-        return self if gm is self.gm else DynamoGraph(gm, self.example_inputs)
+        return self if gm is self.gm else replace(self, gm=gm)
 
     @property
     def placeholders(self) -> list[fx.Node]:

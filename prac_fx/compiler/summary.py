@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from torch import nn
 
 from prac_fx.compiler.graph_records import compiled_graphs
-from prac_fx.document.graph_record import recorded_graphs
+from prac_fx.document.graph_record import GraphRecord, RecordedGraph, recorded_graphs
 from prac_fx.graph.nbytes import format_nbytes
 from prac_fx.passes.plan_data import PlannedValue
 from prac_fx.runtime.subspace_state import all_subspaces, subspaces_in
@@ -47,6 +48,7 @@ class Summary:
         encoded: how many of them are stored as something else than they are.
         kept: the others, largest first.
         refreshes: how many times a basis was renewed, in whole or in part.
+        compile_s: seconds of compilation, those of backward graphs that have run included.
     """
 
     graphs: int
@@ -58,11 +60,12 @@ class Summary:
     encoded: int
     kept: tuple[KeptValue, ...]
     refreshes: int
+    compile_s: float
 
-    def numbers(self) -> dict[str, int]:
+    def numbers(self) -> dict[str, int | float]:
         """The numbers by name, for a logger of metrics: `prac/saved_nbytes_after` and so on."""
         names = ("graphs", "saved_nbytes_before", "saved_nbytes_after", "state_nbytes")
-        of_values = ("values", "encoded", "refreshes")
+        of_values = ("values", "encoded", "refreshes", "compile_s")
         numbers = {f"prac/{name}": getattr(self, name) for name in (*names, *of_values)}
         return {**numbers, "prac/fallbacks": len(self.fallbacks)}
 
@@ -70,6 +73,11 @@ class Summary:
         """A line, such as `prac: saved for backward 73.4 MiB -> 18.5 MiB (25%); 31 of 45 ...`."""
         if not self.graphs:
             return "prac: no graph with a backward is compiled"
+        parts = self._of_plans() if self.values else []
+        parts += [f"plain Inductor: {reason}" for reason in self.fallbacks]
+        return f"prac: {'; '.join(parts or ['backward needs nothing'])}"
+
+    def _of_plans(self) -> list[str]:
         before, after = self.saved_nbytes_before, self.saved_nbytes_after
         share = f" ({after / before:.0%})" if before else ""
         parts = [f"saved for backward {format_nbytes(before)} -> {format_nbytes(after)}{share}"]
@@ -83,8 +91,7 @@ class Summary:
             ]
             more = ", ..." if len(self.kept) > _SHOWN else ""
             parts.append(f"{len(self.kept)} kept: {', '.join(shown)}{more}")
-        parts += [f"plain Inductor: {reason}" for reason in self.fallbacks]
-        return f"prac: {'; '.join(parts)}"
+        return parts
 
 
 def summary(model: nn.Module | None = None) -> Summary:
@@ -93,7 +100,18 @@ def summary(model: nn.Module | None = None) -> Summary:
     Args:
         model: only graphs that a parameter of this module enters count. None for all graphs.
     """
-    found = [(graph.latest, graph.instances) for graph in recorded_graphs(compiled_graphs(), model)]
+    subspaces = all_subspaces() if model is None else subspaces_in(model)
+    refreshes = sum(subspace.draws for subspace in subspaces)
+    return _summary_of(recorded_graphs(compiled_graphs(), model), refreshes)
+
+
+def summary_of(record: GraphRecord) -> Summary:
+    """What one compiled graph saves for backward, for one module that runs it."""
+    return _summary_of([RecordedGraph(record, 1, record.compiling.seconds)], 0)
+
+
+def _summary_of(graphs: Sequence[RecordedGraph], refreshes: int) -> Summary:
+    found = [(graph.latest, graph.instances) for graph in graphs]
     values = [value for record, count in found for value in record.values for _ in range(count)]
     plans = [(record.plan, count) for record, count in found if record.plan is not None]
     kept = [value for value in values if value.decision == "keep" and value.nbytes_after]
@@ -107,14 +125,10 @@ def summary(model: nn.Module | None = None) -> Summary:
         values=len(values),
         encoded=sum(value.decision != "keep" for value in values),
         kept=tuple(map(_kept, kept)),
-        refreshes=_refreshes(model),
+        refreshes=refreshes,
+        compile_s=sum(graph.compile_s for graph in graphs),
     )
 
 
 def _kept(value: PlannedValue) -> KeptValue:
     return KeptValue(value.origin.module or value.name, value.nbytes_after, value.reason)
-
-
-def _refreshes(model: nn.Module | None) -> int:
-    subspaces = all_subspaces() if model is None else subspaces_in(model)
-    return sum(subspace.draws for subspace in subspaces)

@@ -15,7 +15,7 @@ import torch
 import torch.fx as fx
 
 from prac_fx.compiler.cache_keys import plan_key
-from prac_fx.compiler.code_generation import with_kernel_settings
+from prac_fx.compiler.code_generation import with_kernel_settings, within
 from prac_fx.compiler.dynamo_graph import DynamoGraph
 from prac_fx.compiler.eager_graphs import with_backward_net
 from prac_fx.compiler.loop_split import without_lossy_splits
@@ -204,6 +204,7 @@ def compile_rewritten(
     inner_compile = without_lossy_splits(without_higher_peak(inner_compile or compile_fx_inner))
     inner_compile = with_kernel_settings(inner_compile)
     inner_compile = with_backward_net(inner_compile, strict=config.strict)
+    inner_compile = within(inner_compile, graph.compiling.running)
     partitioner = RewritePartitioner(plan, len(graph.example_inputs), config)
     return lower_rewritten(graph, plan, patches, partitioner, inner_compile)
 

@@ -10,6 +10,7 @@ import torch.fx as fx
 from torch import Tensor, nn
 
 from prac_fx.config import PracConfig
+from prac_fx.document.stopwatch import Stopwatch
 from prac_fx.graph.nbytes import size_hint, storage_nbytes
 from prac_fx.graph.origin import clean_path, origin_of
 from prac_fx.passes.plan_data import Plan, PlannedValue
@@ -92,6 +93,7 @@ class GraphRecord:
         start: file and line of the first operator.
         plan: what it was compiled by; None for plain Inductor without one.
         fallback: why plain Inductor compiled it; empty when it did not.
+        compiling: the time that this took.
         instances: the modules that run it.
     """
 
@@ -103,6 +105,7 @@ class GraphRecord:
     start: tuple[str, int]
     plan: Plan | None
     fallback: str
+    compiling: Stopwatch
     instances: Instances = field(default_factory=lambda: Instances(None))
 
     @property
@@ -123,13 +126,18 @@ class GraphRecord:
 
 
 def graph_record(
-    gm: fx.GraphModule, config: PracConfig, plan: Plan | None, fallback: str = ""
+    gm: fx.GraphModule,
+    config: PracConfig,
+    compiling: Stopwatch,
+    plan: Plan | None,
+    fallback: str = "",
 ) -> GraphRecord:
     """The record of a graph that was just compiled.
 
     Args:
         gm: Dynamo's graph.
         config: the options.
+        compiling: the time that this took, and takes yet: backward is compiled when it first runs.
         plan: what it was compiled by; None for plain Inductor without one.
         fallback: why it is plain Inductor's then.
     """
@@ -153,6 +161,7 @@ def graph_record(
         _start(gm.graph),
         plan,
         fallback,
+        compiling,
         Instances(min((indices[name] for name in parameters), default=None)),
     )
 
@@ -184,10 +193,12 @@ class RecordedGraph:
     Attributes:
         latest: the record of the latest compilation.
         instances: how many modules run it, in any of its compilations.
+        compile_s: seconds that all its compilations took.
     """
 
     latest: GraphRecord
     instances: int
+    compile_s: float
 
 
 def recorded_graphs(
@@ -208,9 +219,10 @@ def recorded_graphs(
     found = []
     for compilations in by_key.values():
         met = {one for record in compilations for one in record.instances.identities}
+        seconds = sum(record.compiling.seconds for record in compilations)
         if owners is None:
             # before its first call a graph has met no module yet
-            found.append(RecordedGraph(compilations[-1], max(1, len(met))))
+            found.append(RecordedGraph(compilations[-1], max(1, len(met)), seconds))
         elif met & owners:
-            found.append(RecordedGraph(compilations[-1], len(met & owners)))
+            found.append(RecordedGraph(compilations[-1], len(met & owners), seconds))
     return found
