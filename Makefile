@@ -1,9 +1,13 @@
 PYTHON ?= python3
-BIN := .venv/bin
+USUAL_TORCH := 2.13.0
+TORCH ?= $(USUAL_TORCH)
+# `make test TORCH=2.15.0` has an environment of its own
+VENV := .venv$(addprefix -,$(filter-out $(USUAL_TORCH),$(TORCH)))
+BIN := $(VENV)/bin
 # appears once everything is installed; after a change of dependencies, `make clean` first
-READY := .venv/.ready
+READY := $(VENV)/.ready
 
-.PHONY: demo test check docs bench clean
+.PHONY: demo test lint check docs bench clean
 
 demo: $(READY)
 	$(BIN)/python examples/demo.py
@@ -12,12 +16,12 @@ demo: $(READY)
 test: $(READY)
 	$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder -q
 
-check: $(READY)
+lint: $(READY)
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/mypy
-	$(MAKE) test
-	$(MAKE) docs
+
+check: lint test docs
 
 # fills the generated parts of docs/*.md, then writes the site into site/; needs no network
 docs: $(READY)
@@ -28,12 +32,12 @@ bench: $(READY)
 	$(BIN)/python -m benchmarks
 
 clean:
-	rm -rf .venv site .pytest_cache .mypy_cache .ruff_cache build dist *.egg-info
+	rm -rf .venv .venv-* site .pytest_cache .mypy_cache .ruff_cache build dist *.egg-info
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 # torch first, and exactly this version: a bare "torch" may fetch another one, in a CUDA build
 $(READY):
-	$(PYTHON) -m venv .venv
-	$(BIN)/pip install "torch==2.13.0"
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install "torch==$(TORCH)"
 	$(BIN)/pip install -e ".[dev]"
 	touch $(READY)

@@ -35,7 +35,7 @@ from prac_fx.torch_compat import functorch_config
 BATCH, SEQUENCE, HIDDEN, HEADS = 16, 256, 512, 8
 SHAPE = {"batch": BATCH, "sequence": SEQUENCE, "hidden": HIDDEN, "heads": HEADS}
 BUDGETS = (0.99, 0.7, 0.5, 0.3, 0.1)
-POLICIES = ("linear", "balanced", "max", "paper")
+POLICIES = ("exact", "linear", "balanced", "max", "paper")
 
 Built = tuple[nn.Module, dict[str, Tensor]]
 
