@@ -10,7 +10,7 @@ from __future__ import annotations
 import contextlib
 import logging
 import time
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextvars import ContextVar
 from dataclasses import dataclass, field
 from typing import Any
@@ -35,7 +35,7 @@ from prac_fx.passes.sample import sample
 from prac_fx.passes.sentinels import sentinels
 from prac_fx.passes.survey import Survey, survey
 from prac_fx.passes.tabulate import tabulate
-from prac_fx.torch_compat import fx_graph_cse, trace_structured
+from prac_fx.torch_compat import trace_structured, without_duplicates
 
 log = logging.getLogger(__name__)
 
@@ -113,16 +113,39 @@ class Pass:
 # -- planning --------------------------------------------------------------------------------------
 
 
-def merge_duplicates(gm: fx.GraphModule) -> None:
+def merge_duplicates(gm: fx.GraphModule, num_fwd_outputs: int) -> None:
     """Drop dead nodes, merge equal ones, and number the rest anew.
 
     torch's partitioner drops and merges first of all, too. Query, key and value then read one node.
     Both phases see the same graph with the same names. Without new numbers they may not: traces
     leave different numbers of dead nodes behind, and the names of the others count them.
+
+    Args:
+        gm: the joint graph module.
+        num_fwd_outputs: how many of its outputs are forward's.
     """
     gm.graph.eliminate_dead_code()
-    gm.graph = with_names_in_order(fx_graph_cse(gm.graph))
+    (output,) = gm.graph.find_nodes(op="output")
+    of_backward = _needed_for(output.args[0][num_fwd_outputs:])
+    merged = without_duplicates(gm.graph, of_backward.__contains__)
+    gm.graph = with_names_in_order(merged)
     restore_views(gm.graph)
+
+
+def _merge_duplicates(work: Work) -> None:
+    merge_duplicates(work.gm, work.partition_options["num_fwd_outputs"])
+
+
+def _needed_for(outputs: Iterable[Any]) -> set[fx.Node]:
+    """The nodes that some outputs are computed from."""
+    found: set[fx.Node] = set()
+    waiting = [node for node in outputs if isinstance(node, fx.Node)]
+    while waiting:
+        node = waiting.pop()
+        if node not in found:
+            found.add(node)
+            waiting += node.all_input_nodes
+    return found
 
 
 def _survey(work: Work) -> None:
@@ -171,7 +194,7 @@ def _plan(work: Work) -> None:
 
 
 PLANNING = (
-    Pass("merge_duplicates", lambda work: merge_duplicates(work.gm), lambda work: work.gm),
+    Pass("merge_duplicates", _merge_duplicates, lambda work: work.gm),
     Pass("survey", _survey),
     Pass("classify", _classify),
     Pass("assign_roles", _assign_roles),
@@ -232,7 +255,7 @@ def _settle(gm: fx.GraphModule) -> None:
 
 
 REWRITING = (
-    Pass("merge_duplicates", lambda work: merge_duplicates(work.gm), lambda work: work.gm),
+    Pass("merge_duplicates", _merge_duplicates, lambda work: work.gm),
     Pass("check_fingerprint", _check_fingerprint),
     Pass("rewrite", _rewrite, lambda work: work.gm),
     Pass("factor", _factor, lambda work: work.gm),

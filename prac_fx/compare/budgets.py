@@ -148,7 +148,7 @@ class _BudgetsPartitioner(CustomPartitionerFn):
     def __call__(
         self, gm: fx.GraphModule, joint_inputs: Sequence[object], **options: Any
     ) -> NoReturn:
-        merge_duplicates(gm)
+        merge_duplicates(gm, options["num_fwd_outputs"])
         of_joint = counted_operators(gm.graph)
         for budget in self._budgets:
             with functorch_config.patch(activation_memory_budget=budget):

@@ -292,7 +292,7 @@ class _PlainPartitioner(CustomPartitionerFn):
             )
             self.sizes = SymbolicSizes(self._mode)
         else:
-            merge_duplicates(gm)
+            merge_duplicates(gm, options["num_fwd_outputs"])
         self._observer.look(gm, options, self._arguments.parameters)
         halves = min_cut_rematerialization_partition(gm, joint_inputs, **options)
         self.draws_anew = draws_anew(gm.graph, *halves)

@@ -9,7 +9,6 @@ from torch._C import _DisableAutocast as without_autocast
 from torch._dynamo.exc import ShortenTraceback
 from torch._functorch import config as functorch_config
 from torch._functorch._aot_autograd.utils import make_boxed_func
-from torch._functorch.compile_utils import fx_graph_cse
 from torch._functorch.partitioners import min_cut_rematerialization_partition
 from torch._inductor import config as inductor_config
 from torch._inductor import ir as inductor_ir
@@ -78,6 +77,7 @@ from prac_fx.torch_compat.partitioner import (
     rename_node,
     replace_node,
     without_autograd_cache,
+    without_duplicates,
     without_memory_budget,
 )
 from prac_fx.torch_compat.patches import (
@@ -137,7 +137,6 @@ __all__ = [
     "fresh_inductor_cache",
     "fsdp_parameters",
     "functorch_config",
-    "fx_graph_cse",
     "get_freeable_input_buf",
     "gpu_fusion_patches",
     "gradient_argument_index",
@@ -187,6 +186,7 @@ __all__ = [
     "with_fresh_size_profile",
     "without_autocast",
     "without_autograd_cache",
+    "without_duplicates",
     "without_memory_budget",
     "without_recompile_limit",
 ]

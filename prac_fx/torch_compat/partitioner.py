@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import inspect
 import operator
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Hashable, Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
 import torch
 import torch.fx as fx
 from torch._functorch import config as functorch_config
+from torch._functorch.compile_utils import fx_graph_cse
 from torch.utils.checkpoint import CheckpointPolicy
 
 
@@ -20,6 +22,20 @@ def without_autograd_cache() -> Any:
     needs that call.
     """
     return functorch_config.patch(enable_autograd_cache=False)
+
+
+def without_duplicates(graph: fx.Graph, kind: Callable[[fx.Node], Hashable]) -> fx.Graph:
+    """A graph in which equal nodes are one, as torch's partitioner merges them.
+
+    Source: `min_cut_rematerialization_partition`. From torch 2.14 on it merges nodes of one kind.
+
+    Args:
+        graph: the joint graph.
+        kind: of a node: does backward need it?
+    """
+    knows_kinds = "extra_node_key" in inspect.signature(fx_graph_cse).parameters
+    given: dict[str, Any] = {"extra_node_key": kind} if knows_kinds else {}
+    return fx_graph_cse(graph, **given)
 
 
 def has_tag_must_recompute(node: fx.Node) -> bool:

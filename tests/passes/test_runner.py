@@ -38,6 +38,35 @@ def test_observers_see_the_work_as_the_pass_left_it() -> None:
     assert found["partition"] < found["sample"]
 
 
+class _Twice(nn.Module):
+    """Computes one value for backward, and the same once more for the caller alone."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.last = nn.Linear(64, 64), nn.Linear(64, 64)
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        y = self.first(x)
+        with torch.no_grad():
+            seen = y.exp() + 1
+        return self.last(y.exp()), seen
+
+
+def test_duplicates_are_merged_as_torch_merges_them() -> None:
+    """From 2.14 on it leaves what only the caller sees apart from what backward needs."""
+    found: list[int] = []
+
+    def count(done: Pass, work: Work) -> None:
+        if done.name == "merge_duplicates":
+            exponentials = torch.ops.aten.exp.default
+            found.append(len(work.gm.graph.find_nodes(op="call_function", target=exponentials)))
+
+    with observed(count):
+        trace(_Twice(), torch.randn(1024, 64))
+    major, minor, *_ = torch.__version__.split(".")
+    assert set(found) == {2 if (int(major), int(minor)) >= (2, 14) else 1}
+
+
 def test_times_and_graphs_are_logged(caplog: pytest.LogCaptureFixture) -> None:
     with caplog.at_level(logging.DEBUG, "prac_fx.passes"):
         trace(Mlp(), inputs())
