@@ -122,7 +122,7 @@ def test_the_peak_is_off_by_temporary_memory_of_a_block_at_most(
     assert estimate.peak.total == pytest.approx(exact.peak.total, rel=0.02)
     assert sum(live.nbytes for live in estimate.live) == estimate.peak.total
     # a block more or less at the boundaries, where the last block meets what follows
-    assert len(estimate.events) == pytest.approx(len(exact.events), rel=0.05)
+    assert abs(len(estimate.events) - len(exact.events)) <= len(exact.events) / BLOCKS
     # parameters, buffers, inputs and the optimizer: all the time, of all blocks
     for category in ("parameters", "inputs", "optimizer"):
         assert estimate.peak.nbytes[category] == exact.peak.nbytes[category]

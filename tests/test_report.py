@@ -479,7 +479,7 @@ FORWARD_RAISES = """class M(nn.Linear):
     ("body", "message"),
     [
         (FORWARD_RAISES, "ValueError: not today"),
-        ("return nn.Linear(3, 4), x", "RuntimeError: mat1 and mat2 shapes cannot be multiplied"),
+        ("return nn.Linear(3, 4), x", r"RuntimeError: .*mat1 and mat2 shapes cannot be multiplied"),
         ("return model(), {'y': x}", "TypeError: "),
         ("return model(), ()", "TypeError: "),
         ("return model(), x, lambda out: out.nope", "AttributeError: 'Tensor' object has no"),
@@ -492,7 +492,7 @@ def test_the_model_raises(
     path = write_model(body)
     # capfd: torch logs to the stream that was standard error when it was imported
     line, above = _failure(capfd, path)
-    assert line.startswith(f"the model raised {message}")
+    assert re.match(f"the model raised {message}", line)
     # shown where it is their code that fails
     frames = re.findall(r'File "(.*?)"', above)
     assert set(frames) == ({path} if body == FORWARD_RAISES or "nope" in body else set())

@@ -47,7 +47,7 @@ def drawing_once(is_draw: Callable[[fx.Node], bool]) -> Iterator[None]:
     those three. At a budget of 0 it saves nothing but inputs. Backward then draws other numbers,
     and gradients are wrong.
     Upstream: https://github.com/pytorch/pytorch/issues/190758
-    Versions: torch 2.11 to 2.13.
+    Versions: torch 2.11 to 2.15.
     Can go: once `tests/test_random_numbers.py::test_torch_draws_anew_within_a_budget` fails.
 
     Args:
@@ -147,7 +147,7 @@ def annotate_seeds_with_budget(gm: fx.GraphModule) -> None:
     `torch.autograd.graph.region_activation_memory_budget`. The partitioner refuses a graph in
     which a forward operator lacks it, and so it refuses every model with dropout.
     Upstream: not reported.
-    Versions: torch 2.13. Earlier versions have no budgets of regions.
+    Versions: torch 2.13. Earlier versions have no budgets of regions, and 2.14 has mended it.
     Can go: once
     `tests/test_random_numbers.py::test_torch_refuses_dropout_in_a_region_with_a_budget` fails.
     """
@@ -235,7 +235,7 @@ def remembering_strides() -> Iterator[None]:
     sympy takes some ten milliseconds for one. A graph that encodes and decodes has more indices
     than that: for four layers of LLaMA 1,620 answers were worked out, of which 400 differ.
     Upstream: not reported.
-    Versions: torch 2.11 to 2.13.
+    Versions: torch 2.11 to 2.15.
     Can go: once `tests/test_compiled_kernels.py::test_torch_forgets_strides` fails.
     """
     with ExitStack() as replaced:
@@ -278,7 +278,7 @@ def peak_estimate(estimate: type[EfficientPeakEstimate]) -> AbstractContextManag
     whether a free buffer may be kept. torch's estimate is far too high for graphs that encode and
     decode, so the peak grows (prac_fx/compiler/peak_aware_reuse.py).
     Upstream: not reported.
-    Versions: torch 2.11 to 2.13.
+    Versions: torch 2.11 to 2.15.
     Can go: once
     `tests/test_peak_aware_reuse.py::test_torchs_own_estimate_lets_the_peak_grow` fails because
     the peak does not grow.
@@ -296,7 +296,7 @@ def loop_split_where(allowed: Callable[[Sequence[Any]], bool]) -> AbstractContex
     loop whose length the divisor does not divide. The end of each row stays uninitialised
     (prac_fx/compiler/loop_split.py).
     Upstream: not reported.
-    Versions: torch 2.11 to 2.13.
+    Versions: torch 2.11 to 2.15.
     Can go: once `tests/test_loop_split.py::test_no_step_is_lost` fails because a split that we
     do not allow keeps every step.
 

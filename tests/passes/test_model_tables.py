@@ -1,7 +1,8 @@
-"""What is saved for backward in real transformer blocks, and what becomes of it; torch 2.11 to 2.13."""
+"""What is saved for backward in real transformer blocks, and what becomes of it; torch 2.11 to 2.15."""
 
 from __future__ import annotations
 
+import re
 from typing import Any
 
 from expecttest import assert_expected_inline
@@ -79,8 +80,12 @@ model.transformer.h.0.ln_2                 8x64x1       A    keep      statistic
 
 
 def test_roberta() -> None:
+    # before torch 2.15 a dropout of 0 leaves a node
+    found = re.sub(
+        r"model\.classifier\.dropout +", "model.classifier".ljust(43), _table(models.roberta())
+    )
     assert_expected_inline(
-        _table(models.roberta()),
+        found,
         """\
 model.roberta.embeddings                   16x64        A    keep      not_floating_point
 model.roberta.embeddings                   16x64        A    keep      not_floating_point
@@ -97,7 +102,7 @@ model.roberta.encoder.layer.0.intermediate.dense 1024x64      W    encode    pra
 model.roberta.encoder.layer.0.intermediate.dense 1024x256     A    keep      input_gradient_reads_it
 model.roberta.encoder.layer.0.output.dense 1024x256     W    encode    prac 76+76/256 x4
 model.roberta.encoder.layer.0.output.LayerNorm 16x64x64     A    keep      input_gradient_reads_it
-model.classifier.dropout                   16x64        W    keep      too_few_tokens
+model.classifier                           16x64        W    keep      too_few_tokens
 model.classifier                           16x64        W+A  keep      also_read_elsewhere
 model.classifier.out_proj                  16x2         A    keep      loss_intermediate
 model                                                   A    keep      statistic
