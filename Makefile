@@ -35,9 +35,10 @@ clean:
 	rm -rf .venv .venv-* site .pytest_cache .mypy_cache .ruff_cache build dist *.egg-info
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
+# Editors and mypy read no types of what is installed in the usual editable mode.
 # torch first, and exactly this version: a bare "torch" may fetch another one, in a CUDA build
 $(READY):
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install "torch==$(TORCH)"
-	$(BIN)/pip install -e ".[dev]"
+	$(BIN)/pip install -e ".[dev]" --config-settings editable_mode=compat
 	touch $(READY)
