@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Callable
+from typing import Any
 from unittest.mock import patch
 
 import pytest
@@ -114,3 +117,34 @@ def test_nothing_compiled() -> None:
     torch._dynamo.reset()
     assert str(prac_fx.summary()) == "prac: no graph with a backward is compiled"
     assert prac_fx.summary().numbers()["prac/saved_nbytes_before"] == 0
+
+
+def _decorated(forward: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    """As transformers decorates the forward of its models."""
+
+    @functools.wraps(forward)
+    def wrapper(*args: Any, **kwargs: Any) -> Tensor:
+        return forward(*args, **kwargs)
+
+    return wrapper
+
+
+class Decorated(Block):
+    forward = _decorated(Block.forward)
+
+
+def test_paths_are_the_models_own_where_forward_is_decorated() -> None:
+    found = [
+        prac_fx.summary(_trained(model, exclude=["layers.*"])) for model in (Block(), Decorated())
+    ]
+    assert found[0] == found[1]
+    assert {one.reason for one in found[0].kept} >= {"excluded"}
+
+
+def test_a_logger_does_not_wait_for_a_search_for_garbage() -> None:
+    model = _trained(Sequential())
+    with patch("gc.collect") as collect:
+        found = prac_fx.summary(model, collect=False)
+        assert not collect.called
+        assert found == prac_fx.summary(model)
+        assert collect.called

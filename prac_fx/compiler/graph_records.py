@@ -45,9 +45,15 @@ def _write_report(record: GraphRecord) -> None:
         write_report(list(_ALIVE.values()), record.config)
 
 
-def compiled_graphs() -> list[GraphRecord]:
-    """Records of the graphs that are alive, in the order of their compilation."""
-    gc.collect()  # compiled functions refer to themselves
+def compiled_graphs(*, collect: bool = True) -> list[GraphRecord]:
+    """Records of the graphs that are alive, in the order of their compilation.
+
+    Args:
+        collect: search for garbage first. Compiled functions refer to themselves, so without it
+            some that nothing else refers to may be in the list.
+    """
+    if collect:
+        gc.collect()
     return list(_ALIVE.values())
 
 

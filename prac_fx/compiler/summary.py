@@ -94,15 +94,17 @@ class Summary:
         return parts
 
 
-def summary(model: nn.Module | None = None) -> Summary:
+def summary(model: nn.Module | None = None, *, collect: bool = True) -> Summary:
     """What the compiled graphs of a model save for backward, or all graphs of this process.
 
     Args:
         model: only graphs that a parameter of this module enters count. None for all graphs.
+        collect: search for garbage first, so that graphs which are gone do not count. That may take
+            half a second: a logger that asks in every step leaves it out.
     """
     subspaces = all_subspaces() if model is None else subspaces_in(model)
     refreshes = sum(subspace.draws for subspace in subspaces)
-    return _summary_of(recorded_graphs(compiled_graphs(), model), refreshes)
+    return _summary_of(recorded_graphs(compiled_graphs(collect=collect), model), refreshes)
 
 
 def summary_of(record: GraphRecord) -> Summary:

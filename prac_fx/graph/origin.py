@@ -80,7 +80,8 @@ def clean_path(source: str) -> str:
     """Dynamo's source name as a dotted path relative to the compiled module.
 
     `L['self']._modules['model']._modules['layers']._modules['0']._parameters['weight']`
-    becomes `model.layers.0.weight`; `L['self'].model.layers.0` becomes `model.layers.0`.
+    becomes `model.layers.0.weight`; `L['self'].model.layers.0` becomes `model.layers.0`. So does
+    `L['args'][0].model.layers.0`: a decorator of `forward` that takes `*args` has `self` there.
     """
     path = _INDEX.sub(lambda m: "." + next(g for g in m.groups() if g is not None), source)
     parts = [part for part in path.split(".") if part and part not in _CONTAINERS]
@@ -88,6 +89,8 @@ def clean_path(source: str) -> str:
         parts = parts[1:]
     if parts and parts[0] in ("self", "fn", "mod"):
         parts = parts[1:]
+    elif parts[:2] == ["args", "0"]:
+        parts = parts[2:]
     return ".".join(parts)
 
 
