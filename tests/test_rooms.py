@@ -9,6 +9,7 @@ import sys
 from pathlib import Path
 
 ROOT = Path(__file__).parent.parent
+INTEGRATIONS = ROOT / "prac_fx" / "integrations"
 
 
 def test_lower_rooms_know_nothing_of_higher_ones() -> None:
@@ -41,13 +42,23 @@ def test_what_is_imported_is_declared_and_nothing_else() -> None:
     # one optional part draws pictures
     optional = re.findall(r"^plot = \[(.*)\]$", (ROOT / "pyproject.toml").read_text(), re.MULTILINE)
     declared |= set(requirement.findall(optional[0]))
-    assert _imported(ROOT / "prac_fx") | _imported(ROOT / "passes") == declared
+    files = [path for folder in ("prac_fx", "passes") for path in (ROOT / folder).rglob("*.py")]
+    found = _imported(*(path for path in files if path.parent != INTEGRATIONS))
+    assert found == declared
 
 
-def _imported(folder: Path) -> set[str]:
-    """Packages of others that the files of a folder import; each is called like its distribution."""
+def test_an_integration_imports_its_host_alone() -> None:
+    """Nobody needs to have the others. What a host brings along is there with it."""
+    brought = {"transformers": {"accelerate"}, "axolotl": {"pydantic"}}
+    for path in INTEGRATIONS.glob("*.py"):
+        found = _imported(path) - {"torch"}
+        assert found <= {path.stem} | brought.get(path.stem, set()), path.name
+
+
+def _imported(*paths: Path) -> set[str]:
+    """Packages of others that files import; each is called like its distribution."""
     names: set[str] = set()
-    for path in folder.rglob("*.py"):
+    for path in paths:
         for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
             if isinstance(node, ast.Import):
                 names |= {alias.name for alias in node.names}
