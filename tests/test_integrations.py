@@ -8,20 +8,21 @@ import sys
 import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from types import MethodType
+from types import MethodType, SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.nn.attention.flex_attention import BlockMask, create_block_mask, flex_attention
 from torch.nn.functional import mse_loss
 from torch.utils.data import DataLoader
 
 import prac_fx
 from prac_fx import PracConfig, PracOptionError, PracWarning, VerifyError
 from prac_fx.integrations.in_place import compile_in_place, numbers_of
-from tests.models import Sequential, rows
-from tests.uncompiled import no_code_generation
+from tests.models import Sequential, llama, rows
+from tests.uncompiled import no_code_generation, plain_graphs
 
 OPTIONS: dict[str, Any] = {"prac.min_nbytes": 0, "prac.strict": True}
 BATCH = 256
@@ -449,6 +450,194 @@ def test_lightning_says_which_networks_there_are() -> None:
         callback(network="body").on_fit_start(None, model)
     with pytest.raises(PracOptionError, match="network=None: no attribute of Linear is a module"):
         callback().on_fit_start(None, nn.Linear(2, 2))
+
+
+# -- hosts that need nothing of ours, or are not installed for the tests ----------------------------
+
+
+class Attention(nn.Module):
+    """A block as torchtitan has them, with FlexAttention."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm = nn.RMSNorm(64)
+        self.qkv = nn.Linear(64, 192, bias=False)
+        self.out = nn.Linear(64, 64, bias=False)
+        self.mlp = Sequential(depth=1)
+
+    def forward(self, x: Tensor, mask: BlockMask) -> Tensor:
+        batch, tokens, _ = x.shape
+        qkv = self.qkv(self.norm(x)).view(batch, tokens, 3, 4, 16)
+        attended: Any = flex_attention(*qkv.permute(2, 0, 3, 1, 4), block_mask=mask)
+        x = x + self.out(attended.transpose(1, 2).reshape(x.shape))
+        result: Tensor = x + self.mlp(x)
+        return result
+
+
+def test_flex_attention_in_compiled_blocks_is_compressed(monkeypatch: pytest.MonkeyPatch) -> None:
+    """torch refuses its backward on a CPU, where it would have no kernel. The graphs are the same."""
+    monkeypatch.setattr("torch.nn.attention.flex_attention._validate_device", lambda *_: None)
+    mask = create_block_mask(lambda b, h, q, k: q >= k, None, None, 128, 128, device="cpu")
+    x = torch.randn(4, 128, 64)
+    results, gradients = [], []
+    for how in ({"backend": plain_graphs}, {"backend": "prac", "options": OPTIONS}):
+        torch.manual_seed(0)
+        blocks = [Attention() for _ in range(2)]
+        result = x
+        for block in blocks:
+            block.compile(fullgraph=True, **how)
+            result = block(result, mask)
+        result.square().mean().backward()
+        results.append(result.detach())
+        gradients.append(blocks[0].qkv.weight.grad)
+    assert torch.equal(*results)
+    found = prac_fx.summary(nn.ModuleList(blocks))
+    assert (found.graphs, found.fallbacks) == (2, ())
+    assert found.saved_nbytes_after < 0.3 * found.saved_nbytes_before
+    assert torch.nn.functional.cosine_similarity(*(one.flatten() for one in gradients), dim=0) > 0.9
+
+
+def _tokenizer() -> Any:
+    tokenizers, transformers = map(pytest.importorskip, ("tokenizers", "transformers"))
+    vocabulary = ["<pad>", "<eos>", *sorted(tokenizers.pre_tokenizers.ByteLevel.alphabet())]
+    numbers = {text: number for number, text in enumerate(vocabulary)}
+    tokenizer = tokenizers.Tokenizer(tokenizers.models.BPE(vocab=numbers, merges=[]))
+    tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = tokenizers.decoders.ByteLevel()
+    return transformers.PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, pad_token="<pad>", eos_token="<eos>"
+    )
+
+
+def _trl_arguments(folder: Path) -> dict[str, Any]:
+    return {
+        "output_dir": str(folder),
+        "max_steps": 2,
+        "per_device_train_batch_size": 4,
+        "logging_steps": 1,
+        "use_cpu": True,
+        "bf16": False,
+        "report_to": [],
+        "disable_tqdm": True,
+        "save_strategy": "no",
+        "gradient_checkpointing": False,  # True is TRL's default, and would leave us nothing
+    }
+
+
+@pytest.mark.parametrize("regional", [False, True])
+def test_supervised_fine_tuning_of_trl(regional: bool, tmp_path: Path) -> None:
+    trl, datasets = map(pytest.importorskip, ("trl", "datasets"))
+    from prac_fx.integrations.transformers import compile_trainer
+
+    tokenizer = _tokenizer()
+    model, _ = llama(2, vocab_size=len(tokenizer), max_position_embeddings=256)
+    texts = [f"def f(x): return x + {number}" * 8 for number in range(16)]
+    trainer = trl.SFTTrainer(
+        model,
+        args=trl.SFTConfig(max_length=128, **_trl_arguments(tmp_path)),
+        train_dataset=datasets.Dataset.from_dict({"text": texts}),
+        processing_class=tokenizer,
+    )
+    compile_trainer(trainer, OPTIONS, regional=regional, verify=0 if regional else 2).train()
+    assert _is_compressed(trainer.model, graphs=2 if regional else 1)
+    assert ("prac/gradient_error" in _losses(trainer)[0]) == (not regional)
+
+
+@pytest.mark.parametrize("regional", [False, True])
+def test_group_relative_policy_optimization_of_trl(regional: bool, tmp_path: Path) -> None:
+    """The model generates between steps, compiled too; training stays compressed."""
+    trl, datasets = map(pytest.importorskip, ("trl", "datasets"))
+    from prac_fx.integrations.transformers import compile_trainer
+
+    def distinct(completions: list[str], **_: Any) -> list[float]:
+        return [float(len(set(text))) for text in completions]
+
+    tokenizer = _tokenizer()
+    model, _ = llama(2, vocab_size=len(tokenizer), pad_token_id=0, eos_token_id=1, bos_token_id=1)
+    trainer = trl.GRPOTrainer(
+        model,
+        reward_funcs=distinct,
+        args=trl.GRPOConfig(
+            num_generations=4, max_completion_length=32, **_trl_arguments(tmp_path)
+        ),
+        train_dataset=datasets.Dataset.from_dict({"prompt": [f"say {n}" for n in range(16)]}),
+        processing_class=tokenizer,
+    )
+    compile_trainer(trainer, OPTIONS, regional=regional).train()
+    assert _is_compressed(trainer.model, graphs=2 if regional else 1)
+    assert _losses(trainer)[-1]["prac/graphs"] == (2 if regional else 1)
+
+
+def test_axolotl_calls_its_plugin(tmp_path: Path) -> None:
+    base = pytest.importorskip("axolotl.integrations.base")
+    settings = {"prac_options": OPTIONS, "prac_regional": True}
+    manager, name = base.PluginManager.get_instance(), "prac_fx.integrations.axolotl.PracPlugin"
+    manager.register(name)
+    plugin = manager.plugins[name]
+    manager.cfg = base.DictDefault(settings)
+    plugin.register(manager.cfg)
+    module, _, kind = plugin.get_input_args().rpartition(".")
+    getattr(importlib.import_module(module), kind)(**settings)
+    trainer = _trainer(Regression(), tmp_path, max_steps=1)
+    manager.post_trainer_create(manager.cfg, trainer)
+    trainer.train()
+    assert _is_compressed(trainer.model, graphs=2)
+    for bad, message in (
+        ({"torch_compile": True}, "torch_compile: True contradicts the plugin"),
+        ({"prac_options": {"prac.polcy": "max"}}, "did you mean 'prac.policy'"),
+    ):
+        with pytest.raises(PracOptionError, match=message):
+            plugin.register(bad)
+
+
+def test_composer_takes_the_name_of_a_backend() -> None:
+    composer = pytest.importorskip("composer")
+
+    class Model(composer.ComposerModel):  # type: ignore[misc,name-defined]
+        def __init__(self) -> None:
+            super().__init__()
+            self.network = Sequential()
+
+        def forward(self, batch: Tensor) -> Tensor:
+            result: Tensor = self.network(batch)
+            return result
+
+        def loss(self, result: Tensor, batch: Tensor) -> Tensor:
+            return mse_loss(result, batch)
+
+    model = Model()
+    composer.Trainer(
+        model=model,
+        train_dataloader=DataLoader(rows(2 * BATCH), batch_size=BATCH),
+        max_duration="1ep",
+        optimizers=torch.optim.AdamW(model.parameters()),
+        device="cpu",
+        progress_bar=False,
+        compile_config={"backend": "prac", "options": OPTIONS},
+    ).fit()
+    assert _is_compressed(model)
+
+
+def test_torchtitan_takes_the_name_of_a_backend() -> None:
+    compiling = pytest.importorskip("torchtitan.distributed.compile")
+    config = importlib.import_module("torchtitan.config").CompileConfig
+
+    class Model(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layers = nn.ModuleDict({str(number): Block() for number in range(3)})
+
+    model = Model()
+    compiling.apply_compile(
+        model,
+        compile_config=config(enable=True, backend="prac"),
+        parallel_dims=SimpleNamespace(tp_enabled=False),
+    )
+    x = rows(2048)
+    for layer in model.layers.values():
+        x = layer(x)
+    x.square().mean().backward()
+    assert _is_compressed(model, graphs=3)
 
 
 # -- missing hosts ---------------------------------------------------------------------------------
