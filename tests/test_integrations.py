@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import builtins
+import functools
 import importlib
+import re
 import sys
 import warnings
 from collections.abc import Callable, Iterator
@@ -497,9 +499,11 @@ def test_flex_attention_in_compiled_blocks_is_compressed(monkeypatch: pytest.Mon
     assert torch.nn.functional.cosine_similarity(*(one.flatten() for one in gradients), dim=0) > 0.9
 
 
-def _tokenizer() -> Any:
+def _tokenizer(words: int = 258) -> Any:
+    """Of two words that mark something, and of bytes."""
     tokenizers, transformers = map(pytest.importorskip, ("tokenizers", "transformers"))
-    vocabulary = ["<pad>", "<eos>", *sorted(tokenizers.pre_tokenizers.ByteLevel.alphabet())]
+    alphabet = sorted(tokenizers.pre_tokenizers.ByteLevel.alphabet())
+    vocabulary = ["<pad>", "<eos>", *alphabet][:words]
     numbers = {text: number for number, text in enumerate(vocabulary)}
     tokenizer = tokenizers.Tokenizer(tokenizers.models.BPE(vocab=numbers, merges=[]))
     tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
@@ -638,6 +642,64 @@ def test_torchtitan_takes_the_name_of_a_backend() -> None:
         x = layer(x)
     x.square().mean().backward()
     assert _is_compressed(model, graphs=3)
+
+
+# -- recipes ---------------------------------------------------------------------------------------
+
+PAGE = (Path(__file__).parent.parent / "docs" / "integrations.md").read_text(encoding="utf-8")
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize(
+    ("section", "hosts"),
+    [
+        ("A plain loop", []),
+        ("LoRA", ["peft"]),
+        ("Hugging Face Trainer", ["transformers"]),
+        ("TRL", ["trl", "datasets"]),
+        ("accelerate", ["accelerate"]),
+        ("PyTorch Lightning", ["pytorch_lightning"]),
+    ],
+)
+def test_the_recipe_of_the_page_trains_compressed(
+    section: str,
+    hosts: list[str],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    for host in hosts:
+        pytest.importorskip(host)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("ACCELERATE_USE_CPU", "1")
+    names: dict[str, Any] = _of_users(monkeypatch) if section == "TRL" else {}
+    text = PAGE.partition(f"\n## {section}\n")[2].partition("\n## ")[0]
+    start = PAGE.partition("\n## ")[0]
+    blocks = [
+        block for part in (start, text) for block in re.findall(r"```py\n(.*?)```", part, re.DOTALL)
+    ]
+    assert len(blocks) > 1
+    for block in blocks:
+        exec(compile(block, f"docs/integrations.md, {section}", "exec"), names)
+    assert prac_fx.summary(names["model"]).encoded > 0
+
+
+def _of_users(monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
+    """What the recipes of TRL leave to the reader. TRL's defaults are those for a GPU."""
+    trl, datasets = map(importlib.import_module, ("trl", "datasets"))
+    for name in ("SFTConfig", "GRPOConfig"):
+        of_cpu = functools.partial(getattr(trl, name), use_cpu=True, bf16=False)
+        monkeypatch.setattr(trl, name, of_cpu)
+    return {
+        "tokenizer": _tokenizer(words=128),
+        "texts": datasets.Dataset.from_dict({"text": ["def f(x): return x"] * 64}),
+        "prompts": datasets.Dataset.from_dict({"prompt": ["say x"] * 64}),
+        "reward": lambda completions, **_: [float(len(set(text))) for text in completions],
+    }
+
+
+def test_lines_of_the_page_can_be_read() -> None:
+    for line in PAGE.splitlines():
+        assert len(line) <= 130, line
 
 
 # -- missing hosts ---------------------------------------------------------------------------------
