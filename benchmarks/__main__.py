@@ -33,6 +33,7 @@ NAMES = (
     "scaling",
     "micro",
     "peak_prediction",
+    "lora",
 )
 
 

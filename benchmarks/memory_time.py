@@ -187,10 +187,10 @@ def _memory(step: Step, model: nn.Module, inputs: Mapping[str, Tensor]) -> dict[
 
 
 def _held_nbytes(model: nn.Module, inputs: Mapping[str, Tensor]) -> int:
-    """Parameters, AdamW's two moments, buffers and inputs."""
-    parameters = sum(p.nbytes for p in model.parameters())
+    """Parameters, AdamW's two moments of those that are trained, buffers and inputs."""
+    parameters = sum((3 if p.requires_grad else 1) * p.nbytes for p in model.parameters())
     others = sum(t.nbytes for t in (*model.buffers(), *inputs.values()))
-    return 3 * parameters + others
+    return parameters + others
 
 
 def _release() -> None:
