@@ -1,4 +1,4 @@
-"""Compile a model in place, and say so if nothing came of it.
+"""Compile a model in place.
 
 `nn.Module.compile` leaves a model what it is. Its parameters keep their names, so checkpoints stay
 readable, and a host may still wrap, shard or copy it.
@@ -64,22 +64,14 @@ def warn_of_suppressed_errors() -> None:
     if torch._dynamo.config.suppress_errors:
         warn(
             "torch._dynamo.config.suppress_errors is set: whatever fails to compile, bad options "
-            "of prac included, then runs eagerly, uncompressed, and nothing tells you; unset it, "
-            "or look at prac_fx.summary(model) after the first step"
+            "of prac included, then runs eagerly, uncompressed; unset it, or look at "
+            "prac_fx.summary(model) after the first step"
         )
 
 
-def numbers_of(model: nn.Module) -> dict[str, int]:
-    """What `summary` counts, for a logger. Warns, once for a model, if no graph was compiled."""
-    found = summary(model, collect=False)
-    if not found.graphs:
-        warn(
-            f'backend="prac" has compiled no graph with a backward of {type(model).__name__}, so '
-            "nothing is compressed: does training call the compiled module, and does Dynamo fail "
-            'or skip it (TORCH_LOGS="graph_breaks,recompiles")?',
-            once_for=model,
-        )
-    return found.numbers()
+def numbers_of(model: nn.Module) -> dict[str, float]:
+    """What `summary` counts, for a logger that asks often."""
+    return summary(model, collect=False).numbers()
 
 
 def _compile(module: nn.Module, how: Mapping[str, Any]) -> None:

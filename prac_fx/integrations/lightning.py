@@ -84,8 +84,8 @@ class PracCallback(_host().Callback):  # type: ignore[misc]
         self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         """Log the numbers; Lightning knows how often loggers are to be told."""
-        numbers = numbers_of(pl_module)
         if self._log:
+            numbers = numbers_of(pl_module)
             pl_module.log_dict({name: float(value) for name, value in numbers.items()})
 
     def _networks(self, pl_module: nn.Module) -> list[nn.Module]:

@@ -134,11 +134,9 @@ class PracCallback(TrainerCallback):  # type: ignore[misc]
         **given: Any,
     ) -> None:
         """Add the numbers to an entry of training."""
-        if "loss" not in logs:  # of an evaluation, or the last one, of the whole run
-            return
-        numbers = numbers_of(model)
-        if self._log:
-            added = {**numbers, **self.noise}
+        # others are those of an evaluation, and the last one, of the whole run
+        if self._log and "loss" in logs:
+            added = {**numbers_of(model), **self.noise}
             self.noise = {}
             logs.update(added)
             state.log_history[-1].update(added)  # a copy, made before callbacks are called
