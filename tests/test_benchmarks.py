@@ -268,6 +268,20 @@ def test_micro(tmp_path: Path) -> None:
     assert [row["codec"] for row in record["rows"]] == [*("int8", "int4", "prac x1", "prac x4")]
 
 
+@pytest.mark.usefixtures("quick")
+def test_lora(tmp_path: Path) -> None:
+    pytest.importorskip("peft")
+    record, page = _run("lora", tmp_path)
+    rows = {row["method"]: row for row in record["rows"]}
+    assert not [row for row in record["rows"] if "error" in row]
+    assert list(rows) == ["inductor", "prac balanced", "VeLoRA"]
+    plain = rows["inductor"]
+    assert rows["prac balanced"]["saved_nbytes"] < 0.5 * plain["saved_nbytes"]
+    # adapters are few: AdamW's moments are of them alone
+    assert plain["total_nbytes"] < 1.5 * plain["peak_nbytes"]
+    assert "| VeLoRA |" in re.sub(" +", " ", page)
+
+
 def test_every_benchmark_has_a_module_and_help_names_it(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as stopped:
         main(["--help"])
