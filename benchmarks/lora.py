@@ -109,8 +109,8 @@ def body(record: dict[str, Any]) -> str:
         "over plain Inductor's. Step time: quartiles of the ratio of a step to the plain one right "
         "before it. Total: peak, parameters, AdamW's moments of what is trained, buffers, inputs "
         "and state of the bases. VeLoRA changes what an adapter's first matrix saves and nothing "
-        "else, and `torch.compile` breaks the graph at each of its adapters. It keeps the part of a "
-        "value that lies along one direction, so its gradients are biased."
+        "else, and `torch.compile` breaks the graph at each of its adapters. It keeps the part of "
+        "a value that lies along one direction, so its gradients are biased."
     ]
     for name, rows in by_model(record["rows"]).items():
         parts.append(f"## {name} ({rows[0]['shape']})\n\n{table_of(rows)}")
