@@ -337,6 +337,7 @@ ERRORS: dict[str, tuple[Callable[[], Any], dict[str, Any], str]] = {
     "zero": (Sequential, {"loss_fn": lambda out: out.sum() * 0}, "zero everywhere"),
     "infinite": (Sequential, {"loss_fn": lambda out: out.sum() * math.inf}, "not finite"),
     "batch": (Sequential, {"batches": [torch.ones(2)]}, "each of batches is a tuple.*got Tensor"),
+    "meta": (lambda: Sequential().to("meta"), {}, r"[\w.]+weight is on the meta device"),
     "copy": (lambda: _Uncopyable(64, 64), {}, "cannot be copied: TypeError: one of a kind"),
 }
 

@@ -18,7 +18,7 @@ from prac_fx.errors import one_line
 from prac_fx.memory.analysis import AnalysedStep
 from prac_fx.memory.eager import differentiated
 from prac_fx.memory.step import Step
-from prac_fx.torch_compat import without_recompile_limit
+from prac_fx.torch_compat import compile_isolated, isolated_dynamo
 
 _WARM_UP = 3
 _ROUNDS = 5
@@ -44,7 +44,7 @@ def measure_alternatives(
         patches: Inductor's.
         progress: called with what is done next, steps done, and steps in all.
     """
-    with without_recompile_limit():
+    with isolated_dynamo(analysed.tensors.all):
         found, notes = _measured(step, analysed, rows, patches, progress)
     _clear(analysed.tensors.trained)
     measured = [
@@ -100,7 +100,7 @@ def _forward(step: Step, row: Alternative, patches: Mapping[str, Any]) -> Callab
         result = used.model(*used.args, **used.kwargs)
         return result if used.loss_fn is None else used.loss_fn(result)
 
-    compiled = run if row.way.eager else torch.compile(run, backend=Backend(row.way, patches))
+    compiled = run if row.way.eager else compile_isolated(run, Backend(row.way, patches))
 
     def forward() -> Tensor:
         result = differentiated(compiled())

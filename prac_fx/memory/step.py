@@ -10,14 +10,15 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from prac_fx.graph.origin import clean_path
 from prac_fx.torch_compat import (
     FakeTensorMode,
+    compile_isolated,
     functorch_config,
-    with_fresh_size_profile,
-    without_recompile_limit,
+    isolated_dynamo,
+    tree_leaves,
 )
 
 
@@ -46,6 +47,8 @@ class Step:
 def trace_with(step: Step, backend: Callable[..., Any], budget: float | None = None) -> None:
     """Have a Dynamo backend look at the graphs of a step, and run what it returns.
 
+    The graphs are those of a fresh process, whatever was compiled before, and nothing of it stays.
+
     Args:
         step: what to trace.
         backend: called with each graph and its example inputs.
@@ -56,8 +59,6 @@ def trace_with(step: Step, backend: Callable[..., Any], budget: float | None = N
         result = self(*inputs, **named)
         return result if step.loss_fn is None else step.loss_fn(result)
 
-    # a code object of its own, so that no earlier call counts against Dynamo's recompile limit
-    fresh = types.FunctionType(run.__code__.replace(), run.__globals__, closure=run.__closure__)
     settings: dict[str, Any] = {
         # a warm cache would not ask the partitioner, and a lazy backward would never be lowered
         "enable_autograd_cache": False,
@@ -68,11 +69,18 @@ def trace_with(step: Step, backend: Callable[..., Any], budget: float | None = N
     with (
         torch.enable_grad(),
         functorch_config.patch(settings),
-        without_recompile_limit(),
-        with_fresh_size_profile(),
+        isolated_dynamo(_tensors_of(step)),
         step.fake_mode or nullcontext(),
     ):
-        torch.compile(fresh, backend=backend)(step.model, *step.args, **step.kwargs)
+        compile_isolated(run, backend)(step.model, *step.args, **step.kwargs)
+
+
+def _tensors_of(step: Step) -> list[Tensor]:
+    """What a step is given."""
+    modules = [one for one in (step.model, step.loss_fn) if isinstance(one, nn.Module)]
+    tensors = [one for module in modules for one in (*module.parameters(), *module.buffers())]
+    leaves = tree_leaves((step.args, dict(step.kwargs)))
+    return [*tensors, *(one for one in leaves if isinstance(one, Tensor))]
 
 
 def captured_name(source: str, step: Step) -> str:

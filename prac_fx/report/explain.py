@@ -19,7 +19,7 @@ from prac_fx.config import PracConfig
 from prac_fx.document.schema import Document
 from prac_fx.errors import ReportError
 from prac_fx.memory.analysis import AnalysedStep, analyse_step
-from prac_fx.memory.fake_model import fake_mode_of, resized
+from prac_fx.memory.fake_model import fake_mode_of, resized, without_meta
 from prac_fx.memory.step import Step
 from prac_fx.memory.timeline import StepMemory
 from prac_fx.options import read_options
@@ -98,7 +98,7 @@ def explain(
 
     Args:
         model: a module, or a function, whose result can be differentiated. Fake tensors (torch's
-            FakeTensorMode) will do.
+            FakeTensorMode) will do, and so will the meta device.
         *args: its inputs.
         loss_fn: applied to the result and traced together with the model.
         options: as for `torch.compile(options=...)`, or a `PracConfig`.
@@ -156,7 +156,8 @@ def report_step(
             differentiate, `measure` with fake tensors, or `fits` without a batch dimension.
     """
     config, patches = read_options(options)
-    model, args, kwargs = resized(model, args, kwargs or {}, batch, seq, dtype)
+    model, args, kwargs, loss_fn = without_meta((model, tuple(args), dict(kwargs or {}), loss_fn))
+    model, args, kwargs = resized(model, args, kwargs, batch, seq, dtype)
     step = Step(model, tuple(args), dict(kwargs), loss_fn, fake_mode_of((model, args, kwargs)))
     show = progress or _show_nothing
     if measure and step.fake_mode is not None:
