@@ -18,7 +18,13 @@ from prac_fx.document.schema import Document
 from prac_fx.errors import PracError, ReportError, one_line
 from prac_fx.memory.fake_model import build_model
 from prac_fx.report.explain import report_step
-from prac_fx.report.model_file import Built, call_build, import_build, user_code_error
+from prac_fx.report.model_file import (
+    Built,
+    arguments_of_its_own,
+    call_build,
+    import_build,
+    user_code_error,
+)
 from prac_fx.report.progress import progress_bar
 from prac_fx.torch_compat import FakeTensor
 
@@ -68,9 +74,10 @@ def analyse(path: Path, options: dict[str, Any], analysis: Analysis) -> Document
         ReportError: a bad file, a model without backward, or what `report_step` refuses.
         UserCodeError: the file, its `build()` or its model raised.
     """
-    build = import_build(path)
-    built = call_build(lambda: build_model(build, analysis.fake), path)
-    with progress_bar() as progress, _explained(built, path):
+    with arguments_of_its_own(path):
+        build = import_build(path)
+        built = call_build(lambda: build_model(build, analysis.fake), path)
+    with arguments_of_its_own(path), progress_bar() as progress, _explained(built, path):
         report = report_step(
             built.model,
             built.args,

@@ -143,8 +143,9 @@ def report_step(
         seq: size of dimension 1 of the inputs, likewise.
         dtype: of floating-point parameters, buffers and inputs, such as "bfloat16".
         fits: bytes; find the largest batch whose estimated peak is at most this.
-        alternatives: also analyse the other ways to train.
-        measure: run real steps, too, of plain Inductor, `backend="prac"` and eagerly.
+        alternatives: also analyse the other ways to train. Without them `fits` and `measure` are
+            about plain Inductor and these options alone.
+        measure: run real steps, too.
         all_blocks: analyse all blocks of a deep model; by default four of many identical ones.
         progress: called with what is done next, steps done, and steps in all.
         processes: how many alternatives are analysed at a time, in forked processes; see
@@ -167,7 +168,9 @@ def report_step(
     step = replace(step, captured=analysed.captured)
     rows: list[Alternative] = []
     if alternatives or fits is not None or measure:
-        rows = compare_alternatives(step, analysed, config, patches, show, processes)
+        rows = compare_alternatives(
+            step, analysed, config, patches, show, processes, all_ways=alternatives
+        )
     if fits is not None:
         rows = largest_batches(step, analysed, rows, patches, fits, show, processes)
     measured_on = ""

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib.util
 import sys
 import traceback
 import types
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from importlib.machinery import SourceFileLoader
 from pathlib import Path
@@ -81,6 +82,17 @@ def call_build(build: Callable[[], object], path: Path) -> Built:
         return Built(model, (), dict(inputs), loss_fn)
     args = tuple(inputs) if isinstance(inputs, tuple | list) else (inputs,)
     return Built(model, args, {}, loss_fn)
+
+
+@contextlib.contextmanager
+def arguments_of_its_own(path: Path) -> Iterator[None]:
+    """Context in which `sys.argv` is that of `python model.py`: a file may parse it."""
+    ours = sys.argv
+    sys.argv = [str(path)]
+    try:
+        yield
+    finally:
+        sys.argv = ours
 
 
 def user_code_error(message: str, error: BaseException, path: Path) -> UserCodeError:
