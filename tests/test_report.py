@@ -633,6 +633,17 @@ def test_a_model_file_has_arguments_of_its_own(
     assert sys.argv == ours
 
 
+def test_an_interruption_is_one_line(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, encodable: str
+) -> None:
+    def interrupt(*_: object, **__: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(analysis, "trace", interrupt)
+    assert main([encodable]) == 130
+    assert capsys.readouterr().err == "prac_fx.report: interrupted\n"
+
+
 def test_version(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as stopped:
         main(["--version"])

@@ -15,6 +15,7 @@ from torch.utils.checkpoint import checkpoint
 from prac_fx.compiler.dynamo_backend import PracBackend
 from prac_fx.config import POLICIES, PracConfig
 from prac_fx.errors import PracError, ReportError, one_line
+from prac_fx.graph.nbytes import format_nbytes
 from prac_fx.memory.analysis import AnalysedStep, analyse_step
 from prac_fx.memory.eager import eager_step
 from prac_fx.memory.fake_model import as_fake
@@ -86,7 +87,7 @@ class Way:
     eager: bool = False
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Alternative:
     """What a way takes. None: not known.
 
@@ -110,6 +111,15 @@ class Alternative:
     measured: Measured | None = None
     note: str = ""
     draws_anew: bool = False
+
+    def __repr__(self) -> str:
+        """A line: the name, what is saved, the peak, and what becomes of the gradient."""
+        sizes = [
+            f"{name} {format_nbytes(nbytes)}"
+            for name, nbytes in (("saved", self.saved_nbytes), ("peak", self.peak_nbytes))
+            if nbytes is not None
+        ]
+        return f"<Alternative {self.name}: {', '.join([*sizes, self.gradient])}>"
 
     @property
     def name(self) -> str:

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from prac_fx.config import PracConfig
 from prac_fx.errors import ReportError, one_line
+from prac_fx.graph.nbytes import format_nbytes
 from prac_fx.memory.between_graphs import saved_between_graphs, with_between_graphs
 from prac_fx.memory.identical_blocks import identical_blocks, with_few_blocks
 from prac_fx.memory.optimizer import OptimizerMemory, optimizer_memory
@@ -44,7 +45,7 @@ NO_BACKWARD = (
 )
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class AnalysedStep:
     """What one training step allocates and keeps.
 
@@ -74,6 +75,14 @@ class AnalysedStep:
     between_after_nbytes: int = 0
     repeated: Repeated | None = None
     captured: tuple[tuple[str, Tensor], ...] = ()
+
+    def __repr__(self) -> str:
+        """A line; it refers to all tensors of the model."""
+        return (
+            f"<AnalysedStep: {self.num_graphs} graphs, {len(self.values)} values, saved "
+            f"{format_nbytes(self.saved_before_nbytes)} -> "
+            f"{format_nbytes(self.saved_after_nbytes)}>"
+        )
 
     @property
     def num_graphs(self) -> int:

@@ -50,10 +50,10 @@ def verify(
     options: Mapping[str, Any] | PracConfig | None = None,
     batches: Sequence[Any] | None = None,
     by_value: bool = True,
-    quiet: bool = False,
+    quiet: bool = True,
     **kwargs: Any,
 ) -> NoiseReport:
-    """Measure the noise of a model's estimated gradients on one batch; print it and return it.
+    """Measure the noise of a model's estimated gradients on one batch.
 
     It works on a copy of the model. The model's parameters, gradients, buffers and bases stay as
     they are, and so does the random stream. Every draw has the same dropout masks, but random
@@ -68,10 +68,10 @@ def verify(
             it as `.loss`.
         options: as for `torch.compile(options=...)`, or a `PracConfig`.
         batches: further inputs, each a tuple of arguments or a dict of keyword arguments. With them
-            the report also says how much exact gradients differ between batches, and new bases come
-            from them.
+            the report also says how much exact gradients differ between batches, and what is to be
+            thought of each figure beside that. New bases come from them.
         by_value: also measure each group of values alone, with `steps` draws each.
-        quiet: do not print the table.
+        quiet: has no effect any more. The report is returned, and `print` of it shows the table.
         **kwargs: keyword inputs of the model.
 
     Raises:
@@ -87,10 +87,7 @@ def verify(
     stepper = _Stepper(_copied(model), loss_fn, backend)
     # what was compiled before does not count, and nothing stays behind
     with isolated_dynamo(_tensors([measured, *others])):
-        report = _measure(stepper, backend, config, measured, others, steps, by_value)
-    if not quiet:
-        print(report)
-    return report
+        return _measure(stepper, backend, config, measured, others, steps, by_value)
 
 
 def _measure(

@@ -7,6 +7,7 @@ formulas: they come from the graphs that would be compiled.
 
 from __future__ import annotations
 
+import html
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -25,11 +26,17 @@ from prac_fx.memory.timeline import StepMemory
 from prac_fx.options import read_options
 from prac_fx.passes.plan_data import PlannedValue
 from prac_fx.report.document_of_step import document_of
+from prac_fx.report.html import as_html
+from prac_fx.report.table import as_table
+
+_FRAME_HEIGHT = 900  # pixels; the page scrolls in it
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class MemoryReport:
     """What one training step of a model allocates and keeps for backward.
+
+    A terminal shows it as a table, and a notebook as the page that `-o report.html` writes.
 
     Attributes:
         step: the analysed step, plain Inductor's and ours.
@@ -83,6 +90,20 @@ class MemoryReport:
     def as_document(self) -> Document:
         """The report as plain data; the schema is `prac_fx.document.schema`."""
         return document_of(self.step, self.config, self.alternatives, self.measured_on, self.fits)
+
+    def __str__(self) -> str:
+        """The table that the command prints."""
+        return as_table(self.as_document()).rstrip()
+
+    __repr__ = __str__
+
+    def _repr_html_(self) -> str:
+        """The page for a notebook, in a frame: neither changes the style of the other."""
+        page = html.escape(as_html(self.as_document()))
+        return (
+            f'<iframe srcdoc="{page}" title="Memory of a training step" sandbox="allow-scripts" '
+            f'style="width: 100%; height: {_FRAME_HEIGHT}px; border: 0"></iframe>'
+        )
 
 
 def explain(
