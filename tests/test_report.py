@@ -499,6 +499,55 @@ def test_the_model_raises(
     assert set(frames) == ({path} if body == FORWARD_RAISES or "nope" in body else set())
 
 
+def test_an_error_in_a_fake_model_has_its_place_too(
+    capfd: pytest.CaptureFixture[str], write_model: WriteModel
+) -> None:
+    path = write_model(f"return model(), x, {LOSS_OF_OTHER_SIZE}")
+    line, above = _failure(capfd, path, "--fake")
+    assert line.startswith("the model could not be traced: RuntimeError: ")
+    assert "[3, 4]" in line
+    assert set(re.findall(r'File "(.*?)"', above)) == {path}
+    assert "torch.ones(3, 4)" in above
+
+
+LOSS_OF_OTHER_SIZE = "lambda out: (out @ torch.ones(3, 4)).sum()"
+
+
+def test_an_error_in_what_the_file_imports_has_its_place(
+    capfd: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+    write_model: WriteModel,
+    tmp_path: Path,
+) -> None:
+    monkeypatch.setattr(sys, "path", list(sys.path))
+    neighbour = tmp_path / "neighbour_that_fails.py"
+    neighbour.write_text("def loss(out):\n    return out.nope\n")
+    path = write_model("import neighbour_that_fails; return model(), x, neighbour_that_fails.loss")
+    _, above = _failure(capfd, path)
+    assert set(re.findall(r'File "(.*?)"', above)) == {str(neighbour)}
+
+
+def test_a_target_that_was_not_resized_is_named(
+    capfd: pytest.CaptureFixture[str], write_model: WriteModel
+) -> None:
+    path = write_model("return model(), x, lambda out: nn.functional.l1_loss(out, x[:, :32])")
+    line, above = _failure(capfd, path, "--batch=2048")
+    assert "; --batch 2048 changed the inputs, and nothing else that the model or loss_fn" in line
+    assert line.endswith("such as a target that loss_fn closes over: make it an input")
+    assert path in above
+
+
+@pytest.mark.parametrize("number", ["float(out.mean())", "out.mean().item()"])
+def test_a_loss_that_is_a_python_number(
+    capfd: pytest.CaptureFixture[str], write_model: WriteModel, number: str
+) -> None:
+    path = write_model(f"return model(), x, lambda out: {number}")
+    assert _failure(capfd, path)[0] == (
+        "loss_fn returns a Python float, which has no gradient: return the tensor itself, without "
+        ".item() or float()"
+    )
+
+
 def test_a_failure_that_is_not_the_models(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, encodable: str
 ) -> None:
@@ -506,10 +555,10 @@ def test_a_failure_that_is_not_the_models(
         raise RuntimeError("no plan\nat all")
 
     monkeypatch.setattr(analysis, "trace", fail)
-    message = _error(capsys, encodable)
-    assert message.startswith(
-        "the model could not be traced: RuntimeError: no plan; prac_fx.explain"
-    )
+    message, above = _failure(capsys, encodable)
+    assert message == "the model could not be traced: RuntimeError: no plan"
+    # this file is none of ours
+    assert set(re.findall(r'File "(.*?)"', above)) == {__file__}
 
 
 NO_GRAD_FORWARD = """class M(nn.Linear):

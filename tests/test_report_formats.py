@@ -46,7 +46,8 @@ def save(tmp_path: Path) -> Save:
 def _printed(capsys: pytest.CaptureFixture[str], *argv: str) -> str:
     assert main(argv) == 0
     captured = capsys.readouterr()
-    assert captured.err == ""
+    output = argv[argv.index("-o") + 1] if "-o" in argv else ""
+    assert captured.err == (f"prac_fx.report: wrote {output}\n" if output else "")
     return captured.out
 
 
@@ -221,7 +222,7 @@ def test_colour_on_a_terminal_only(
     assert "\033[32m-56.9%\033[0m" in coloured
     # colour is all that differs
     assert re.sub(r"\033\[\d+m", "", coloured) == plain
-    assert main([path, "-o", str(tmp_path / "r.txt")]) == 0
+    assert _printed(capsys, path, "-o", str(tmp_path / "r.txt")) == ""
     assert (tmp_path / "r.txt").read_text() == plain
     for name, setting in (("NO_COLOR", "1"), ("TERM", "dumb")):
         with monkeypatch.context() as changed:

@@ -236,11 +236,24 @@ class Measured(TypedDict):
     device: str
 
 
-class Document(TypedDict):
+class GraphBreak(TypedDict):
+    """Where Dynamo ends a graph and begins another, and why in its words."""
+
+    reason: str
+    file: str
+    line: Whole
+
+
+class _Optional(TypedDict, total=False):
+    graph_breaks: list[GraphBreak]
+
+
+class Document(_Optional):
     """A whole memory report.
 
     `peak` and `timeline` are both null, or neither is.
     `graphs`: how many graphs of the model have a backward.
+    `graph_breaks`: what splits the model; left out where it is not known, as of a running job.
     `fits_nbytes`: what the largest batches fit; null when they were not asked for.
     """
 

@@ -4,19 +4,22 @@ from __future__ import annotations
 
 import re
 import types
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
+from traceback import FrameSummary
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from prac_fx.errors import ReportError
 from prac_fx.graph.origin import clean_path
 from prac_fx.torch_compat import (
     FakeTensorMode,
     compile_isolated,
     functorch_config,
+    graph_breaks,
     isolated_dynamo,
     tree_leaves,
 )
@@ -44,7 +47,24 @@ class Step:
     captured: tuple[tuple[str, Tensor], ...] = ()
 
 
-def trace_with(step: Step, backend: Callable[..., Any], budget: float | None = None) -> None:
+@dataclass(frozen=True)
+class GraphBreak:
+    """Where Dynamo ends a graph, and goes on with another one after it.
+
+    Attributes:
+        reason: in Dynamo's words, one line.
+        file: path of the file of the user's code.
+        line: there.
+    """
+
+    reason: str
+    file: str
+    line: int
+
+
+def trace_with(
+    step: Step, backend: Callable[..., Any], budget: float | None = None
+) -> tuple[GraphBreak, ...]:
     """Have a Dynamo backend look at the graphs of a step, and run what it returns.
 
     The graphs are those of a fresh process, whatever was compiled before, and nothing of it stays.
@@ -53,6 +73,12 @@ def trace_with(step: Step, backend: Callable[..., Any], budget: float | None = N
         step: what to trace.
         backend: called with each graph and its example inputs.
         budget: torch's `activation_memory_budget`; None for the one that is set.
+
+    Returns:
+        The graph breaks of the step.
+
+    Raises:
+        ReportError: `loss_fn` returns a Python number.
     """
 
     def run(self: Any, *inputs: Any, **named: Any) -> Any:
@@ -72,7 +98,31 @@ def trace_with(step: Step, backend: Callable[..., Any], budget: float | None = N
         isolated_dynamo(_tensors_of(step)),
         step.fake_mode or nullcontext(),
     ):
-        compile_isolated(run, backend)(step.model, *step.args, **step.kwargs)
+        result = compile_isolated(run, backend)(step.model, *step.args, **step.kwargs)
+        breaks = [_as_break(reason, frames) for reason, frames in graph_breaks()]
+    if step.loss_fn is not None and isinstance(result, int | float):
+        raise ReportError(
+            f"loss_fn returns a Python {type(result).__name__}, which has no gradient: return the "
+            "tensor itself, without .item() or float()"
+        )
+    # a break inside of nested calls is told for each of them, and there are several tries
+    return tuple(dict.fromkeys(breaks))
+
+
+_OF_THE_CALLER = "Encountered graph break"
+
+
+def _as_break(reason: str, frames: Sequence[FrameSummary]) -> GraphBreak:
+    """A break as one line and its place.
+
+    For a function that calls what breaks, Dynamo's first line says just that.
+    """
+    lines = [line.strip() for line in reason.splitlines() if line.strip()]
+    if len(lines) > 1 and lines[0].startswith(_OF_THE_CALLER):
+        del lines[0]
+    frame = frames[-1] if frames else None
+    line = 0 if frame is None else frame.lineno or 0
+    return GraphBreak(lines[0] if lines else "", "" if frame is None else frame.filename, line)
 
 
 def _tensors_of(step: Step) -> list[Tensor]:

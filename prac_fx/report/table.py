@@ -23,6 +23,7 @@ from prac_fx.report.wording import (
     change_text,
     count_text,
     flops_text,
+    graphs_text,
     inputs_text,
     is_listed,
     model_text,
@@ -79,6 +80,7 @@ def _header(document: Document, style: Style) -> str:
         ("model", f"{name_text(model)}, {model_text(model)}"),
         ("", repeated_text(model)),
         ("inputs", inputs_text(document)),
+        ("graphs", graphs_text(document)),
         ("options", options_text(document["options"])),
         (
             "made with",

@@ -68,7 +68,7 @@ from prac_fx.torch_compat.inductor import (
     lower_and_schedule,
     results_of,
 )
-from prac_fx.torch_compat.isolation import compile_isolated, isolated_dynamo
+from prac_fx.torch_compat.isolation import compile_isolated, graph_breaks, isolated_dynamo
 from prac_fx.torch_compat.partitioner import (
     has_memory_budget,
     has_tag_must_recompute,
@@ -141,6 +141,7 @@ __all__ = [
     "get_freeable_input_buf",
     "gpu_fusion_patches",
     "gradient_argument_index",
+    "graph_breaks",
     "graph_cache_key",
     "guard_or_false",
     "has_memory_budget",

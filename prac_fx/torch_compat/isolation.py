@@ -12,6 +12,7 @@ from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from inspect import signature
+from traceback import FrameSummary
 from types import CodeType
 from typing import Any
 from unittest.mock import patch
@@ -21,8 +22,9 @@ from torch import Tensor
 from torch._C._dynamo import eval_frame
 from torch._C._dynamo.eval_frame import _FrameAction, _FrameExecStrategy
 from torch._dynamo import config as dynamo_config
-from torch._dynamo import convert_frame, pgo
+from torch._dynamo import convert_frame, output_graph, pgo
 from torch._dynamo import eval_frame as dynamo_eval_frame
+from torch._dynamo import utils as dynamo_utils
 from torch._dynamo.guards import DeletedGuardManagerWrapper
 from torch._dynamo.resume_execution import ContinueExecutionCache
 
@@ -78,6 +80,7 @@ def _fresh_state(seen: _Seen) -> list[AbstractContextManager[Any]]:
     Source: torch._dynamo.reset.
     """
     unlimited = 10**6
+    breaks: list[Any] = []
     return [
         dynamo_config.patch(recompile_limit=unlimited, accumulated_recompile_limit=unlimited),
         # sizes that changed; a job with an id of its own has them written to a file, too
@@ -87,9 +90,16 @@ def _fresh_state(seen: _Seen) -> list[AbstractContextManager[Any]]:
         # the functions that go on after graph breaks
         patch.object(ContinueExecutionCache, "cache", type(ContinueExecutionCache.cache)()),
         patch.object(convert_frame, "input_codes", seen),
+        patch.object(dynamo_utils, "graph_break_reasons", breaks),
+        patch.object(output_graph, "graph_break_reasons", breaks),
         # it keeps every backend, and with it all that a backend refers to
         patch.dict(dynamo_eval_frame.cached_backends),
     ]
+
+
+def graph_breaks() -> list[tuple[str, list[FrameSummary]]]:
+    """Reason and place of each graph break so far, in `isolated_dynamo`."""
+    return [(one.reason, one.user_stack) for one in dynamo_utils.graph_break_reasons]
 
 
 def compile_isolated(
