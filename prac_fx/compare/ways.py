@@ -156,7 +156,8 @@ def ways_to_train(config: PracConfig) -> list[Way]:
 
 
 def _gradient(config: PracConfig) -> str:
-    if config.is_biased:
+    # what the backend warns of: noise of PRAC in role A passes through what is not linear
+    if config.is_biased or config.input_gradient == "prac":
         return "biased"
     return "rounded" if config.rounding == "nearest" else "unbiased"
 
