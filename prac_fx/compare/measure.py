@@ -88,8 +88,12 @@ def _measured(
         runs[row.name] = run
         found[row.name] = Measured(memory.saved_nbytes, held + memory.peak_nbytes, 1.0)
     progress("running all in turn", len(rows), len(rows) + 1)
-    for name, ratio in _step_ratios(runs, device).items():
-        found[name] = replace(found[name], step_ratio=ratio)
+    for name, ratios in _step_ratios(runs, device).items():
+        found[name] = replace(
+            found[name],
+            step_ratio=statistics.median(ratios),
+            step_range=(min(ratios), max(ratios)),
+        )
     return found, notes
 
 
@@ -122,8 +126,10 @@ def _clear(trained: Sequence[Tensor]) -> None:
         parameter.grad = None
 
 
-def _step_ratios(runs: Mapping[str, Callable[[], None]], device: torch.device) -> dict[str, float]:
-    """Median over the rounds of the time over plain Inductor's in that round."""
+def _step_ratios(
+    runs: Mapping[str, Callable[[], None]], device: torch.device
+) -> dict[str, list[float]]:
+    """For each round the time over plain Inductor's in that round."""
     seconds: dict[str, list[float]] = {name: [] for name in runs}
     for _ in range(_ROUNDS):
         for name, run in runs.items():
@@ -135,7 +141,4 @@ def _step_ratios(runs: Mapping[str, Callable[[], None]], device: torch.device) -
     plain = seconds.get(PLAIN)
     if plain is None:
         return {}
-    return {
-        name: statistics.median(a / b for a, b in zip(own, plain, strict=True))
-        for name, own in seconds.items()
-    }
+    return {name: [a / b for a, b in zip(own, plain, strict=True)] for name, own in seconds.items()}

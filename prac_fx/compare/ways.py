@@ -56,12 +56,14 @@ class Measured:
     Attributes:
         saved_nbytes: held after the forward pass.
         peak_nbytes: most that was held at once, parameters and all that is held anyway included.
-        step_ratio: time of forward and backward over plain Inductor's.
+        step_ratio: time of forward and backward over plain Inductor's, median over the rounds.
+        step_range: the least and the most of it in a round. A difference within it is noise.
     """
 
     saved_nbytes: int
     peak_nbytes: int
     step_ratio: float
+    step_range: tuple[float, float] = (1.0, 1.0)
 
 
 @dataclass(frozen=True)

@@ -204,8 +204,15 @@ class Rollup(TypedDict):
     role: list[RollupRow]
 
 
-class MeasuredAlternative(TypedDict):
-    """What really ran: saved bytes, peak, and step time over that of plain Inductor."""
+class _OptionalMeasured(TypedDict, total=False):
+    step_range: Annotated[list[Share], Meta(min_length=2, max_length=2)]
+
+
+class MeasuredAlternative(_OptionalMeasured):
+    """What really ran: saved bytes, peak, and step time over that of plain Inductor.
+
+    `step_ratio` is the median over the rounds, `step_range` the least and the most.
+    """
 
     saved_nbytes: Whole | None
     peak_nbytes: Whole | None

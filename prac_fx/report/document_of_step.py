@@ -219,6 +219,7 @@ def _alternative(way: AnalysedAlternative) -> Alternative:
             "saved_nbytes": measured.saved_nbytes,
             "peak_nbytes": measured.peak_nbytes,
             "step_ratio": measured.step_ratio,
+            "step_range": list(measured.step_range),
         },
         "note": way.notes,
     }

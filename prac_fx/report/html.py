@@ -72,6 +72,7 @@ _FILTERS = {
             "position_text",
             "repeated_text",
             "share_text",
+            "step_time_text",
             "tensor_text",
             "value_text",
         )

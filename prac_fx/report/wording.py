@@ -7,7 +7,7 @@ from pathlib import PurePath
 from typing import Any
 
 from prac_fx.config import PracConfig
-from prac_fx.document.schema import Document, Model, Peak, Size, Value
+from prac_fx.document.schema import Document, MeasuredAlternative, Model, Peak, Size, Value
 from prac_fx.graph.nbytes import format_nbytes
 
 BEFORE = "plain Inductor"
@@ -150,6 +150,21 @@ def flops_text(share: float | None) -> str:
     if share is None:
         return NOTHING
     return "0%" if abs(share) < 0.0005 else f"{share:+.1%}"
+
+
+def step_time_text(measured: MeasuredAlternative) -> str:
+    """`1.02 (0.98 to 1.10)`: the median, the least and the most; of plain Inductor it is 1."""
+    ratio, ends = measured["step_ratio"], measured.get("step_range", [])
+    if ratio is None:
+        return NOTHING
+    spread = f" ({ends[0]:.2f} to {ends[1]:.2f})" if ends and ends[0] != ends[1] else ""
+    return f"{ratio:.2f}{spread}"
+
+
+STEP_TIME_NOTE = (
+    "step time: of forward and backward over plain Inductor's, median of the rounds (least to "
+    "most); where 1 lies between these, the difference is noise"
+)
 
 
 def value_text(value: Value) -> str:
