@@ -12,8 +12,8 @@ from typing import Any
 import pytest
 from torch import Tensor
 
-from prac_fx import MemoryReport
-from prac_fx.compare.ways import Alternative, Way
+from prac_fx import MemoryReport, PracConfig
+from prac_fx.compare.ways import Alternative, Way, ways_to_train
 from prac_fx.document.advice import advice_for
 from prac_fx.document.load import check_document, load_document
 from prac_fx.document.schema import CATEGORIES
@@ -325,3 +325,11 @@ def test_no_part_of_a_report_prints_tensors(report: MemoryReport) -> None:
         assert "\n" not in repr(part)
     memory = StepMemory((Event("forward", "mm", Origin("", "mm", "", 0), {"saved": 1024}),), ())
     assert repr(memory) == "<StepMemory: peak 1.0 KiB in forward, 1 events>"
+
+
+def test_what_becomes_of_the_gradient_is_said_as_the_backend_says_it() -> None:
+    labels = {way.name: way.gradient for way in ways_to_train(PracConfig())}
+    assert labels["prac paper"] == "biased"
+    assert {labels[f"prac {name}"] for name in ("linear", "balanced", "max")} == {"unbiased"}
+    nearest = ways_to_train(PracConfig(rounding="nearest"))[-1]
+    assert (nearest.name, nearest.gradient) == ("prac with these options", "rounded")

@@ -30,6 +30,8 @@ def _why_not(path: Path) -> int | None:
     if path.exists() and not os.access(path, os.W_OK):
         return errno.EACCES
     if not is_stream(path):
+        if not os.access(path.parent, os.W_OK):
+            return errno.EACCES
         # trying says more than asking: root may write everywhere, but not on a read-only disk
         beside = _beside(path)
         beside.touch(exist_ok=False)
