@@ -4,7 +4,7 @@
 
 Compared are plain Inductor, its budgets and our policies. Models are made from transformers configs
 with random weights, in bfloat16, with one and with two layers; the difference is one layer. The
-unit h is tokens x hidden x 2 bytes. Bytes are those of the distinct storages that autograd holds
+unit N is tokens x hidden x 2 bytes. Bytes are those of the distinct storages that autograd holds
 after the forward pass, without parameters, inputs and subspace state. FLOPs are those of the
 matmuls and attention operators in the backward graph; 1.00 is plain Inductor's. The graphs are
 AOTAutograd's, after partitioning. They run eagerly: nothing is timed.
@@ -162,7 +162,7 @@ def _flops(node: fx.Node) -> int:
 
 
 def measure(build: Callable[[int], Built], policy: str | None, budget: float) -> dict[str, float]:
-    """Bytes in h, state in h and FLOPs of one layer."""
+    """Bytes in N, state in N and FLOPs of one layer."""
     measured: list[tuple[int, int, int]] = []
     for layers in (1, 2):
         torch.manual_seed(0)
@@ -206,7 +206,7 @@ def main() -> None:
 
 
 def as_table(rows: list[dict[str, Any]]) -> str:
-    """A row per method; saved bytes in h and FLOPs of backward for each model."""
+    """A row per method; saved bytes in N and FLOPs of backward for each model."""
     models = list(dict.fromkeys(row["model"] for row in rows))
     plain = {row["model"]: row for row in rows if row["method"] == "plain Inductor"}
     lines = []

@@ -11,6 +11,7 @@ from __future__ import annotations
 import argparse
 import statistics
 import time
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -79,15 +80,31 @@ def train(steps: int) -> dict[str, Run]:
     text = library_bytes(4_000_000)[:-100_000]
     runs = {name: Run(name, steps) for name in ("inductor", "prac")}
     data = batches(text, BATCH, SEQUENCE, seed=1)
-    with tqdm(total=steps, desc="compiling, then training", unit="step") as progress:
-        for _ in range(steps):
+    print(
+        "Compiling both models: one to five minutes on two cores. Then steps are fast.", flush=True
+    )
+    with tqdm(total=steps, unit="step") as progress:
+        for number in range(steps):
             tokens = next(data)
-            for run in runs.values():
+            for name, run in runs.items():
+                if not number:  # the first step compiles, and the bar stands still meanwhile
+                    progress.set_description(f"compiling {name}")
                 run.step(tokens)
+                if not number:
+                    progress.write(f"compiled {name} in {run.seconds[0]:.0f} s")
+            progress.set_description("training", refresh=False)
             losses = {name: f"{run.loss:.3f}" for name, run in runs.items()}
             progress.set_postfix(losses)
             progress.update()
     return runs
+
+
+def spread_text(ratios: Sequence[float]) -> str:
+    """Median, and between which values half of them lie; less than that is noise."""
+    if len(ratios) < 2:
+        return f"{ratios[0]:.2f}"
+    low, middle, high = statistics.quantiles(ratios, n=4, method="inclusive")
+    return f"{middle:.2f}" if low == high else f"{middle:.2f} ({low:.2f} to {high:.2f})"
 
 
 def main() -> None:
@@ -105,6 +122,7 @@ def main() -> None:
     rows: list[list[Any]] = []
     for name, run in runs.items():
         pairs = zip(later[name], later["inductor"], strict=True)
+        ratios = [ours / plain for ours, plain in pairs]
         rows.append(
             [
                 "plain Inductor" if name == "inductor" else 'backend="prac"',
@@ -112,7 +130,7 @@ def main() -> None:
                 f"{run.validation_loss(held_out):.3f}",
                 format_nbytes(nbytes[name]),
                 f"{nbytes[name] / nbytes['inductor']:.2f}",
-                f"{statistics.median(ours / plain for ours, plain in pairs):.2f}",
+                spread_text(ratios),
             ]
         )
     print(
@@ -122,6 +140,10 @@ def main() -> None:
     )
     headers = ["", "loss", "validation", "saved for backward", "ratio", "step time ratio"]
     print(tabulate(rows, headers=headers, disable_numparse=True))
+    print(
+        "step time ratio: median over the steps (half of them lie between); a difference from 1 "
+        "within that is noise"
+    )
 
 
 if __name__ == "__main__":

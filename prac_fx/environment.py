@@ -14,6 +14,7 @@ import ast
 import json
 import logging
 import os
+from collections.abc import Iterable
 from typing import Any
 
 from prac_fx.errors import PracOptionError
@@ -40,15 +41,12 @@ def options_of_environment() -> dict[str, Any]:
     text = os.environ.get(OPTIONS, "").strip()
     if text.startswith("{"):
         return _from_json(text)
-    options = {}
-    for pair in filter(None, map(str.strip, text.split(";"))):
-        key, equals, value = pair.partition("=")
-        if not equals:
-            raise PracOptionError(
-                f"{OPTIONS}: {pair!r} is no key=value, as in prac.policy=max;prac.min_nbytes=0"
-            )
-        options[key.strip()] = parsed(value.strip())
-    return options
+    try:
+        return options_of_pairs(filter(None, map(str.strip, text.split(";"))))
+    except ValueError as error:
+        raise PracOptionError(
+            f"{OPTIONS}: {error} is no key=value, as in prac.policy=max;prac.min_nbytes=0"
+        ) from None
 
 
 def is_set(switch: str) -> bool:
@@ -75,6 +73,21 @@ def log_level() -> int | None:
     if text.lower() not in _LEVELS:
         raise PracOptionError(f"{LOG}: it is {', '.join(_LEVELS)}, not {text!r}")
     return _LEVELS[text.lower()]
+
+
+def options_of_pairs(pairs: Iterable[str]) -> dict[str, Any]:
+    """The options in `key=value` pairs; spaces around both do not matter.
+
+    Raises:
+        ValueError: something is no pair. The message is the repr of it, for a sentence about it.
+    """
+    options = {}
+    for pair in pairs:
+        key, equals, text = pair.partition("=")
+        if not equals:
+            raise ValueError(repr(pair))
+        options[key.strip()] = parsed(text.strip())
+    return options
 
 
 def parsed(text: str) -> Any:

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import re
 import sys
 import warnings
 
 from prac_fx.torch_compat import ShortenTraceback
 
+# Of an operator, in Dynamo's words: "Dynamo failed to run FX node ...: got TypeError('...')".
+_OF_OPERATOR = re.compile(r"Dynamo failed to run FX node .*: got (\w+)\((['\"])(.*)\2\)")
 # The objects for which a warning was given once, by their id. They are kept, so that no other
 # object gets this id.
 _WARNED_FOR: dict[tuple[int, str], object] = {}
@@ -71,7 +74,11 @@ class PracWarning(UserWarning):
 def one_line(error: BaseException) -> str:
     """Type and first line of an error, or of the error that Dynamo has wrapped in it."""
     inner = getattr(error, "inner_exception", error)
-    text = str(inner).strip().partition("\n")[0]
+    text = str(inner).strip()
+    of_operator = _OF_OPERATOR.search(text)
+    if of_operator is not None:  # Dynamo's first line says only that there is one
+        return f"{of_operator[1]}: {of_operator[3]}"
+    text = text.partition("\n")[0]
     return f"{type(inner).__name__}: {text}" if text else type(inner).__name__
 
 

@@ -89,6 +89,15 @@ def _one_process(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.fixture(autouse=True)
+def _no_progress(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What a command writes does not depend on how busy the machine is.
+
+    `test_report_progress` shows progress.
+    """
+    monkeypatch.setattr("prac_fx.report.progress._SECONDS", 3600.0)
+
+
+@pytest.fixture(autouse=True)
 def _no_stored_plans(monkeypatch: pytest.MonkeyPatch) -> None:
     """Tests change what planning does, so no plan of another test or run may take its place.
 

@@ -6,12 +6,14 @@ from typing import Any
 
 import pytest
 import torch
-from torch import nn
+from torch import Tensor, nn
 
+import prac_fx
 from prac_fx.errors import ReportError
 from prac_fx.memory.fake_model import as_fake, build_model, fake_mode_of, resized
 from prac_fx.torch_compat import FakeTensor, FakeTensorMode
 from tests.models import Sequential, rows
+from tests.uncompiled import without_schedules
 
 
 def test_a_fake_copy_leaves_the_model_alone() -> None:
@@ -52,6 +54,39 @@ def test_the_random_stream_is_untouched() -> None:
     torch.manual_seed(3)
     build_model(lambda: nn.Linear(64, 64), True)
     assert torch.equal(torch.rand(2), expected)
+
+
+class _Table(nn.Module):
+    """Reads a tensor that is no buffer, and makes another in each step."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner, self.table = nn.Linear(64, 64), [torch.ones(64)]
+
+    def forward(self, x: Tensor) -> Tensor:
+        hidden = self.inner(x) * self.table[0] + torch.arange(64, device=x.device)
+        return nn.functional.gelu(hidden)
+
+
+@pytest.mark.parametrize("parts", ["model", "model and inputs", "a function", "under the device"])
+def test_a_model_on_the_meta_device_is_explained_as_it_is_elsewhere(parts: str) -> None:
+    def explained(model: Any, x: Tensor) -> dict[str, Any]:
+        with without_schedules():
+            document = prac_fx.explain(model, x, loss_fn=Tensor.sum).as_document()
+        return {key: document[key] for key in ("device", "totals", "values", "inputs", "rollup")}  # type: ignore[literal-required]
+
+    expected = explained(_Table(), torch.ones(512, 64))
+    with torch.device("meta"):
+        model, x = _Table(), torch.ones(512, 64)
+        if parts == "under the device":
+            assert explained(model, x)["totals"] == expected["totals"]
+            return
+    if parts == "a function":
+        found = explained(lambda x: model(x), x)
+        assert found["totals"]["saved_before_nbytes"] == expected["totals"]["saved_before_nbytes"]
+        return
+    assert explained(model, x if parts == "model and inputs" else torch.ones(512, 64)) == expected
+    assert model.inner.weight.is_meta
 
 
 # -- other sizes ---------------------------------------------------------------------------------

@@ -10,7 +10,7 @@ import pytest
 from prac_fx.compare.forked_map import forked_map
 
 MAPS = """
-import os, signal
+import multiprocessing, os, signal, time
 from prac_fx.compare.forked_map import forked_map
 
 parent, seen = os.getpid(), []
@@ -35,6 +35,30 @@ except ValueError as error:
 else:
     raise AssertionError("nothing was raised")
 
+def fails_early(number):
+    if number:
+        time.sleep(600)
+    raise ValueError("the first")
+
+begin = time.monotonic()
+try:
+    forked_map(fails_early, range(2), 2, show)
+except ValueError:
+    assert time.monotonic() - begin < 60
+assert not multiprocessing.active_children()
+
+def interrupted(item, done):
+    if done:
+        os.killpg(0, signal.SIGINT)  # as a terminal does, to all of them
+
+try:
+    forked_map(lambda number: time.sleep(600 * number), range(2), 2, interrupted)
+except KeyboardInterrupt:
+    assert time.monotonic() - begin < 120
+else:
+    raise AssertionError("nothing was interrupted")
+assert not multiprocessing.active_children()
+
 def dies_forked(number):
     if number == 1 and os.getpid() != parent:
         os.kill(os.getpid(), signal.SIGKILL)
@@ -54,5 +78,11 @@ def test_one_process_is_a_loop() -> None:
 
 @pytest.mark.skipif(sys.platform != "linux", reason="forks on Linux only")
 def test_results_errors_and_deaths() -> None:
-    done = subprocess.run([sys.executable, "-c", MAPS], capture_output=True, text=True, check=False)
+    done = subprocess.run(
+        [sys.executable, "-c", MAPS],
+        capture_output=True,
+        text=True,
+        check=False,
+        start_new_session=True,
+    )
     assert (done.returncode, done.stdout) == (0, "fine\n"), done.stderr

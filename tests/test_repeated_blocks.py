@@ -21,9 +21,11 @@ from prac_fx.compare.ways import (
     without_values,
 )
 from prac_fx.config import PracConfig
-from prac_fx.memory import analysis
+from prac_fx.graph.origin import Origin
+from prac_fx.memory import analysis, repeated_blocks
 from prac_fx.memory.identical_blocks import identical_blocks, with_few_blocks
-from prac_fx.memory.repeated_blocks import Repeated
+from prac_fx.memory.repeated_blocks import Repeated, _Cuts, _even_cuts
+from prac_fx.memory.timeline import Event, Live
 from prac_fx.passes.plan_data import PlannedValue
 from prac_fx.report.explain import MemoryReport, report_step
 from prac_fx.report.html import as_html
@@ -334,3 +336,39 @@ def test_what_torch_adds_belongs_to_the_block_that_it_is_computed_from(
         rows.append(analyse_way(fp8, step, {}, report.step))
     assert rows[0].note == rows[1].note == ""
     assert rows[0].saved_nbytes == rows[1].saved_nbytes
+
+
+# -- what the last block computes at another place than the others --------------------------------
+
+
+def _event(phase: Any, saved: int) -> Event:
+    return Event(phase, "node", Origin("", "mm", "", 0), {"saved": saved, "gradients": 7})
+
+
+@pytest.mark.parametrize(
+    ("there", "back", "held", "expected"),
+    [
+        (90, 100, 100, 100),  # the last block has made a mask before its cut
+        (100, 90, 100, 100),
+        (100, 100, 100, None),  # nothing to mend
+        (90, 100, 95, None),  # nobody knows
+    ],
+)
+def test_a_pass_that_does_not_show_what_a_block_saves_is_told_by_the_other(
+    monkeypatch: pytest.MonkeyPatch, there: int, back: int, held: int, expected: int | None
+) -> None:
+    events = [
+        *(_event("forward", saved) for saved in (1000, 1000 + there)),
+        *(_event("backward", saved) for saved in (3000, 3000 - back)),
+    ]
+    middle = [Live("a", "saved", "blocks.2.up", held - 5), Live("b", "saved", "blocks.2", 5)]
+    others = [Live("c", "saved", "blocks.1", 70), Live("d", "temporary", "blocks.2", 80)]
+    monkeypatch.setattr(repeated_blocks, "held_at", lambda *_: [*middle, *others])
+    cuts = _Cuts((0, 1), (2, 3))
+    found = _even_cuts(None, events, cuts, Repeated("blocks", 12))  # type: ignore[arg-type]
+    assert (found and found.saved) == expected
+    if found is not None:
+        assert found.growth(events, True, "saved") == 100
+        assert found.growth(events, False, "saved") == -100
+        assert found.growth(events, True, "gradients") == 0
+        assert found.growth(events, True, "temporary") == 0

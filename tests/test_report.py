@@ -14,16 +14,17 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from torch import Tensor, nn
 
-from prac_fx import PracConfig
+from prac_fx import PracConfig, __version__
 from prac_fx.errors import ReportError
 from prac_fx.memory import analysis
 from prac_fx.memory.fake_model import build_model
 from prac_fx.options import split_options
 from prac_fx.passes.plan_data import REASONS
 from prac_fx.passes.ranks import sample_rows
-from prac_fx.report import analyse_file, check_document, main
+from prac_fx.report import analyse_file, check_document, explain, main
 from prac_fx.report.arguments import parse_arguments
 from prac_fx.report.model_file import call_build, import_build
 
@@ -498,6 +499,55 @@ def test_the_model_raises(
     assert set(frames) == ({path} if body == FORWARD_RAISES or "nope" in body else set())
 
 
+def test_an_error_in_a_fake_model_has_its_place_too(
+    capfd: pytest.CaptureFixture[str], write_model: WriteModel
+) -> None:
+    path = write_model(f"return model(), x, {LOSS_OF_OTHER_SIZE}")
+    line, above = _failure(capfd, path, "--fake")
+    assert line.startswith("the model could not be traced: RuntimeError: ")
+    assert "[3, 4]" in line
+    assert set(re.findall(r'File "(.*?)"', above)) == {path}
+    assert "torch.ones(3, 4)" in above
+
+
+LOSS_OF_OTHER_SIZE = "lambda out: (out @ torch.ones(3, 4)).sum()"
+
+
+def test_an_error_in_what_the_file_imports_has_its_place(
+    capfd: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+    write_model: WriteModel,
+    tmp_path: Path,
+) -> None:
+    monkeypatch.setattr(sys, "path", list(sys.path))
+    neighbour = tmp_path / "neighbour_that_fails.py"
+    neighbour.write_text("def loss(out):\n    return out.nope\n")
+    path = write_model("import neighbour_that_fails; return model(), x, neighbour_that_fails.loss")
+    _, above = _failure(capfd, path)
+    assert set(re.findall(r'File "(.*?)"', above)) == {str(neighbour)}
+
+
+def test_a_target_that_was_not_resized_is_named(
+    capfd: pytest.CaptureFixture[str], write_model: WriteModel
+) -> None:
+    path = write_model("return model(), x, lambda out: nn.functional.l1_loss(out, x[:, :32])")
+    line, above = _failure(capfd, path, "--batch=2048")
+    assert "; --batch 2048 changed the inputs, and nothing else that the model or loss_fn" in line
+    assert line.endswith("such as a target that loss_fn closes over: make it an input")
+    assert path in above
+
+
+@pytest.mark.parametrize("number", ["float(out.mean())", "out.mean().item()"])
+def test_a_loss_that_is_a_python_number(
+    capfd: pytest.CaptureFixture[str], write_model: WriteModel, number: str
+) -> None:
+    path = write_model(f"return model(), x, lambda out: {number}")
+    assert _failure(capfd, path)[0] == (
+        "loss_fn returns a Python float, which has no gradient: return the tensor itself, without "
+        ".item() or float()"
+    )
+
+
 def test_a_failure_that_is_not_the_models(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, encodable: str
 ) -> None:
@@ -505,10 +555,10 @@ def test_a_failure_that_is_not_the_models(
         raise RuntimeError("no plan\nat all")
 
     monkeypatch.setattr(analysis, "trace", fail)
-    message = _error(capsys, encodable)
-    assert message.startswith(
-        "the model could not be traced: RuntimeError: no plan; prac_fx.explain"
-    )
+    message, above = _failure(capsys, encodable)
+    assert message == "the model could not be traced: RuntimeError: no plan"
+    # this file is none of ours
+    assert set(re.findall(r'File "(.*?)"', above)) == {__file__}
 
 
 NO_GRAD_FORWARD = """class M(nn.Linear):
@@ -570,11 +620,84 @@ def test_bad_flags(
     assert message in _error(capsys, encodable, flag)
 
 
-@pytest.mark.parametrize("flag", ["--fits=1GiB", "--measure"])
-def test_flags_that_are_about_the_alternatives(
-    capsys: pytest.CaptureFixture[str], encodable: str, flag: str
+def test_one_policy_alone_can_be_fitted(capsys: pytest.CaptureFixture[str], encodable: str) -> None:
+    rows = _json(capsys, encodable, "--fits=64MiB", "prac.policy=max")["alternatives"]
+    assert [row["name"] for row in rows] == ["inductor", "prac max"]
+    assert all(row["largest_batch"] > 1024 for row in rows)
+
+
+def test_one_policy_alone_can_be_measured(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, encodable: str
 ) -> None:
-    assert _error(capsys, encodable, flag).endswith("drop --no-alternatives")
+    monkeypatch.setattr(explain, "measure_alternatives", lambda _1, _2, rows, *_: (rows, "cpu"))
+    rows = _json(capsys, encodable, "--measure", *EXACT)["alternatives"]
+    assert [row["name"] for row in rows] == ["inductor", "prac with these options"]
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("page.pdf", "-o page.pdf: no format has the suffix .pdf: expected one of .txt, .json, "),
+        ("no/page.html", "no/page.html: cannot write: No such file or directory"),
+        ("x" * 300 + ".html", f"{'x' * 300}.html: cannot write: File name too long"),
+    ],
+)
+def test_where_nothing_can_be_written_is_known_before_the_analysis(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path, name: str, message: str
+) -> None:
+    path = tmp_path / "model.py"
+    path.write_text("raise SystemExit('it has begun')")
+    assert _error(capsys, str(path), "-o", name).startswith(message)
+
+
+def test_a_format_goes_with_any_name(
+    capsys: pytest.CaptureFixture[str], encodable: str, tmp_path: Path
+) -> None:
+    path = tmp_path / "report.md"
+    assert main([encodable, FAST, "--format=table", "-o", str(path)]) == 0
+    assert capsys.readouterr().err == f"prac_fx.report: wrote {path}\n"
+
+
+@pytest.mark.parametrize("name", ["page.html", "page.HTML", "page.png", "page.txt", "model.ipynb"])
+def test_what_is_no_python_file_is_not_run(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path, name: str
+) -> None:
+    path = tmp_path / name
+    path.write_text("raise SystemExit('it was run')")
+    message = _error(capsys, str(path))
+    assert message.startswith(f"{path}: ")
+    assert ".py file" in message
+    assert ".json" in message
+
+
+def test_a_model_file_has_arguments_of_its_own(
+    capsys: pytest.CaptureFixture[str], write_model: WriteModel
+) -> None:
+    ours = list(sys.argv)
+    path = write_model(
+        "import argparse; argparse.ArgumentParser().parse_args(); import sys; "
+        "assert sys.argv == [__file__]; return model(), x"
+    )
+    assert _json(capsys, path, "prac.seed=3")["graphs"] == 1
+    assert sys.argv == ours
+
+
+def test_an_interruption_is_one_line(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, encodable: str
+) -> None:
+    def interrupt(*_: object, **__: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(analysis, "trace", interrupt)
+    assert main([encodable]) == 130
+    assert capsys.readouterr().err == "prac_fx.report: interrupted\n"
+
+
+def test_version(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as stopped:
+        main(["--version"])
+    assert stopped.value.code == 0
+    assert capsys.readouterr().out == f"prac_fx {__version__}, torch {torch.__version__}\n"
 
 
 # -- the command, and the examples ----------------------------------------------------------------

@@ -38,6 +38,9 @@ def show(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> Callable[[bytes, 
         code = main(argv)
         captured = capfd.readouterr()
         assert code in (0, 2)
+        if not code and "-o" in argv:
+            assert captured.err == f"prac_fx.report: wrote {tmp_path / 'out'}\n"
+            captured = captured._replace(err="")
         assert captured.err.count("\n") == (1 if code else 0), captured.err
         assert "Traceback" not in captured.err
         assert captured.err.isascii() or captured.err.rstrip("\n").isprintable()

@@ -3,22 +3,33 @@
 from __future__ import annotations
 
 import copy
+import html
 import itertools
 import json
 from pathlib import Path
 from typing import Any
 
 import pytest
+from torch import Tensor
 
+from prac_fx import MemoryReport, PracConfig
+from prac_fx.compare.ways import Alternative, Way, ways_to_train
 from prac_fx.document.advice import advice_for
 from prac_fx.document.load import check_document, load_document
 from prac_fx.document.schema import CATEGORIES
 from prac_fx.errors import ReportError
+from prac_fx.graph.origin import Origin
+from prac_fx.memory.timeline import Event, StepMemory
 from prac_fx.report.axes import MAX_SAMPLES, byte_marks, phase_spans, sample_timeline
+from prac_fx.report.explain import report_step
+from prac_fx.report.html import as_html
 from prac_fx.report.palette import DARK, LIGHT
 from prac_fx.report.repeats import merge_live, merge_repeats
 from prac_fx.report.sizes import parse_nbytes
+from prac_fx.report.table import as_table
+from tests.models import Sequential, rows
 from tests.report_document import MIB, document, timeline, value
+from tests.uncompiled import without_schedules
 
 GIB = 1024**3
 
@@ -277,3 +288,48 @@ def test_advice_about_values_that_the_model_returns() -> None:
     few, many = document(), document(values=[*document()["values"], keys])
     assert not any("use_cache=False" in sentence for sentence in advice_for(few))
     assert any("1.0 MiB of what stays are returned" in sentence for sentence in advice_for(many))
+
+
+# -- what a terminal and a notebook show ----------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def report() -> MemoryReport:
+    with without_schedules():
+        return report_step(Sequential(), (rows(512),), loss_fn=Tensor.sum)
+
+
+def test_a_report_shows_itself_as_its_table(report: MemoryReport) -> None:
+    assert repr(report) == str(report) == as_table(report.as_document()).rstrip()
+    assert max(map(len, repr(report).splitlines())) <= 100
+
+
+def test_a_notebook_shows_the_page_in_a_frame_of_its_own(report: MemoryReport) -> None:
+    shown = report._repr_html_()
+    start, end = '<iframe srcdoc="', '"></iframe>'
+    assert shown.startswith(start)
+    assert shown.endswith(end)
+    page, _, attributes = shown.removeprefix(start).partition('" ')
+    assert html.unescape(page) == as_html(report.as_document())
+    # nothing of the page is part of the notebook's own
+    assert "<" not in attributes.removesuffix("></iframe>")
+    assert 'sandbox="allow-scripts"' in attributes
+
+
+def test_no_part_of_a_report_prints_tensors(report: MemoryReport) -> None:
+    row = Alternative(Way("prac max", "unbiased"), 2048, 4096)
+    assert repr(row) == "<Alternative prac max: saved 2.0 KiB, peak 4.0 KiB, unbiased>"
+    assert repr(Alternative(Way("eager"), note="failed")) == "<Alternative eager: exact>"
+    for part in (report.step, report.before, report.after, row):
+        assert len(repr(part)) < 120
+        assert "\n" not in repr(part)
+    memory = StepMemory((Event("forward", "mm", Origin("", "mm", "", 0), {"saved": 1024}),), ())
+    assert repr(memory) == "<StepMemory: peak 1.0 KiB in forward, 1 events>"
+
+
+def test_what_becomes_of_the_gradient_is_said_as_the_backend_says_it() -> None:
+    labels = {way.name: way.gradient for way in ways_to_train(PracConfig())}
+    assert labels["prac paper"] == "biased"
+    assert {labels[f"prac {name}"] for name in ("linear", "balanced", "max")} == {"unbiased"}
+    nearest = ways_to_train(PracConfig(rounding="nearest"))[-1]
+    assert (nearest.name, nearest.gradient) == ("prac with these options", "rounded")

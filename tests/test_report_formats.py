@@ -21,7 +21,7 @@ import pytest
 from expecttest import assert_expected_inline
 
 from prac_fx.document.schema import Document
-from prac_fx.report import main
+from prac_fx.report import check_document, main
 from prac_fx.report.html import as_html
 from prac_fx.report.style import Style
 from prac_fx.report.table import GROUPINGS, as_table
@@ -46,7 +46,8 @@ def save(tmp_path: Path) -> Save:
 def _printed(capsys: pytest.CaptureFixture[str], *argv: str) -> str:
     assert main(argv) == 0
     captured = capsys.readouterr()
-    assert captured.err == ""
+    output = argv[argv.index("-o") + 1] if "-o" in argv else ""
+    assert captured.err == (f"prac_fx.report: wrote {output}\n" if output else "")
     return captured.out
 
 
@@ -207,6 +208,28 @@ def test_what_was_measured_stands_beside_the_estimate() -> None:
     assert row[1:] == ["3.5 MiB", "1.0 MiB", "5.5 MiB", "4.0 MiB", "-27.3%", "1.25"]
 
 
+def test_the_spread_of_step_times_says_what_is_noise() -> None:
+    made = _verbose()
+    for one in made["alternatives"]:
+        one["name"] = "prac max"
+        one["measured"] = {
+            "saved_nbytes": MIB,
+            "peak_nbytes": MIB,
+            "step_ratio": 1.02,
+            "step_range": [0.98, 1.1],
+        }  # type: ignore[typeddict-item]
+    assert check_document(made, "it") == made
+    for text in (as_table(made), as_html(made)):
+        assert "1.02 (0.98 to 1.10)" in text
+        assert "the difference is noise" in " ".join(text.split())
+
+
+def test_heads_of_tables_wrap_on_a_phone() -> None:
+    """A head that does not is cut at the edge of the screen."""
+    narrow = as_html(document()).partition("@media (max-width: 760px)")[2]
+    assert ".data thead th { white-space: normal; }" in narrow.partition("</style>")[0]
+
+
 def test_colour_on_a_terminal_only(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, save: Save, tmp_path: Path
 ) -> None:
@@ -221,7 +244,7 @@ def test_colour_on_a_terminal_only(
     assert "\033[32m-56.9%\033[0m" in coloured
     # colour is all that differs
     assert re.sub(r"\033\[\d+m", "", coloured) == plain
-    assert main([path, "-o", str(tmp_path / "r.txt")]) == 0
+    assert _printed(capsys, path, "-o", str(tmp_path / "r.txt")) == ""
     assert (tmp_path / "r.txt").read_text() == plain
     for name, setting in (("NO_COLOR", "1"), ("TERM", "dumb")):
         with monkeypatch.context() as changed:

@@ -1,4 +1,4 @@
-"""The progress bar: only on a terminal, only for what takes long, and gone afterwards."""
+"""Progress of what takes long: a bar on a terminal, which goes again, and lines elsewhere."""
 
 from __future__ import annotations
 
@@ -40,16 +40,46 @@ def test_a_long_step_is_shown_while_it_runs(monkeypatch: pytest.MonkeyPatch) -> 
 def test_what_is_done_soon_shows_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     terminal = _Terminal()
     monkeypatch.setattr(sys, "stderr", terminal)
+    monkeypatch.setattr(progress, "_SECONDS", 3600.0)
     with progress.progress_bar() as show:
         show("tracing", 0, 3)
         show("done", 3, 3)
     assert terminal.getvalue().strip() == ""
 
 
-def test_a_file_gets_no_bar(monkeypatch: pytest.MonkeyPatch) -> None:
+def _in_a_file(monkeypatch: pytest.MonkeyPatch, seconds: float) -> io.StringIO:
     stream = io.StringIO()
     monkeypatch.setattr(sys, "stderr", stream)
-    monkeypatch.setattr(progress, "_SECONDS", 0.0)
+    monkeypatch.setattr(progress, "_SECONDS", seconds)
+    return stream
+
+
+def test_a_file_gets_a_line_for_each_step(monkeypatch: pytest.MonkeyPatch) -> None:
+    stream = _in_a_file(monkeypatch, 0.0)
     with progress.progress_bar() as show:
-        show("tracing", 0, 3)
+        show("the step", 0, 3)
+        show("prac max", 2, 3)
+        show("done", 1, 1)
+    assert (
+        stream.getvalue()
+        == "prac_fx.report: the step (1 of 3)\nprac_fx.report: prac max (3 of 3)\n"
+    )
+
+
+def test_a_file_gets_the_line_of_a_long_step_while_it_runs(monkeypatch: pytest.MonkeyPatch) -> None:
+    stream = _in_a_file(monkeypatch, 0.05)
+    with progress.progress_bar() as show:
+        show("gone soon", 0, 3)
+        show("the step", 1, 3)
+        deadline = time.monotonic() + 20
+        while not stream.getvalue() and time.monotonic() < deadline:
+            time.sleep(0.005)
+    assert stream.getvalue() == "prac_fx.report: the step (2 of 3)\n"
+
+
+def test_a_file_gets_no_line_of_what_is_done_soon(monkeypatch: pytest.MonkeyPatch) -> None:
+    stream = _in_a_file(monkeypatch, 3600.0)
+    with progress.progress_bar() as show:
+        show("the step", 0, 1)
+        show("done", 1, 1)
     assert stream.getvalue() == ""

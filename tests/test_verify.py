@@ -15,6 +15,7 @@ import prac_fx
 from prac_fx import NoiseReport, ParameterNoise, PracConfig, VerifyError, verify
 from prac_fx.noise import variants
 from prac_fx.noise.figures import Deviations, parameter_noise, student_quantile
+from prac_fx.noise.verdicts import verdict_on_error, verdicts
 from prac_fx.passes.plan_data import PlannedValue
 from tests.compiling import SMALL, compile_prac, step
 from tests.models import Sequential, gpt2, llama, rows
@@ -337,6 +338,7 @@ ERRORS: dict[str, tuple[Callable[[], Any], dict[str, Any], str]] = {
     "zero": (Sequential, {"loss_fn": lambda out: out.sum() * 0}, "zero everywhere"),
     "infinite": (Sequential, {"loss_fn": lambda out: out.sum() * math.inf}, "not finite"),
     "batch": (Sequential, {"batches": [torch.ones(2)]}, "each of batches is a tuple.*got Tensor"),
+    "meta": (lambda: Sequential().to("meta"), {}, r"[\w.]+weight is on the meta device"),
     "copy": (lambda: _Uncopyable(64, 64), {}, "cannot be copied: TypeError: one of a kind"),
 }
 
@@ -465,13 +467,45 @@ def test_dropout_masks_are_the_same_in_all_draws() -> None:
 # -- the table --------------------------------------------------------------------------------------
 
 
-def test_the_table_is_printed_unless_quiet(capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_report_prints_nothing_and_shows_itself(capsys: pytest.CaptureFixture[str]) -> None:
     config = PracConfig(policy="linear", min_nbytes=0)
-    report = verify(Sequential(), rows(), steps=2, loss_fn=_square, options=config)
-    assert capsys.readouterr().out == f"{report}\n"
-    assert report.config == config
-    _measure(Sequential(), rows(), steps=2, by_value=False)
+    report = verify(Sequential(), rows(), steps=2, loss_fn=_square, options=config, by_value=False)
     assert capsys.readouterr().out == ""
+    assert repr(report) == str(report)
+    assert report.config == config
+    assert report.verdicts == {}
+    assert "no verdict: give further batches" in str(report)
+
+
+def test_each_figure_has_a_verdict_beside_the_minibatch() -> None:
+    found = verdicts(0.3, 0.02, 0.01, 0.03, 0.95, 1.0)
+    assert list(found) == ["error", "bias along g", "bias norm", "cosine"]
+    assert found["error"].startswith("small: 0.30 of the minibatch's own; a step is 1.04 times")
+    assert found["bias along g"].startswith("small: 0.02 ")
+    assert found["bias norm"].startswith("small: 0.03 ")
+    assert found["cosine"].startswith("good: ")
+    assert found["cosine"].endswith(" 0.71")
+    found = verdicts(1.2, -0.3, 0.4, 0.2, 0.5, 1.0)
+    assert found["error"].startswith("large: ")
+    assert found["bias along g"] == "none seen: the interval holds 0"
+    assert found["bias norm"].startswith("large: 0.20 ")
+    assert found["cosine"].startswith("poor: ")
+    assert verdicts(1.2, -0.3, 0.4, 0.2, 0.5, None) == {}
+
+
+@pytest.mark.parametrize(
+    ("error", "minibatch", "word"),
+    [
+        (0.5, 1.0, "small"),
+        (0.6, 1.0, "comparable"),
+        (1.1, 1.0, "large"),
+        (0.1, None, ""),
+        (math.nan, 1.0, ""),
+        (0.1, 0.0, ""),
+    ],
+)
+def test_the_verdict_on_an_error(error: float, minibatch: float | None, word: str) -> None:
+    assert verdict_on_error(error, minibatch) == word
 
 
 def _noise(index: int) -> ParameterNoise:

@@ -35,6 +35,7 @@ def compare_alternatives(
     patches: Mapping[str, Any],
     progress: Progress,
     processes: int = 1,
+    all_ways: bool = True,
 ) -> list[Alternative]:
     """Analyse every way on fake copies of the model, so that nothing is computed.
 
@@ -45,10 +46,13 @@ def compare_alternatives(
         patches: Inductor's.
         progress: called with what is done next, steps done, and steps in all.
         processes: how many of them work at a time.
+        all_ways: False for plain Inductor and the user's options alone.
     """
     ways = ways_to_train(config)
     faked = without_values(step)
     known = {way.name: _known(way, analysed, config) for way in ways}
+    if not all_ways:
+        return [row for row in known.values() if row is not None]
     unknown = [way for way in ways if known[way.name] is None]
     tasks = _tasks(unknown, processes, shares_trace=analysed.repeated is not None)
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import multiprocessing
 import os
+import signal
 import sys
 from collections.abc import Callable, Sequence
 from concurrent.futures import ProcessPoolExecutor
@@ -55,19 +56,32 @@ def forked_map(
         return found
     global _task
     _task = functools.partial(_nth_call, function, items)
+    others = set(multiprocessing.active_children())
     try:
         fork = multiprocessing.get_context("fork")
         with ProcessPoolExecutor(processes, mp_context=fork, initializer=_start) as pool:
-            futures = [pool.submit(_call, number) for number in range(len(items))]
-            results = []
-            for number, (item, future) in enumerate(zip(items, futures, strict=True)):
-                progress(item, number)
-                results.append(future.result())
-            return results
+            try:
+                return _results(pool, items, progress)
+            except BaseException:
+                # the pool waits for calls that have begun, which may take minutes
+                for process in set(multiprocessing.active_children()) - others:
+                    process.kill()
+                raise
     except BrokenProcessPool:  # one was killed, for its memory most likely: they may fit one by one
         return forked_map(function, items, 1, progress)
     finally:
         _task = None
+
+
+def _results(
+    pool: ProcessPoolExecutor, items: Sequence[T], progress: Callable[[T, int], None]
+) -> list[Any]:
+    futures = [pool.submit(_call, number) for number in range(len(items))]
+    results = []
+    for number, (item, future) in enumerate(zip(items, futures, strict=True)):
+        progress(item, number)
+        results.append(future.result())
+    return results
 
 
 def _nth_call(function: Callable[[T], R], items: Sequence[T], number: int) -> R:
@@ -75,6 +89,8 @@ def _nth_call(function: Callable[[T], R], items: Sequence[T], number: int) -> R:
 
 
 def _start() -> None:
+    # Ctrl-C reaches all processes of a terminal; the first one ends the others
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
     # the threads of the parent's OpenMP are not there after a fork, and waiting for them would
     # never end
     torch.set_num_threads(1)

@@ -18,7 +18,7 @@ from prac_fx.errors import one_line
 from prac_fx.memory.analysis import AnalysedStep
 from prac_fx.memory.eager import differentiated
 from prac_fx.memory.step import Step
-from prac_fx.torch_compat import without_recompile_limit
+from prac_fx.torch_compat import compile_isolated, isolated_dynamo
 
 _WARM_UP = 3
 _ROUNDS = 5
@@ -44,7 +44,7 @@ def measure_alternatives(
         patches: Inductor's.
         progress: called with what is done next, steps done, and steps in all.
     """
-    with without_recompile_limit():
+    with isolated_dynamo(analysed.tensors.all):
         found, notes = _measured(step, analysed, rows, patches, progress)
     _clear(analysed.tensors.trained)
     measured = [
@@ -88,8 +88,12 @@ def _measured(
         runs[row.name] = run
         found[row.name] = Measured(memory.saved_nbytes, held + memory.peak_nbytes, 1.0)
     progress("running all in turn", len(rows), len(rows) + 1)
-    for name, ratio in _step_ratios(runs, device).items():
-        found[name] = replace(found[name], step_ratio=ratio)
+    for name, ratios in _step_ratios(runs, device).items():
+        found[name] = replace(
+            found[name],
+            step_ratio=statistics.median(ratios),
+            step_range=(min(ratios), max(ratios)),
+        )
     return found, notes
 
 
@@ -100,7 +104,7 @@ def _forward(step: Step, row: Alternative, patches: Mapping[str, Any]) -> Callab
         result = used.model(*used.args, **used.kwargs)
         return result if used.loss_fn is None else used.loss_fn(result)
 
-    compiled = run if row.way.eager else torch.compile(run, backend=Backend(row.way, patches))
+    compiled = run if row.way.eager else compile_isolated(run, Backend(row.way, patches))
 
     def forward() -> Tensor:
         result = differentiated(compiled())
@@ -122,8 +126,10 @@ def _clear(trained: Sequence[Tensor]) -> None:
         parameter.grad = None
 
 
-def _step_ratios(runs: Mapping[str, Callable[[], None]], device: torch.device) -> dict[str, float]:
-    """Median over the rounds of the time over plain Inductor's in that round."""
+def _step_ratios(
+    runs: Mapping[str, Callable[[], None]], device: torch.device
+) -> dict[str, list[float]]:
+    """For each round the time over plain Inductor's in that round."""
     seconds: dict[str, list[float]] = {name: [] for name in runs}
     for _ in range(_ROUNDS):
         for name, run in runs.items():
@@ -135,7 +141,4 @@ def _step_ratios(runs: Mapping[str, Callable[[], None]], device: torch.device) -
     plain = seconds.get(PLAIN)
     if plain is None:
         return {}
-    return {
-        name: statistics.median(a / b for a, b in zip(own, plain, strict=True))
-        for name, own in seconds.items()
-    }
+    return {name: [a / b for a, b in zip(own, plain, strict=True)] for name, own in seconds.items()}

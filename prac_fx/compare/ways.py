@@ -15,6 +15,7 @@ from torch.utils.checkpoint import checkpoint
 from prac_fx.compiler.dynamo_backend import PracBackend
 from prac_fx.config import POLICIES, PracConfig
 from prac_fx.errors import PracError, ReportError, one_line
+from prac_fx.graph.nbytes import format_nbytes
 from prac_fx.memory.analysis import AnalysedStep, analyse_step
 from prac_fx.memory.eager import eager_step
 from prac_fx.memory.fake_model import as_fake
@@ -55,12 +56,14 @@ class Measured:
     Attributes:
         saved_nbytes: held after the forward pass.
         peak_nbytes: most that was held at once, parameters and all that is held anyway included.
-        step_ratio: time of forward and backward over plain Inductor's.
+        step_ratio: time of forward and backward over plain Inductor's, median over the rounds.
+        step_range: the least and the most of it in a round. A difference within it is noise.
     """
 
     saved_nbytes: int
     peak_nbytes: int
     step_ratio: float
+    step_range: tuple[float, float] = (1.0, 1.0)
 
 
 @dataclass(frozen=True)
@@ -86,7 +89,7 @@ class Way:
     eager: bool = False
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Alternative:
     """What a way takes. None: not known.
 
@@ -110,6 +113,15 @@ class Alternative:
     measured: Measured | None = None
     note: str = ""
     draws_anew: bool = False
+
+    def __repr__(self) -> str:
+        """A line: the name, what is saved, the peak, and what becomes of the gradient."""
+        sizes = [
+            f"{name} {format_nbytes(nbytes)}"
+            for name, nbytes in (("saved", self.saved_nbytes), ("peak", self.peak_nbytes))
+            if nbytes is not None
+        ]
+        return f"<Alternative {self.name}: {', '.join([*sizes, self.gradient])}>"
 
     @property
     def name(self) -> str:
@@ -148,7 +160,8 @@ def ways_to_train(config: PracConfig) -> list[Way]:
 def _gradient(config: PracConfig) -> str:
     if config.is_exact:
         return "exact"
-    if config.is_biased:
+    # what the backend warns of: noise of PRAC in role A passes through what is not linear
+    if config.is_biased or config.input_gradient == "prac":
         return "biased"
     return "rounded" if config.rounding == "nearest" else "unbiased"
 

@@ -204,8 +204,15 @@ class Rollup(TypedDict):
     role: list[RollupRow]
 
 
-class MeasuredAlternative(TypedDict):
-    """What really ran: saved bytes, peak, and step time over that of plain Inductor."""
+class _OptionalMeasured(TypedDict, total=False):
+    step_range: Annotated[list[Share], Meta(min_length=2, max_length=2)]
+
+
+class MeasuredAlternative(_OptionalMeasured):
+    """What really ran: saved bytes, peak, and step time over that of plain Inductor.
+
+    `step_ratio` is the median over the rounds, `step_range` the least and the most.
+    """
 
     saved_nbytes: Whole | None
     peak_nbytes: Whole | None
@@ -236,11 +243,24 @@ class Measured(TypedDict):
     device: str
 
 
-class Document(TypedDict):
+class GraphBreak(TypedDict):
+    """Where Dynamo ends a graph and begins another, and why in its words."""
+
+    reason: str
+    file: str
+    line: Whole
+
+
+class _Optional(TypedDict, total=False):
+    graph_breaks: list[GraphBreak]
+
+
+class Document(_Optional):
     """A whole memory report.
 
     `peak` and `timeline` are both null, or neither is.
     `graphs`: how many graphs of the model have a backward.
+    `graph_breaks`: what splits the model; left out where it is not known, as of a running job.
     `fits_nbytes`: what the largest batches fit; null when they were not asked for.
     """
 

@@ -15,16 +15,28 @@ _DEVICES = (Path("/dev"), Path("/dev/fd"), Path("/proc/self/fd"))
 
 def why_not_writable(path: Path) -> str | None:
     """The reason why a file cannot be written, as the system words it; None when it can be."""
-    reason = None
-    if path.is_dir():
-        reason = errno.EISDIR
-    elif not path.parent.is_dir():
-        reason = errno.ENOENT
-    elif path.exists() and not os.access(path, os.W_OK):
-        reason = errno.EACCES
-    elif not _is_stream(path) and not os.access(path.parent, os.W_OK):
-        reason = errno.EACCES
+    try:
+        reason = _why_not(path)
+    except OSError as error:
+        reason = error.errno
     return None if reason is None else os.strerror(reason)
+
+
+def _why_not(path: Path) -> int | None:
+    if path.is_dir():
+        return errno.EISDIR
+    if not path.parent.is_dir():
+        return errno.ENOENT
+    if path.exists() and not os.access(path, os.W_OK):
+        return errno.EACCES
+    if not is_stream(path):
+        if not os.access(path.parent, os.W_OK):
+            return errno.EACCES
+        # trying says more than asking: root may write everywhere, but not on a read-only disk
+        beside = _beside(path)
+        beside.touch(exist_ok=False)
+        beside.unlink()
+    return None
 
 
 def write_whole(path: Path, data: bytes) -> None:
@@ -38,11 +50,11 @@ def write_whole(path: Path, data: bytes) -> None:
     Raises:
         OSError: the file cannot be written. An existing one is as it was.
     """
-    if _is_stream(path):
+    if is_stream(path):
         with open(os.open(path, os.O_WRONLY), "wb") as stream:
             stream.write(data)
         return
-    beside = path.with_name(f".{path.name[:40]}.{secrets.token_hex(8)}")
+    beside = _beside(path)
     # "x" never opens what is there already, links included
     with open(beside, "xb") as file:
         try:
@@ -58,6 +70,10 @@ def write_whole(path: Path, data: bytes) -> None:
             raise
 
 
+def _beside(path: Path) -> Path:
+    return path.with_name(f".{path.name[:40]}.{secrets.token_hex(8)}")
+
+
 def _mode(path: Path) -> int | None:
     """Permissions of the file in this place; None for no file, or a link."""
     with contextlib.suppress(FileNotFoundError):
@@ -67,7 +83,7 @@ def _mode(path: Path) -> int | None:
     return None
 
 
-def _is_stream(path: Path) -> bool:
+def is_stream(path: Path) -> bool:
     """Is it something that is there to be written to, and not to be replaced?
 
     A pipe of somebody else's is not: opening it could last for ever.

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+import types
 from dataclasses import dataclass
 
 import torch.fx as fx
@@ -48,8 +49,15 @@ def origin_of(node: fx.Node) -> Origin:
     frames = _FRAME.findall(node.meta.get("stack_trace") or "")
     frames = [frame for frame in frames if not frame[0].startswith(_OWN_FOLDER)]
     file, line = frames[-1] if frames else ("", 0)
-    op = str(node.target).removeprefix("aten.") if node.op == "call_function" else node.op
+    op = _operator(node.target) if node.op == "call_function" else node.op
     return Origin(module, op, file, int(line), kind)
+
+
+def _operator(target: object) -> str:
+    """Name of an operator of torch, or of a Python function such as `getitem`."""
+    if isinstance(target, types.BuiltinFunctionType | types.FunctionType):
+        return target.__name__
+    return str(target).removeprefix("aten.")
 
 
 def _known(node: fx.Node) -> fx.Node:

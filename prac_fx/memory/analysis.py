@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from prac_fx.config import PracConfig
 from prac_fx.errors import ReportError, one_line
+from prac_fx.graph.nbytes import format_nbytes
 from prac_fx.memory.between_graphs import saved_between_graphs, with_between_graphs
 from prac_fx.memory.identical_blocks import identical_blocks, with_few_blocks
 from prac_fx.memory.optimizer import OptimizerMemory, optimizer_memory
@@ -25,7 +26,7 @@ from prac_fx.memory.repeated_blocks import (
 )
 from prac_fx.memory.saved_rows import layout_copies, values_after, values_refused
 from prac_fx.memory.simulation import step_memory
-from prac_fx.memory.step import Step
+from prac_fx.memory.step import GraphBreak, Step
 from prac_fx.memory.step_plan import StepPlan
 from prac_fx.memory.tensors import Tensors, tensors_of, with_captured
 from prac_fx.memory.timeline import Live, StepMemory
@@ -44,7 +45,7 @@ NO_BACKWARD = (
 )
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class AnalysedStep:
     """What one training step allocates and keeps.
 
@@ -61,6 +62,7 @@ class AnalysedStep:
         between_after_nbytes: likewise with our backend.
         repeated: its blocks, if only a few of them were traced.
         captured: what the step reads besides its parameters, buffers and inputs; see `Step`.
+        graph_breaks: where Dynamo ends a graph and begins another.
     """
 
     tensors: Tensors
@@ -74,6 +76,15 @@ class AnalysedStep:
     between_after_nbytes: int = 0
     repeated: Repeated | None = None
     captured: tuple[tuple[str, Tensor], ...] = ()
+    graph_breaks: tuple[GraphBreak, ...] = ()
+
+    def __repr__(self) -> str:
+        """A line; it refers to all tensors of the model."""
+        return (
+            f"<AnalysedStep: {self.num_graphs} graphs, {len(self.values)} values, saved "
+            f"{format_nbytes(self.saved_before_nbytes)} -> "
+            f"{format_nbytes(self.saved_after_nbytes)}>"
+        )
 
     @property
     def num_graphs(self) -> int:
@@ -177,9 +188,11 @@ def analyse_step(
     def analysed(model: Callable[..., Any], repeated: Repeated | None) -> AnalysedStep:
         known = () if plain is None or plain.repeated != repeated else plain.calls
         traced = replace(step, model=model)
-        calls = trace(traced, config, patches, budget=budget, plain=known)
+        breaks: list[GraphBreak] = []
+        calls = trace(traced, config, patches, budget=budget, plain=known, breaks=breaks)
         existing = [pair for call in calls for pair in call.existing]
-        return _analysed(with_captured(step, existing), optimizer, calls, repeated)
+        found = _analysed(with_captured(step, existing), optimizer, calls, repeated)
+        return replace(found, graph_breaks=tuple(breaks))
 
     if budget is None and functorch_config.activation_memory_budget < 1:
         all_blocks = True
@@ -191,11 +204,12 @@ def analyse_step(
             if budget is not None and budget < 1:
                 raise
             log.warning(
-                "%s: all %d blocks of %s are analysed, with a few of them it fails: %s",
+                "%s: all %d blocks of %s are analysed one by one, which takes longer: of this "
+                "model a few do not tell what all of them take (%s)",
                 name,
                 repeated.total,
                 repeated.module,
-                one_line(error),
+                error if isinstance(error, CannotMultiplyError) else one_line(error),
             )
     return analysed(step.model, None)
 

@@ -70,6 +70,9 @@ def _tensors_in(values: Any) -> Iterator[Tensor]:
         if isinstance(leaf, nn.Module):
             yield from leaf.parameters()
             yield from leaf.buffers()
+            for module in leaf.modules():  # a table that is no buffer
+                attributes = tree_leaves(list(vars(module).values()))
+                yield from (one for one in attributes if isinstance(one, Tensor))
         elif isinstance(leaf, Tensor):
             yield leaf
         elif isinstance(leaf, types.FunctionType):
@@ -98,6 +101,20 @@ def fake_mode_of(values: Any) -> FakeTensorMode | None:
     """The mode of the fake tensors in `values`; None when there are none."""
     modes = (one.fake_mode for one in _tensors_in(values) if isinstance(one, FakeTensor))
     return next(modes, None)
+
+
+def without_meta(values: Any) -> Any:
+    """Modules, tensors and functions as they are; a copy with fake tensors if some are on "meta".
+
+    Operators cannot mix the meta device with others, and Inductor has no kernels for it. So the
+    fakes say that they are where the other tensors are, or else on the CPU.
+    """
+    tensors = [*_tensors_in(values)]
+    if not any(tensor.is_meta for tensor in tensors):
+        return values
+    device = next((one.device for one in tensors if not one.is_meta), torch.device("cpu"))
+    mode = fake_mode_of(values) or FakeTensorMode(allow_non_fake_inputs=True)
+    return as_fake(values, mode, device=device)
 
 
 def build_model(build: Callable[[], Any], fake: bool | None = None) -> Any:

@@ -123,10 +123,22 @@ def step_of_all_blocks(step: StepPlan, repeated: Repeated) -> StepMemory:
         CannotMultiplyError: the events of the blocks are not in the order of the blocks.
     """
     events = step_events(step)
-    try:
-        return _all_blocks(step, events, _cuts(events, repeated, by_most=True), repeated)
-    except CannotMultiplyError:  # such as checkpointed blocks, which hardly keep anything
-        return _all_blocks(step, events, _cuts(events, repeated, by_most=False), repeated)
+    reason: CannotMultiplyError | None = None
+    # by the first event: such as checkpointed blocks, which hardly keep anything
+    for by_most in (True, False):
+        try:
+            cuts = _cuts(events, repeated, by_most)
+        except CannotMultiplyError as error:
+            reason = reason or error
+            continue
+        for one in (cuts, _even_cuts(step, events, cuts, repeated)):
+            try:
+                if one is not None:
+                    return _all_blocks(step, events, one, repeated)
+            except CannotMultiplyError as error:
+                reason = reason or error
+    assert reason is not None
+    raise reason
 
 
 def _all_blocks(
@@ -160,10 +172,48 @@ class _Copy:
 
 @dataclass(frozen=True)
 class _Cuts:
-    """Events at which the middle block begins, and the one after it, in both passes."""
+    """Events at which the middle block begins, and the one after it, in both passes.
+
+    Attributes:
+        forward, backward: these events.
+        saved: bytes that a block saves in one pass and frees in the other; None for what is held
+            more at the second event than at the first.
+    """
 
     forward: tuple[int, int]
     backward: tuple[int, int]
+    saved: int | None = None
+
+    def growth(self, events: Sequence[Event], is_forward: bool, category: Category) -> int:
+        """What one block leaves behind. Memory that it uses for a while does not add up."""
+        if category not in ("saved", "gradients"):
+            return 0
+        if category == "saved" and self.saved is not None:
+            return self.saved if is_forward else -self.saved
+        begin, end = self.forward if is_forward else self.backward
+        return events[end].nbytes[category] - events[begin].nbytes[category]
+
+
+def _even_cuts(
+    step: StepPlan, events: Sequence[Event], cuts: _Cuts, repeated: Repeated
+) -> _Cuts | None:
+    """The same cuts, where one pass shows what a block saves and the other does not; else None.
+
+    Inductor computes small values, such as masks of dropout, wherever it likes. So the last block
+    may have made one at its cut that the middle block makes after its own. What backward frees, or
+    what forward leaves, then has to be the bytes that the middle block holds in between.
+    """
+    there = cuts.growth(events, True, "saved")
+    back = -cuts.growth(events, False, "saved")
+    end_of_forward = _end_of_forward(events)
+    held = sum(one.nbytes for one in _of_middle(held_at(step, end_of_forward), repeated, "saved"))
+    if there == back or held not in (there, back):
+        return None
+    return replace(cuts, saved=held)
+
+
+def _end_of_forward(events: Sequence[Event]) -> int:
+    return next(i for i, one in enumerate(events) if one.phase == "backward") - 1
 
 
 def _cuts(events: Sequence[Event], repeated: Repeated, by_most: bool) -> _Cuts:
@@ -222,19 +272,12 @@ def _event(events: Sequence[Event], copied: _Copy, cuts: _Cuts, repeated: Repeat
     event = events[copied.index]
     nbytes = {
         category: event.nbytes[category]
-        + copied.forward * _growth(events, cuts.forward, category)
-        + copied.backward * _growth(events, cuts.backward, category)
+        + copied.forward * cuts.growth(events, True, category)
+        + copied.backward * cuts.growth(events, False, category)
         for category in CATEGORIES
     }
     module = repeated.moved(event.origin.module, copied.middle)
     return replace(event, nbytes=nbytes, origin=replace(event.origin, module=module))
-
-
-def _growth(events: Sequence[Event], part: tuple[int, int], category: Category) -> int:
-    """What one block leaves behind. Memory that it uses for a while does not add up."""
-    if category not in ("saved", "gradients"):
-        return 0
-    return events[part[1]].nbytes[category] - events[part[0]].nbytes[category]
 
 
 def _live(
@@ -245,8 +288,7 @@ def _live(
         replace(one, module=repeated.moved(one.module, copied.middle))
         for one in held_at(step, copied.index)
     ]
-    end_of_forward = next(i for i, one in enumerate(events) if one.phase == "backward") - 1
-    saved = _of_middle(held_at(step, end_of_forward), repeated, "saved")
+    saved = _of_middle(held_at(step, _end_of_forward(events)), repeated, "saved")
     gradients = _of_middle(held_at(step, len(events) - 1), repeated, "gradients")
     # of the middle blocks, the first ones hold what they saved, and the last ones have their
     # gradients

@@ -4,20 +4,24 @@ from __future__ import annotations
 
 import re
 import types
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
+from traceback import FrameSummary
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
+from prac_fx.errors import ReportError
 from prac_fx.graph.origin import clean_path
 from prac_fx.torch_compat import (
     FakeTensorMode,
+    compile_isolated,
     functorch_config,
-    with_fresh_size_profile,
-    without_recompile_limit,
+    graph_breaks,
+    isolated_dynamo,
+    tree_leaves,
 )
 
 
@@ -43,21 +47,44 @@ class Step:
     captured: tuple[tuple[str, Tensor], ...] = ()
 
 
-def trace_with(step: Step, backend: Callable[..., Any], budget: float | None = None) -> None:
+@dataclass(frozen=True)
+class GraphBreak:
+    """Where Dynamo ends a graph, and goes on with another one after it.
+
+    Attributes:
+        reason: in Dynamo's words, one line.
+        file: path of the file of the user's code.
+        line: there.
+    """
+
+    reason: str
+    file: str
+    line: int
+
+
+def trace_with(
+    step: Step, backend: Callable[..., Any], budget: float | None = None
+) -> tuple[GraphBreak, ...]:
     """Have a Dynamo backend look at the graphs of a step, and run what it returns.
+
+    The graphs are those of a fresh process, whatever was compiled before, and nothing of it stays.
 
     Args:
         step: what to trace.
         backend: called with each graph and its example inputs.
         budget: torch's `activation_memory_budget`; None for the one that is set.
+
+    Returns:
+        The graph breaks of the step.
+
+    Raises:
+        ReportError: `loss_fn` returns a Python number.
     """
 
     def run(self: Any, *inputs: Any, **named: Any) -> Any:
         result = self(*inputs, **named)
         return result if step.loss_fn is None else step.loss_fn(result)
 
-    # a code object of its own, so that no earlier call counts against Dynamo's recompile limit
-    fresh = types.FunctionType(run.__code__.replace(), run.__globals__, closure=run.__closure__)
     settings: dict[str, Any] = {
         # a warm cache would not ask the partitioner, and a lazy backward would never be lowered
         "enable_autograd_cache": False,
@@ -68,11 +95,42 @@ def trace_with(step: Step, backend: Callable[..., Any], budget: float | None = N
     with (
         torch.enable_grad(),
         functorch_config.patch(settings),
-        without_recompile_limit(),
-        with_fresh_size_profile(),
+        isolated_dynamo(_tensors_of(step)),
         step.fake_mode or nullcontext(),
     ):
-        torch.compile(fresh, backend=backend)(step.model, *step.args, **step.kwargs)
+        result = compile_isolated(run, backend)(step.model, *step.args, **step.kwargs)
+        breaks = [_as_break(reason, frames) for reason, frames in graph_breaks()]
+    if step.loss_fn is not None and isinstance(result, int | float):
+        raise ReportError(
+            f"loss_fn returns a Python {type(result).__name__}, which has no gradient: return the "
+            "tensor itself, without .item() or float()"
+        )
+    # a break inside of nested calls is told for each of them, and there are several tries
+    return tuple(dict.fromkeys(breaks))
+
+
+_OF_THE_CALLER = "Encountered graph break"
+
+
+def _as_break(reason: str, frames: Sequence[FrameSummary]) -> GraphBreak:
+    """A break as one line and its place.
+
+    For a function that calls what breaks, Dynamo's first line says just that.
+    """
+    lines = [line.strip() for line in reason.splitlines() if line.strip()]
+    if len(lines) > 1 and lines[0].startswith(_OF_THE_CALLER):
+        del lines[0]
+    frame = frames[-1] if frames else None
+    line = 0 if frame is None else frame.lineno or 0
+    return GraphBreak(lines[0] if lines else "", "" if frame is None else frame.filename, line)
+
+
+def _tensors_of(step: Step) -> list[Tensor]:
+    """What a step is given."""
+    modules = [one for one in (step.model, step.loss_fn) if isinstance(one, nn.Module)]
+    tensors = [one for module in modules for one in (*module.parameters(), *module.buffers())]
+    leaves = tree_leaves((step.args, dict(step.kwargs)))
+    return [*tensors, *(one for one in leaves if isinstance(one, Tensor))]
 
 
 def captured_name(source: str, step: Step) -> str:

@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from prac_fx.document.schema import Category, StepPhase
+from prac_fx.graph.nbytes import format_nbytes
 from prac_fx.graph.origin import Origin
 
 
@@ -52,7 +53,7 @@ class Event:
         return sum(self.nbytes.values())
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class StepMemory:
     """Memory over a step.
 
@@ -63,6 +64,13 @@ class StepMemory:
 
     events: tuple[Event, ...]
     live: tuple[Live, ...]
+
+    def __repr__(self) -> str:
+        """A line, for there are thousands of events."""
+        where = ""
+        if self.events:
+            where = f"peak {format_nbytes(self.peak.total)} in {self.peak.phase}, "
+        return f"<StepMemory: {where}{len(self.events)} events>"
 
     @property
     def peak(self) -> Event:

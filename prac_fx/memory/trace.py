@@ -20,8 +20,9 @@ from prac_fx.compiler.two_phases import analyse_graph
 from prac_fx.config import PracConfig
 from prac_fx.graph.nbytes import storage_nbytes
 from prac_fx.memory.graph_run import GraphRun
+from prac_fx.memory.module_paths import name_from_model
 from prac_fx.memory.planned_graph import PlannedGraph, plan_plain, plan_rewritten
-from prac_fx.memory.step import Step, trace_with
+from prac_fx.memory.step import GraphBreak, Step, trace_with
 from prac_fx.memory.step_plan import StepGraph
 from prac_fx.torch_compat import (
     existing_storages,
@@ -87,6 +88,7 @@ def trace(
     *,
     budget: float | None = None,
     plain: Sequence[Call] = (),
+    breaks: list[GraphBreak] | None = None,
 ) -> list[Call]:
     """Trace the step.
 
@@ -97,12 +99,15 @@ def trace(
         budget: torch's `activation_memory_budget`; None for the one that is set.
         plain: an earlier trace of the same step with other options of our backend: what plain
             Inductor makes of its graphs is not found out again.
+        breaks: a list to put the graph breaks into.
 
     Returns:
         The runs of graphs that have a backward, in order.
     """
-    backend = _Planner(config, patches or {}, [call.before for call in plain])
-    trace_with(step, backend, budget)
+    backend = _Planner(step.model, config, patches or {}, [call.before for call in plain])
+    found = trace_with(step, backend, budget)
+    if breaks is not None:
+        breaks[:] = found
     return backend.calls
 
 
@@ -111,10 +116,12 @@ class _Planner:
 
     def __init__(
         self,
+        model: Callable[..., Any],
         config: PracConfig | None,
         patches: Mapping[str, Any],
         known: Sequence[PlannedGraph],
     ) -> None:
+        self.model = model
         self.config = config
         self.patches = patches
         self.known = known
@@ -126,6 +133,7 @@ class _Planner:
         self._alive: list[Any] = []
 
     def __call__(self, gm: fx.GraphModule, example_inputs: Sequence[Any]) -> Callable[..., Any]:
+        name_from_model(gm, self.model)
         graph = DynamoGraph(gm, tuple(example_inputs)).without_regions()
         forward = GraphRun(graph)
         before = self._plain(graph) if graph.requires_grad else None

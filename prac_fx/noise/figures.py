@@ -18,6 +18,7 @@ from torch import Tensor
 from prac_fx.codecs.subspace import working_dtype
 from prac_fx.config import PracConfig
 from prac_fx.graph.nbytes import format_nbytes
+from prac_fx.noise.verdicts import NO_MINIBATCH, verdict_on_error, verdicts
 
 # A model has hundreds of parameters. The table shows those with the largest errors, the
 # data all of them.
@@ -33,7 +34,8 @@ bias along g: mean of <g~ - g, g> / <g, g> with its 95% interval; 1 in 20 exclud
 bias norm: |mean g~ - g| / |g|, less what noise alone would leave of it after so many draws
 cosine: mean of that between g~ and g"""
 _BATCH_LEGEND = """\
-minibatch: root mean square of |g - mean of g over batches| / |g|, all of them exact"""
+minibatch: root mean square of |g - mean of g over batches| / |g|, all of them exact
+verdict: error beside minibatch, up to half of it small, up to its size comparable"""
 
 
 @dataclass(frozen=True)
@@ -77,6 +79,14 @@ class ParameterNoise:
         """The 95% interval of `bias`."""
         return self.bias - self.bias_margin, self.bias + self.bias_margin
 
+    @property
+    def verdict(self) -> str:
+        """What the error is beside the minibatch's noise: "small", "comparable" or "large".
+
+        Empty without further batches, and where the gradient is zero.
+        """
+        return verdict_on_error(self.error, self.minibatch)
+
 
 @dataclass(frozen=True)
 class ValueNoise:
@@ -102,9 +112,9 @@ class ValueNoise:
     worst_error: float
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class NoiseReport:
-    """Gradient noise of a model on a batch; `str()` of it is a table.
+    """Gradient noise of a model on a batch; a terminal and `str()` show it as a table.
 
     Attributes:
         parameters: every trainable parameter, in the model's order.
@@ -121,6 +131,17 @@ class NoiseReport:
     steps: int
     config: PracConfig
     notes: tuple[str, ...] = ()
+
+    @property
+    def verdicts(self) -> dict[str, str]:
+        """What is to be thought of each figure of `total`, by its name; docs/noise.md.
+
+        Empty without further batches: then there is nothing to compare with.
+        """
+        one = self.total
+        return verdicts(
+            one.error, one.bias, one.bias_margin, one.bias_norm, one.cosine, one.minibatch
+        )
 
     def __str__(self) -> str:
         """The table, about 110 columns wide at most."""
@@ -140,11 +161,20 @@ class NoiseReport:
             f"gradient noise, {self.steps} draws on one batch",
             _parameter_table([*shown, self.total]),
             "\n".join(counts),
+            self._verdict_lines() if noisy else "",
             _cause_table(self.causes) if self.causes else "",
             "\n".join(self.notes),
             "\n".join(legend),
         ]
         return "\n\n".join(text for text in paragraphs if text)
+
+    __repr__ = __str__
+
+    def _verdict_lines(self) -> str:
+        if not self.verdicts:
+            return NO_MINIBATCH
+        lines = [f"  {name}: {verdict}" for name, verdict in self.verdicts.items()]
+        return "\n".join(["verdict on all parameters together", *lines])
 
 
 def _table_order(parameter: ParameterNoise) -> float:
@@ -295,13 +325,13 @@ def student_quantile(degrees: int) -> float:
 
 def _parameter_table(rows: Sequence[ParameterNoise]) -> str:
     headers = ["parameter", "|g|", "error", "bias along g", "bias norm", "cosine"]
-    headers += ["minibatch"] if rows[-1].minibatch is not None else []
+    headers += ["minibatch", "verdict"] if rows[-1].minibatch is not None else []
     table = [_parameter_row(row) for row in rows]
     return tabulate(table, headers, tablefmt="simple", disable_numparse=True)
 
 
 def _parameter_row(parameter: ParameterNoise) -> list[str]:
-    row = [_shortened(parameter.name, 38), f"{parameter.gradient_norm:.3g}"]
+    row = [_shortened(parameter.name, 30), f"{parameter.gradient_norm:.3g}"]
     if parameter.zero_gradient:
         return [*row, "zero gradient"]
     bias = f"{_percent(parameter.bias, sign='+')} +- {_percent(parameter.bias_margin)}"
@@ -311,7 +341,9 @@ def _parameter_row(parameter: ParameterNoise) -> list[str]:
         _percent(parameter.bias_norm),
         f"{parameter.cosine:.4f}",
     ]
-    return row if parameter.minibatch is None else [*row, _percent(parameter.minibatch)]
+    if parameter.minibatch is None:
+        return row
+    return [*row, _percent(parameter.minibatch), parameter.verdict]
 
 
 def _cause_table(causes: Sequence[ValueNoise]) -> str:

@@ -44,6 +44,7 @@ class Variants:
         ran: the graphs with a backward that ran since `begin_step`.
         notes: sentences about what could not be compiled.
         failed: groups that cannot be encoded alone.
+        compiled: how many graphs were compiled so far.
     """
 
     def __init__(self, config: PracConfig, patches: Mapping[str, Any], by_value: bool) -> None:
@@ -55,6 +56,7 @@ class Variants:
         self.ran: list[_CompiledGraph] = []
         self.notes: list[str] = []
         self.failed: set[Variant] = set()
+        self.compiled = 0
 
     def begin_step(self, variant: Variant) -> None:
         """Run this variant from now on; a graph that does not have it runs exactly."""
@@ -67,6 +69,7 @@ class Variants:
 
     def __call__(self, gm: fx.GraphModule, example_inputs: Sequence[Any]) -> Callable[..., Any]:
         """Compile one of Dynamo's graphs in all variants."""
+        self.compiled += 1
         graph = DynamoGraph(gm, tuple(example_inputs)).without_regions()
         if not graph.is_planned:
             forward: Callable[..., Any] = gm.forward

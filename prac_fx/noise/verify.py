@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import copy
 import sys
-import types
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import cycle, islice, repeat
@@ -36,6 +35,7 @@ from prac_fx.options import read_options
 from prac_fx.passes.plan_data import FactoredSite, Plan, PlannedValue
 from prac_fx.runtime.state_dict import load_state_dict, state_dict
 from prac_fx.runtime.subspace_state import Subspace, subspaces_in
+from prac_fx.torch_compat import compile_isolated, isolated_dynamo, tree_leaves
 
 # Passes before the first draw: enough for two refreshes of every principal basis.
 _WARM_UP = 4
@@ -50,10 +50,10 @@ def verify(
     options: Mapping[str, Any] | PracConfig | None = None,
     batches: Sequence[Any] | None = None,
     by_value: bool = True,
-    quiet: bool = False,
+    quiet: bool = True,
     **kwargs: Any,
 ) -> NoiseReport:
-    """Measure the noise of a model's estimated gradients on one batch; print it and return it.
+    """Measure the noise of a model's estimated gradients on one batch.
 
     It works on a copy of the model. The model's parameters, gradients, buffers and bases stay as
     they are, and so does the random stream. Every draw has the same dropout masks, but random
@@ -68,10 +68,10 @@ def verify(
             it as `.loss`.
         options: as for `torch.compile(options=...)`, or a `PracConfig`.
         batches: further inputs, each a tuple of arguments or a dict of keyword arguments. With them
-            the report also says how much exact gradients differ between batches, and new bases come
-            from them.
+            the report also says how much exact gradients differ between batches, and what is to be
+            thought of each figure beside that. New bases come from them.
         by_value: also measure each group of values alone, with `steps` draws each.
-        quiet: do not print the table.
+        quiet: has no effect any more. The report is returned, and `print` of it shows the table.
         **kwargs: keyword inputs of the model.
 
     Raises:
@@ -85,7 +85,21 @@ def verify(
     measured, others = _Inputs(args, kwargs), [_as_inputs(batch) for batch in batches or ()]
     backend = Variants(config, patches, by_value)
     stepper = _Stepper(_copied(model), loss_fn, backend)
+    # what was compiled before does not count, and nothing stays behind
+    with isolated_dynamo(_tensors([measured, *others])):
+        return _measure(stepper, backend, config, measured, others, steps, by_value)
 
+
+def _measure(
+    stepper: _Stepper,
+    backend: Variants,
+    config: PracConfig,
+    measured: _Inputs,
+    others: Sequence[_Inputs],
+    steps: int,
+    by_value: bool,
+) -> NoiseReport:
+    """Draw all estimates, and what they are compared with."""
     exact = stepper.gradients(measured, EXACT)
     plans = backend.plans_of_last_step()
     notes = [_nothing_encoded(plans, is_traced=bool(backend.ran))]
@@ -101,7 +115,7 @@ def verify(
             alone = stepper.deviations(exact, measured, key, steps)
             causes.append(_cause(key, rows, {stepper.names[i]: alone[i] for i in counted}))
     between = _between_batches(stepper, exact, others)
-    report = NoiseReport(
+    return NoiseReport(
         tuple(map(parameter_noise, stepper.names, sums, between or repeat(None), is_zero)),
         parameter_noise(
             "all parameters",
@@ -113,9 +127,6 @@ def verify(
         config,
         tuple(dict.fromkeys(note for note in [*notes, *backend.notes] if note)),
     )
-    if not quiet:
-        print(report)
-    return report
 
 
 def _check(model: object, steps: object) -> None:
@@ -125,6 +136,9 @@ def _check(model: object, steps: object) -> None:
         raise VerifyError(
             f"verify: {type(model).__name__} has no parameter that requires a gradient"
         )
+    without = next((name for name, one in model.named_parameters() if one.is_meta), None)
+    if without is not None:
+        raise VerifyError(f"verify: {without} is on the meta device, which has no values to train")
     if not isinstance(steps, int) or isinstance(steps, bool) or steps < 2:
         raise VerifyError(
             f"verify: steps={steps!r}: an int of at least 2, for one draw has no interval"
@@ -138,6 +152,11 @@ def _check(model: object, steps: object) -> None:
 class _Inputs:
     args: tuple[Any, ...]
     kwargs: Mapping[str, Any]
+
+
+def _tensors(inputs: Sequence[_Inputs]) -> list[Tensor]:
+    leaves = tree_leaves([(one.args, dict(one.kwargs)) for one in inputs])
+    return [leaf for leaf in leaves if isinstance(leaf, Tensor)]
 
 
 def _as_inputs(batch: object) -> _Inputs:
@@ -236,10 +255,7 @@ class _Stepper:
             result = self(*inputs, **named)
             return result if loss_fn is None else loss_fn(result)
 
-        # a code object of its own, so that no earlier call counts against Dynamo's recompile limit
-        code = step.__code__.replace()
-        fresh = types.FunctionType(code, step.__globals__, closure=step.__closure__)
-        self._step = torch.compile(fresh, backend=backend, dynamic=False)
+        self._step = compile_isolated(step, backend, dynamic=False)
 
     def gradients(self, inputs: _Inputs, variant: Variant) -> list[Tensor]:
         """The gradients of one step, in the order of `names`.
@@ -260,9 +276,10 @@ class _Stepper:
     ) -> list[Sums]:
         """The deviations of so many estimates from the exact gradients, by parameter."""
         collected = [Deviations(gradient) for gradient in exact]
+        compiled = self._backend.compiled
         for _ in range(steps):
             estimates = self.gradients(inputs, variant)
-            if len(self._backend.ran) != self._graphs:
+            if len(self._backend.ran) != self._graphs or self._backend.compiled != compiled:
                 raise VerifyError(
                     "verify: Dynamo does not run the same graphs in every step; "
                     "TORCH_LOGS=recompiles says what changes in between"

@@ -15,10 +15,18 @@ from torch import nn
 
 from prac_fx.compare.forked_map import usable_processes
 from prac_fx.document.schema import Document
-from prac_fx.errors import PracError, ReportError, one_line
+from prac_fx.errors import PracError, one_line
 from prac_fx.memory.fake_model import build_model
 from prac_fx.report.explain import report_step
-from prac_fx.report.model_file import Built, call_build, import_build, user_code_error
+from prac_fx.report.model_file import (
+    Built,
+    UserCodeError,
+    arguments_of_its_own,
+    call_build,
+    import_build,
+    own_traceback,
+    user_code_error,
+)
 from prac_fx.report.progress import progress_bar
 from prac_fx.torch_compat import FakeTensor
 
@@ -68,9 +76,10 @@ def analyse(path: Path, options: dict[str, Any], analysis: Analysis) -> Document
         ReportError: a bad file, a model without backward, or what `report_step` refuses.
         UserCodeError: the file, its `build()` or its model raised.
     """
-    build = import_build(path)
-    built = call_build(lambda: build_model(build, analysis.fake), path)
-    with progress_bar() as progress, _explained(built, path):
+    with arguments_of_its_own(path):
+        build = import_build(path)
+        built = call_build(lambda: build_model(build, analysis.fake), path)
+    with arguments_of_its_own(path), progress_bar() as progress, _explained(built, analysis):
         report = report_step(
             built.model,
             built.args,
@@ -92,7 +101,7 @@ def analyse(path: Path, options: dict[str, Any], analysis: Analysis) -> Document
 
 
 @contextlib.contextmanager
-def _explained(built: Built, path: Path) -> Iterator[None]:
+def _explained(built: Built, analysis: Analysis) -> Iterator[None]:
     """Tell a failure of the model from one of the analysis."""
     try:
         with _without_tracebacks():
@@ -100,14 +109,24 @@ def _explained(built: Built, path: Path) -> Iterator[None]:
     except PracError:
         raise
     except Exception as error:
-        _raise_own_error(built, path)
-        raise ReportError(
-            f"the model could not be traced: {one_line(error)}; prac_fx.explain(...) in Python "
-            "shows where"
-        ) from error
+        _raise_own_error(built)
+        message, own = f"the model could not be traced: {one_line(error)}", own_traceback(error)
+        resized = [
+            f"--{name} {size}"
+            for name, size in (("batch", analysis.batch), ("seq", analysis.seq))
+            if size is not None
+        ]
+        if resized:
+            message += (
+                f"; {' and '.join(resized)} changed the inputs, and nothing else that the model or "
+                "loss_fn reads, such as a target that loss_fn closes over: make it an input"
+            )
+        elif not own:
+            message += "; prac_fx.explain(...) in Python shows where"
+        raise UserCodeError(message, own) from error
 
 
-def _raise_own_error(built: Built, path: Path) -> None:
+def _raise_own_error(built: Built) -> None:
     """Raise the error of the model itself, where it fails without Dynamo too."""
     parameters = built.model.parameters() if isinstance(built.model, nn.Module) else ()
     if any(isinstance(parameter, FakeTensor) for parameter in parameters):
@@ -117,16 +136,18 @@ def _raise_own_error(built: Built, path: Path) -> None:
         if built.loss_fn is not None:
             built.loss_fn(result)
     except Exception as own:
-        raise user_code_error("the model raised", own, path) from own
+        raise user_code_error("the model raised", own) from own
 
 
 @contextlib.contextmanager
 def _without_tracebacks() -> Iterator[None]:
-    """Keep torch from logging a traceback for an error of the model: we give it one line."""
-    log = logging.getLogger(FakeTensor.__module__)
-    level = log.level
-    log.setLevel(logging.CRITICAL)
+    """Keep torch from logging what we say in fewer words: errors of the model, graph breaks."""
+    logs = [logging.getLogger(name) for name in (FakeTensor.__module__, "torch._dynamo")]
+    levels = [log.level for log in logs]
+    for log in logs:
+        log.setLevel(logging.CRITICAL)
     try:
         yield
     finally:
-        log.setLevel(level)
+        for log, level in zip(logs, levels, strict=True):
+            log.setLevel(level)

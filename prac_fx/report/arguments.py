@@ -25,8 +25,11 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
+import torch
+
+from prac_fx._version import __version__
 from prac_fx.document.write import why_not_writable
-from prac_fx.environment import parsed
+from prac_fx.environment import options_of_pairs
 from prac_fx.errors import ReportError
 from prac_fx.options import split_options
 from prac_fx.report import table
@@ -35,6 +38,15 @@ from prac_fx.report.png import require_matplotlib
 from prac_fx.report.sizes import parse_nbytes
 
 FORMATS = ("table", "json", "html", "png")
+# By the name of the output file; what has none, such as /dev/stdout, is a table.
+_FORMAT_OF_SUFFIX = {
+    "": "table",
+    ".txt": "table",
+    ".json": "json",
+    ".html": "html",
+    ".htm": "html",
+    ".png": "png",
+}
 DTYPES = ("float32", "bfloat16", "float16", "float64")
 STDOUT = "-"
 
@@ -65,6 +77,11 @@ def _parser() -> argparse.ArgumentParser:
         prog="python -m prac_fx.report",
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument(
+        "--version",
+        action="version",
+        version=f"prac_fx {__version__}, torch {torch.__version__}",
     )
     parser.add_argument("model", nargs="?", help="file with a function build(), or a JSON report")
     parser.add_argument(
@@ -156,10 +173,6 @@ def _check(arguments: argparse.Namespace) -> None:
         text = getattr(arguments, name)
         if text is not None:
             setattr(arguments, name, parse_nbytes(text, _flag(name)))
-    if arguments.alternatives is False:
-        for name in ("fits", "measure"):
-            if getattr(arguments, name):
-                raise ReportError(f"--{name} is about the alternatives: drop --no-alternatives")
     if arguments.measure and arguments.fake:
         raise ReportError("--measure runs real steps, and --fake has no memory for them: drop one")
     if arguments.format == "png":
@@ -173,6 +186,7 @@ def _check(arguments: argparse.Namespace) -> None:
     elif is_report(Path(arguments.model)):
         _check_finished(arguments)
     else:
+        _check_model_file(Path(arguments.model))
         arguments.options = _parse_options(arguments.options)
         split_options(arguments.options)
 
@@ -183,8 +197,24 @@ def is_report(path: Path) -> bool:
 
 
 def _format_of(output: str) -> str:
-    suffix = Path(output).suffix.removeprefix(".")
-    return suffix if suffix in FORMATS else "table"
+    suffix = Path(output).suffix
+    if suffix.lower() not in _FORMAT_OF_SUFFIX:
+        known = ", ".join(filter(None, _FORMAT_OF_SUFFIX))
+        raise ReportError(
+            f"-o {output}: no format has the suffix {suffix}: expected one of {known}, or a "
+            "--format"
+        )
+    return _FORMAT_OF_SUFFIX[suffix.lower()]
+
+
+def _check_model_file(path: Path) -> None:
+    """Refuse to run what is no Python file, such as a report for a browser."""
+    if path.suffix.lower() in _FORMAT_OF_SUFFIX and path.suffix:
+        raise ReportError(
+            f"{path}: a finished report can be read as .json only; a model is a .py file"
+        )
+    if path.suffix not in ("", ".py"):
+        raise ReportError(f"{path}: expected a .py file with a function build(), or a .json report")
 
 
 def _check_compare(arguments: argparse.Namespace) -> None:
@@ -221,10 +251,7 @@ def _check_writable(path: Path) -> None:
 
 
 def _parse_options(pairs: Sequence[str]) -> dict[str, Any]:
-    options: dict[str, Any] = {}
-    for pair in pairs:
-        key, equals, text = pair.partition("=")
-        if not equals:
-            raise ReportError(f"{pair!r}: expected option=value, such as prac.principal=0.2")
-        options[key] = parsed(text)
-    return options
+    try:
+        return options_of_pairs(pairs)
+    except ValueError as error:
+        raise ReportError(f"{error}: expected option=value, such as prac.principal=0.2") from None

@@ -13,7 +13,7 @@ from typing import Any
 
 from prac_fx.document.load import load_document
 from prac_fx.document.schema import Document
-from prac_fx.document.write import write_whole
+from prac_fx.document.write import is_stream, write_whole
 from prac_fx.errors import PracError, ReportError
 from prac_fx.graph.nbytes import format_nbytes
 from prac_fx.report import compare, table
@@ -25,13 +25,17 @@ from prac_fx.report.png import as_png
 from prac_fx.report.style import Style, style_for
 from prac_fx.report.text_layout import printable
 
+# 128 + the number of SIGINT, as shells have it
+INTERRUPTED = 130
+
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command.
 
     Returns:
-        The exit code: 0; 1 when the peak is above --fail-if-above; 2 after an error. An error is
-            one line. Where the user's own code failed, its traceback stands above that line.
+        The exit code: 0; 1 when the peak is above --fail-if-above; 2 after an error; 130 when the
+            user has interrupted it. An error is one line. Where the user's own code failed, its
+            traceback stands above that line.
     """
     try:
         arguments = parse_arguments(argv)
@@ -46,6 +50,9 @@ def main(argv: Sequence[str] | None = None) -> int:
             sys.stderr.write(error.traceback)
         sys.stderr.write(f"prac_fx.report: {printable(str(error))}\n")
         return 2
+    except KeyboardInterrupt:
+        sys.stderr.write("prac_fx.report: interrupted\n")
+        return INTERRUPTED
 
 
 def _document(arguments: argparse.Namespace) -> Document:
@@ -93,6 +100,8 @@ def _write(content: str | bytes, output: str) -> None:
         write_whole(Path(output), data)
     except OSError as error:
         raise ReportError(f"{output}: cannot write: {error.strerror}") from error
+    if not is_stream(Path(output)):
+        sys.stderr.write(f"prac_fx.report: wrote {output}\n")
 
 
 def _print(content: str | bytes) -> None:

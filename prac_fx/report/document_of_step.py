@@ -66,6 +66,9 @@ def document_of(
         "inputs": [_input(name, tensor) for name, tensor in step.tensors.inputs],
         "options": options_of(config),
         "graphs": step.num_graphs,
+        "graph_breaks": [
+            {"reason": one.reason, "file": one.file, "line": one.line} for one in step.graph_breaks
+        ],
         "totals": _totals(step),
         "peak": {"before": _peak(step.before), "after": _peak(step.after)},
         "timeline": {"before": _timeline(step.before), "after": _timeline(step.after)},
@@ -216,6 +219,7 @@ def _alternative(way: AnalysedAlternative) -> Alternative:
             "saved_nbytes": measured.saved_nbytes,
             "peak_nbytes": measured.peak_nbytes,
             "step_ratio": measured.step_ratio,
+            "step_range": list(measured.step_range),
         },
         "note": way.notes,
     }

@@ -7,6 +7,7 @@ formulas: they come from the graphs that would be compiled.
 
 from __future__ import annotations
 
+import html
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -19,17 +20,23 @@ from prac_fx.config import PracConfig
 from prac_fx.document.schema import Document
 from prac_fx.errors import ReportError
 from prac_fx.memory.analysis import AnalysedStep, analyse_step
-from prac_fx.memory.fake_model import fake_mode_of, resized
+from prac_fx.memory.fake_model import fake_mode_of, resized, without_meta
 from prac_fx.memory.step import Step
 from prac_fx.memory.timeline import StepMemory
 from prac_fx.options import read_options
 from prac_fx.passes.plan_data import PlannedValue
 from prac_fx.report.document_of_step import document_of
+from prac_fx.report.html import as_html
+from prac_fx.report.table import as_table
+
+_FRAME_HEIGHT = 900  # pixels; the page scrolls in it
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class MemoryReport:
     """What one training step of a model allocates and keeps for backward.
+
+    A terminal shows it as a table, and a notebook as the page that `-o report.html` writes.
 
     Attributes:
         step: the analysed step, plain Inductor's and ours.
@@ -84,6 +91,20 @@ class MemoryReport:
         """The report as plain data; the schema is `prac_fx.document.schema`."""
         return document_of(self.step, self.config, self.alternatives, self.measured_on, self.fits)
 
+    def __str__(self) -> str:
+        """The table that the command prints."""
+        return as_table(self.as_document()).rstrip()
+
+    __repr__ = __str__
+
+    def _repr_html_(self) -> str:
+        """The page for a notebook, in a frame: neither changes the style of the other."""
+        page = html.escape(as_html(self.as_document()))
+        return (
+            f'<iframe srcdoc="{page}" title="Memory of a training step" sandbox="allow-scripts" '
+            f'style="width: 100%; height: {_FRAME_HEIGHT}px; border: 0"></iframe>'
+        )
+
 
 def explain(
     model: Callable[..., Any],
@@ -98,7 +119,7 @@ def explain(
 
     Args:
         model: a module, or a function, whose result can be differentiated. Fake tensors (torch's
-            FakeTensorMode) will do.
+            FakeTensorMode) will do, and so will the meta device.
         *args: its inputs.
         loss_fn: applied to the result and traced together with the model.
         options: as for `torch.compile(options=...)`, or a `PracConfig`.
@@ -143,8 +164,9 @@ def report_step(
         seq: size of dimension 1 of the inputs, likewise.
         dtype: of floating-point parameters, buffers and inputs, such as "bfloat16".
         fits: bytes; find the largest batch whose estimated peak is at most this.
-        alternatives: also analyse the other ways to train.
-        measure: run real steps, too, of plain Inductor, `backend="prac"` and eagerly.
+        alternatives: also analyse the other ways to train. Without them `fits` and `measure` are
+            about plain Inductor and these options alone.
+        measure: run real steps, too.
         all_blocks: analyse all blocks of a deep model; by default four of many identical ones.
         progress: called with what is done next, steps done, and steps in all.
         processes: how many alternatives are analysed at a time, in forked processes; see
@@ -156,7 +178,8 @@ def report_step(
             differentiate, `measure` with fake tensors, or `fits` without a batch dimension.
     """
     config, patches = read_options(options)
-    model, args, kwargs = resized(model, args, kwargs or {}, batch, seq, dtype)
+    model, args, kwargs, loss_fn = without_meta((model, tuple(args), dict(kwargs or {}), loss_fn))
+    model, args, kwargs = resized(model, args, kwargs, batch, seq, dtype)
     step = Step(model, tuple(args), dict(kwargs), loss_fn, fake_mode_of((model, args, kwargs)))
     show = progress or _show_nothing
     if measure and step.fake_mode is not None:
@@ -166,7 +189,9 @@ def report_step(
     step = replace(step, captured=analysed.captured)
     rows: list[Alternative] = []
     if alternatives or fits is not None or measure:
-        rows = compare_alternatives(step, analysed, config, patches, show, processes)
+        rows = compare_alternatives(
+            step, analysed, config, patches, show, processes, all_ways=alternatives
+        )
     if fits is not None:
         rows = largest_batches(step, analysed, rows, patches, fits, show, processes)
     measured_on = ""

@@ -33,6 +33,7 @@ from prac_fx.report.wording import (
     position_text,
     reason_codes,
     tensor_text,
+    value_name,
 )
 
 MEANINGS: dict[Category, str] = {
@@ -63,6 +64,7 @@ _FILTERS = {
         for name in (
             "count_text",
             "flops_text",
+            "graphs_text",
             "inputs_text",
             "model_text",
             "name_text",
@@ -70,6 +72,7 @@ _FILTERS = {
             "position_text",
             "repeated_text",
             "share_text",
+            "step_time_text",
             "tensor_text",
             "value_text",
         )
@@ -267,7 +270,7 @@ def _alternatives(document: Document) -> dict[str, Any]:
 def _values(document: Document) -> dict[str, Any]:
     listed = [value for value in document["values"] if is_listed(value)]
     merged = merge_repeats(listed)
-    each = [Repeat(value["module"] or value["name"], (value,)) for value in listed]
+    each = [Repeat(value["module"] or value_name(value), (value,)) for value in listed]
     each.sort(key=lambda repeat: (-repeat.before_nbytes, -repeat.after_nbytes))
     return {
         "value_columns": _VALUE_COLUMNS,

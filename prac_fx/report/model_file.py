@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib.util
 import sys
+import sysconfig
 import traceback
 import types
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from importlib.machinery import SourceFileLoader
 from pathlib import Path
 from typing import Any
+
+import torch
 
 from prac_fx.errors import ReportError, one_line
 
@@ -29,7 +33,7 @@ class UserCodeError(ReportError):
     """The user's code raised.
 
     Attributes:
-        traceback: of their error, with the frames of their file alone; empty when none is theirs.
+        traceback: of their error, with the frames of their code alone; empty when none is theirs.
     """
 
     def __init__(self, message: str, traceback: str) -> None:
@@ -52,7 +56,7 @@ def import_build(path: Path) -> Callable[[], object]:
     try:
         build = getattr(_import_file(path), "build", None)
     except (Exception, SystemExit) as error:
-        raise user_code_error(f"{path}: loading it raised", error, path) from error
+        raise user_code_error(f"{path}: loading it raised", error) from error
     if not callable(build):
         raise ReportError(f"{path}: no function build() in it; see --help for an example")
     return build  # type: ignore[no-any-return]
@@ -67,7 +71,7 @@ def call_build(build: Callable[[], object], path: Path) -> Built:
     try:
         built = build()
     except (Exception, SystemExit) as error:
-        raise user_code_error(f"{path}: build() raised", error, path) from error
+        raise user_code_error(f"{path}: build() raised", error) from error
     expected = f"{path}: build() must return (model, inputs) or (model, inputs, loss_fn)"
     if not isinstance(built, tuple) or len(built) not in (2, 3):
         size = f" of {len(built)}" if isinstance(built, tuple) else ""
@@ -83,18 +87,54 @@ def call_build(build: Callable[[], object], path: Path) -> Built:
     return Built(model, args, {}, loss_fn)
 
 
-def user_code_error(message: str, error: BaseException, path: Path) -> UserCodeError:
-    """The error as one line after a message, with a traceback of the frames of the user's file."""
-    return UserCodeError(f"{message} {one_line(error)}", _own_traceback(error, path))
+@contextlib.contextmanager
+def arguments_of_its_own(path: Path) -> Iterator[None]:
+    """Context in which `sys.argv` is that of `python model.py`: a file may parse it."""
+    ours = sys.argv
+    sys.argv = [str(path)]
+    try:
+        yield
+    finally:
+        sys.argv = ours
 
 
-def _own_traceback(error: BaseException, path: Path) -> str:
+def user_code_error(message: str, error: BaseException) -> UserCodeError:
+    """The error as one line after a message, with a traceback of the user's frames alone."""
+    return UserCodeError(f"{message} {one_line(error)}", own_traceback(error))
+
+
+def own_traceback(error: BaseException) -> str:
+    """The traceback of an error with the frames of the user's code alone; empty without any.
+
+    Dynamo's errors know where they are in the code that it traces, which does not run.
+    """
+    traced = getattr(error, "real_stack", None)
+    if traced is not None:
+        own = _own(traced)
+        lines = traceback.StackSummary.from_list(own).format()
+        return "".join(["Traceback (most recent call last):\n", *lines]) if own else ""
     report = traceback.TracebackException.from_exception(error)
-    own = [frame for frame in report.stack if Path(frame.filename).resolve() == path.resolve()]
-    if not own:
-        return ""
+    own = _own(report.stack)
     report.stack = traceback.StackSummary.from_list(own)
-    return "".join(report.format(chain=False))
+    return "".join(report.format(chain=False)) if own else ""
+
+
+def _own(frames: Iterable[traceback.FrameSummary]) -> list[traceback.FrameSummary]:
+    """Those of code that is not installed: the model's file, and what it imports beside it."""
+    return [
+        frame
+        for frame in frames
+        if not frame.filename.startswith("<")
+        and not any(Path(frame.filename).resolve().is_relative_to(one) for one in _INSTALLED)
+    ]
+
+
+_PACKAGE = Path(__file__).resolve().parent.parent
+_INSTALLED = (
+    _PACKAGE,
+    *(Path(sysconfig.get_path(name)).resolve() for name in ("stdlib", "purelib", "platlib")),
+    Path(torch.__file__).resolve().parent,
+)
 
 
 def _import_file(path: Path) -> types.ModuleType:

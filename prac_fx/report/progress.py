@@ -1,6 +1,6 @@
-"""A progress bar for what takes more than two seconds.
+"""Progress of what takes more than two seconds, on standard error.
 
-It is drawn on standard error, and only on a terminal.
+On a terminal it is a bar. Elsewhere, such as in the log of a job, each step has a line.
 """
 
 from __future__ import annotations
@@ -29,15 +29,51 @@ def progress_bar() -> Iterator[Progress]:
         leave=False,
         bar_format="{desc} {bar:30} {n_fmt}/{total_fmt} {elapsed}",
     ) as bar:
+        if bar.disable:
+            with _lines() as show_line:
+                yield show_line
+            return
 
         def show(what: str, done: int, total: int) -> None:
             bar.total, bar.n = total, done
             bar.set_description_str(what, refresh=False)
-            if not bar.disable and time.time() - bar.start_t >= _SECONDS:
+            if time.time() - bar.start_t >= _SECONDS:
                 _draw(bar)
 
         with _ticking(bar):
             yield show
+
+
+@contextmanager
+def _lines() -> Iterator[Progress]:
+    """Likewise, with a line for each step, once the whole takes longer."""
+    begin = time.monotonic()
+    waiting: list[threading.Timer] = []
+
+    def write(what: str, done: int, total: int) -> None:
+        sys.stderr.write(f"prac_fx.report: {what} ({done + 1} of {total})\n")
+        sys.stderr.flush()
+
+    def stop() -> None:
+        while waiting:
+            waiting.pop().cancel()
+
+    def show(what: str, done: int, total: int) -> None:
+        stop()
+        if done >= total:
+            return
+        left = begin + _SECONDS - time.monotonic()
+        if left <= 0:
+            write(what, done, total)
+            return
+        waiting.append(threading.Timer(left, write, (what, done, total)))
+        waiting[0].daemon = True
+        waiting[0].start()
+
+    try:
+        yield show
+    finally:
+        stop()
 
 
 def _draw(bar: tqdm[Any]) -> None:
@@ -48,9 +84,6 @@ def _draw(bar: tqdm[Any]) -> None:
 @contextmanager
 def _ticking(bar: tqdm[Any]) -> Iterator[None]:
     """Draw the bar also during a step, which may take a minute."""
-    if bar.disable:
-        yield
-        return
     stop = threading.Event()
 
     def tick() -> None:

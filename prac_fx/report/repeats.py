@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 from prac_fx.document.schema import Live, Value
 from prac_fx.graph.origin import any_layer
+from prac_fx.report.wording import value_name
 
 
 @dataclass(frozen=True)
@@ -56,7 +57,7 @@ def merge_repeats(values: Iterable[Value]) -> list[Repeat]:
         )
         groups.setdefault(key, []).append(value)
     repeats = [
-        Repeat(_pattern([value["module"] or value["name"] for value in group]), tuple(group))
+        Repeat(_pattern([value["module"] or value_name(value) for value in group]), tuple(group))
         for group in groups.values()
     ]
     return sorted(repeats, key=lambda repeat: (-repeat.before_nbytes, -repeat.after_nbytes))

@@ -20,9 +20,11 @@ from prac_fx.report.wording import (
     AFTER,
     BEFORE,
     NOTHING,
+    STEP_TIME_NOTE,
     change_text,
     count_text,
     flops_text,
+    graphs_text,
     inputs_text,
     is_listed,
     model_text,
@@ -36,6 +38,7 @@ from prac_fx.report.wording import (
     share_text,
     shortened,
     source_text,
+    step_time_text,
     tensor_text,
 )
 
@@ -79,6 +82,7 @@ def _header(document: Document, style: Style) -> str:
         ("model", f"{name_text(model)}, {model_text(model)}"),
         ("", repeated_text(model)),
         ("inputs", inputs_text(document)),
+        ("graphs", graphs_text(document)),
         ("options", options_text(document["options"])),
         (
             "made with",
@@ -199,13 +203,13 @@ def _measured(document: Document, style: Style) -> str:
         return ""
     headers = ("", "saved", "measured", "peak", "measured", "", "step time")
     title = f"estimated and measured, on {document['measured']['device']}"
-    return titled(title, grid(rows, headers, "lrrrrrr"), style)
+    table = grid(rows, headers, "lrrrrrr")
+    return titled(title, "\n".join([table, wrapped(STEP_TIME_NOTE)]), style)
 
 
 def _measured_row(way: Alternative, measured: MeasuredAlternative) -> tuple[str, ...]:
     estimated, peak = way["peak_nbytes"], measured["peak_nbytes"]
     is_known = estimated is not None and peak is not None
-    ratio = measured["step_ratio"]
     return (
         way["name"],
         nbytes_text(way["saved_nbytes"]),
@@ -213,7 +217,7 @@ def _measured_row(way: Alternative, measured: MeasuredAlternative) -> tuple[str,
         nbytes_text(estimated),
         nbytes_text(peak),
         change_text(estimated or 0, peak or 0) if is_known else "",
-        NOTHING if ratio is None else f"{ratio:.2f}",
+        step_time_text(measured),
     )
 
 

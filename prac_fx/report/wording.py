@@ -7,7 +7,7 @@ from pathlib import PurePath
 from typing import Any
 
 from prac_fx.config import PracConfig
-from prac_fx.document.schema import Document, Model, Peak, Size, Value
+from prac_fx.document.schema import Document, MeasuredAlternative, Model, Peak, Size, Value
 from prac_fx.graph.nbytes import format_nbytes
 
 BEFORE = "plain Inductor"
@@ -45,9 +45,44 @@ def tensor_text(shape: Sequence[Size], dtype: str) -> str:
     return " ".join(filter(None, (shape_text(shape), dtype)))
 
 
+# What is no operator of torch, in words.
+_NO_OPERATOR = {
+    "placeholder": "input of a graph",
+    "get_attr": "constant",
+    "getitem": "part of a result",
+}
+
+
 def operator_text(op: str) -> str:
     """The operator without the overload that nearly all have."""
-    return op.removesuffix(".default")
+    name = op.removeprefix("<built-in function ").removesuffix(">")  # as older reports have it
+    return _NO_OPERATOR.get(name, name.removesuffix(".default"))
+
+
+def graphs_text(document: Document) -> str:
+    """Graphs and graph breaks; empty for a model that is one graph."""
+    breaks = document.get("graph_breaks", [])
+    if not breaks:
+        return ""
+    places = [
+        f"{source_text(one['file'], one['line']) or 'unknown'} ({_cut_reason(one['reason'])})"
+        for one in breaks
+    ]
+    more = f", and {len(places) - _MAX_BREAKS} more" if len(places) > _MAX_BREAKS else ""
+    return (
+        f"{document['graphs']} with a backward; {len(places)} graph "
+        f"{'break' if len(places) == 1 else 'breaks'}: "
+        f"{', '.join(places[:_MAX_BREAKS])}{more}"
+    )
+
+
+_MAX_BREAKS = 5
+_MAX_REASON = 60
+
+
+def _cut_reason(reason: str) -> str:
+    """The beginning of a reason in Dynamo's words, which may be long."""
+    return reason if len(reason) <= _MAX_REASON else f"{reason[: _MAX_REASON - 3]}..."
 
 
 def source_text(file: str, line: int) -> str:
@@ -117,6 +152,21 @@ def flops_text(share: float | None) -> str:
     return "0%" if abs(share) < 0.0005 else f"{share:+.1%}"
 
 
+def step_time_text(measured: MeasuredAlternative) -> str:
+    """`1.02 (0.98 to 1.10)`: the median, the least and the most; of plain Inductor it is 1."""
+    ratio, ends = measured["step_ratio"], measured.get("step_range", [])
+    if ratio is None:
+        return NOTHING
+    spread = f" ({ends[0]:.2f} to {ends[1]:.2f})" if ends and ends[0] != ends[1] else ""
+    return f"{ratio:.2f}{spread}"
+
+
+STEP_TIME_NOTE = (
+    "step time: of forward and backward over plain Inductor's, median of the rounds (least to "
+    "most); where 1 lies between these, the difference is noise"
+)
+
+
 def value_text(value: Value) -> str:
     """What a value is: operator, shape, dtype, source line."""
     what = f"{operator_text(value['op'])} {tensor_text(value['shape'], value['dtype'])}"
@@ -133,6 +183,13 @@ def reason_codes(document: Document) -> list[str]:
 def is_listed(value: Value) -> bool:
     """Is the value listed? Inputs and parameters, which are saved at no cost, are only counted."""
     return value["reason"] != "input"
+
+
+def value_name(value: Value) -> str:
+    """What a value without a module is called: the name of a graph's input says nothing."""
+    if value["op"] != "placeholder":
+        return value["name"]
+    return "from an earlier graph" if value["reason"] == "between_graphs" else "input of a graph"
 
 
 def shortened(path: str, width: int) -> str:

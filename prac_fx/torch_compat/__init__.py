@@ -57,8 +57,6 @@ from prac_fx.torch_compat.dynamo import (
     raise_signal,
     result_index,
     tracing_fake_mode,
-    with_fresh_size_profile,
-    without_recompile_limit,
 )
 from prac_fx.torch_compat.inductor import (
     gpu_fusion_patches,
@@ -69,6 +67,7 @@ from prac_fx.torch_compat.inductor import (
     lower_and_schedule,
     results_of,
 )
+from prac_fx.torch_compat.isolation import compile_isolated, graph_breaks, isolated_dynamo
 from prac_fx.torch_compat.partitioner import (
     has_memory_budget,
     has_tag_must_recompute,
@@ -129,6 +128,7 @@ __all__ = [
     "compile_cache_folder",
     "compile_fx",
     "compile_fx_inner",
+    "compile_isolated",
     "copy_dynamo_graph",
     "drawing_once",
     "estimate_peak_memory",
@@ -140,6 +140,7 @@ __all__ = [
     "get_freeable_input_buf",
     "gpu_fusion_patches",
     "gradient_argument_index",
+    "graph_breaks",
     "graph_cache_key",
     "guard_or_false",
     "has_memory_budget",
@@ -155,6 +156,7 @@ __all__ = [
     "inplace_decisions",
     "is_random_state",
     "is_traceable_wrapper_subclass",
+    "isolated_dynamo",
     "loop_split_where",
     "lower_and_schedule",
     "make_boxed_func",
@@ -183,10 +185,8 @@ __all__ = [
     "tracing_fake_mode",
     "tree_leaves",
     "tree_map_only",
-    "with_fresh_size_profile",
     "without_autocast",
     "without_autograd_cache",
     "without_duplicates",
     "without_memory_budget",
-    "without_recompile_limit",
 ]

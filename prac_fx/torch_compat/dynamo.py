@@ -2,22 +2,19 @@
 
 from __future__ import annotations
 
-from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
 from copy import copy
 from typing import Any, cast
-from unittest.mock import patch
 
 import torch.fx as fx
 from torch import Tensor
-from torch._dynamo import config as dynamo_config
-from torch._dynamo import pgo
 from torch._dynamo.exc import RestartAnalysis, SkipFrame
 from torch._functorch._aot_autograd import runtime_wrappers
 from torch._guards import TracingContext
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.fx.experimental.symbolic_shapes import ShapeEnv, StrictMinMaxConstraint
+
+from prac_fx.torch_compat.isolation import remember_marks
 
 
 def causes(error: BaseException | None) -> Iterator[BaseException]:
@@ -42,34 +39,13 @@ def raise_signal(error: BaseException) -> None:
             raise cause
 
 
-def without_recompile_limit() -> Any:
-    """Context in which Dynamo compiles the same code for as many backends as there are.
-
-    Each backend counts as another recompilation. At the limit
-    (`torch._dynamo.config.recompile_limit`, 8) Dynamo warns, and runs the code eagerly from then
-    on.
-    """
-    unlimited = 10**6
-    return dynamo_config.patch(recompile_limit=unlimited, accumulated_recompile_limit=unlimited)
-
-
-@contextmanager
-def with_fresh_size_profile() -> Iterator[None]:
-    """Context in which Dynamo has seen no code before, and so no size that changes.
-
-    A size that changed is symbolic from then on, wherever the same code runs. Source: `_CODE_STATE`
-    (torch._dynamo.pgo).
-    """
-    with patch.object(pgo, "_CODE_STATE", defaultdict(pgo.CodeState)):
-        yield
-
-
 def mark_symbolic(value: Tensor, dims: set[int]) -> None:
     """Have Dynamo make these sizes of a tensor symbolic in the graphs that read it.
 
     AOTAutograd does so with what leaves a graph of symbolic sizes: its results, and the arguments
-    that it saves. torch 2.11 has another name for it.
+    that it saves. torch 2.11 has another name for it. `isolated_dynamo` takes the marks off again.
     """
+    remember_marks(value)
     marks = vars(runtime_wrappers)
     mark: Callable[[Tensor, set[int]], None] = (
         marks.get("mark_dynamo_propagated_dynamic_indices") or marks["maybe_mark_dynamic_helper"]
