@@ -200,7 +200,6 @@ def _noise(
         options=config,
         batches=further,
         by_value=False,
-        quiet=True,
     )
     total = report.total
     return {

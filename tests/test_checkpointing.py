@@ -165,7 +165,6 @@ def test_noise_of_regions_is_small_and_unbiased_to_first_order() -> None:
         loss_fn=loss_of,
         options=options,
         by_value=False,
-        quiet=True,
     )
     assert 0 < report.total.error < 0.01
     assert report.total.cosine > 0.9999

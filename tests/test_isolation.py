@@ -178,7 +178,7 @@ def test_verify_is_isolated_too() -> None:
 
     def verify() -> prac_fx.NoiseReport:
         options = {"prac.min_nbytes": 0, "prac.principal": 4, "prac.random": 4}
-        return prac_fx.verify(model, x, loss_fn=Tensor.sum, steps=2, options=options, quiet=True)
+        return prac_fx.verify(model, x, loss_fn=Tensor.sum, steps=2, options=options)
 
     alone = verify()
     assert [one.count for one in alone.causes] == [2]

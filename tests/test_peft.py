@@ -117,7 +117,7 @@ def test_ia3_keeps_nothing_for_weight_gradients() -> None:
 def test_gradients_of_adapters_are_nearly_exact(kind: str, dropout: float) -> None:
     model, inputs = _adapted_llama(kind, dropout)
     trainable = {name for name, p in model.named_parameters() if p.requires_grad}
-    report = prac_fx.verify(model, **inputs, options=OPTIONS, steps=2, by_value=False, quiet=True)
+    report = prac_fx.verify(model, **inputs, options=OPTIONS, steps=2, by_value=False)
     assert {one.name for one in report.parameters} == trainable
     assert all("lora_" in name or "ia3_" in name for name in trainable)
     assert 0 < max(one.error for one in report.parameters) < 0.06

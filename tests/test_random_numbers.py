@@ -238,7 +238,7 @@ def test_compiled_by_inductor() -> None:
 def test_verify_compares_the_same_draws() -> None:
     with functorch_config.patch(activation_memory_budget=0.3):
         report = prac_fx.verify(
-            Drawing(_dropout), _inputs(), loss_fn=loss_of, options=INT8, by_value=False, quiet=True
+            Drawing(_dropout), _inputs(), loss_fn=loss_of, options=INT8, by_value=False
         )
     assert report.total.error < 0.02
     assert report.total.cosine > 0.999

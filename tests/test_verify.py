@@ -30,7 +30,7 @@ def _square(output: Tensor) -> Tensor:
 
 def _measure(model: nn.Module, *args: Any, loss_fn: Any = _square, **changes: Any) -> NoiseReport:
     """`verify` without a table; SMALL options unless others are given."""
-    return verify(model, *args, **{"loss_fn": loss_fn, "options": SMALL, "quiet": True, **changes})
+    return verify(model, *args, **{"loss_fn": loss_fn, "options": SMALL, **changes})
 
 
 def _by_name(report: NoiseReport) -> dict[str, ParameterNoise]:

@@ -159,9 +159,11 @@ def _warn_of_checkpointing(args: Any, options: Options) -> None:
 def _measured(trainer: Any, options: Options, steps: int) -> NoiseReport:
     """The noise on the first rows of the training set, in the trainer's precision."""
     batch = _first_batch(trainer)
-    quiet = not trainer.is_world_process_zero()
     with _as_in_training(trainer.model), trainer.accelerator.autocast():
-        return measure_noise(trainer.model, steps=steps, options=options, quiet=quiet, **batch)
+        noise = measure_noise(trainer.model, steps=steps, options=options, **batch)
+    if trainer.is_world_process_zero():
+        print(noise)
+    return noise
 
 
 def _first_batch(trainer: Any) -> Mapping[str, Any]:

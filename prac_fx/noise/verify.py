@@ -50,7 +50,6 @@ def verify(
     options: Mapping[str, Any] | PracConfig | None = None,
     batches: Sequence[Any] | None = None,
     by_value: bool = True,
-    quiet: bool = True,
     **kwargs: Any,
 ) -> NoiseReport:
     """Measure the noise of a model's estimated gradients on one batch.
@@ -71,7 +70,6 @@ def verify(
             the report also says how much exact gradients differ between batches, and what is to be
             thought of each figure beside that. New bases come from them.
         by_value: also measure each group of values alone, with `steps` draws each.
-        quiet: has no effect any more. The report is returned, and `print` of it shows the table.
         **kwargs: keyword inputs of the model.
 
     Raises:

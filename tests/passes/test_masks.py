@@ -120,7 +120,7 @@ def test_gradients_past_a_kink(name: str) -> None:
 
 def test_groups_of_values_are_measured_alone_with_the_masks_they_need() -> None:
     options = {**SMALL, "prac.policy": "balanced", "prac.weight_gradient": "int8"}
-    report = prac_fx.verify(Mlp(torch.relu), inputs(), steps=2, options=options, quiet=True)
+    report = prac_fx.verify(Mlp(torch.relu), inputs(), steps=2, options=options)
     assert not any("not measured alone" in note for note in report.notes)
     (cause,) = report.causes
     assert cause.stored_as == "int8/128"
