@@ -162,7 +162,7 @@ class PracConfig:
             no rows are sampled, so bases stay random. Without "tabulate" each kernel on a
             GPU computes the cosines of a rotary embedding, or the like, anew.
         strict: Whether to raise an error where the backend would fall back to plain Inductor with a
-            warning, and where nothing is compressed after the first step of an optimizer.
+            warning, and after the first step of an optimizer if nothing is compressed.
         report: Path of a JSON file that the running job writes its report into. The report says
             what the compiled graphs save for backward, and why.
             `python -m prac_fx.report report.json` shows it. In a distributed job each rank writes

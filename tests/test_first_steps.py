@@ -18,6 +18,7 @@ from prac_fx.compiler import first_steps
 from prac_fx.compiler.first_steps import FirstSteps, why_nothing_is_compressed
 from prac_fx.compiler.summary import summary
 from prac_fx.errors import NothingCompressedError, PracWarning
+from prac_fx.memory.optimizer import optimizer_memory
 from tests.compiling import compile_prac
 from tests.models import Sequential, rows
 from tests.uncompiled import no_code_generation
@@ -80,8 +81,9 @@ def test_strict_raises_after_the_first_step() -> None:
     with pytest.raises(NothingCompressedError, match="too_small"):
         _steps(1, strict=True, **TINY)
     torch._dynamo.reset()
+    _steps(STEPS - 1, is_strict=True)  # it may be another model that was compiled
     with pytest.raises(NothingCompressedError, match="no graph with a backward"):
-        _steps(1, is_strict=True)
+        _steps(STEPS, is_strict=True)
 
 
 def test_who_asks_for_nothing_gets_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -94,6 +96,13 @@ def test_a_graph_that_fell_back_has_had_its_warning() -> None:
     assert why_nothing_is_compressed(summary()) != ""
     _steps(1, strict=False, min_nbytes=0)
     assert why_nothing_is_compressed(summary()) == ""
+
+
+def test_steps_of_an_analysis_do_not_count() -> None:
+    FirstSteps().watch(is_strict=True)
+    parameters = [nn.Parameter(torch.ones(4)) for _ in range(2)]
+    for _ in range(2 * STEPS):
+        assert optimizer_memory("adamw", parameters).state_nbytes > 0
 
 
 def test_other_hooks_are_called() -> None:

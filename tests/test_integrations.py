@@ -277,6 +277,41 @@ def test_noise_is_measured_and_logged_once_and_changes_nothing(
     assert logs[0] == [first, second]
 
 
+def _interrupted(folder: Path, at: int | None, **changes: Any) -> Any:
+    """A trainer whose run ended; `at`: the step at whose checkpoint it had begun."""
+    from prac_fx.integrations.transformers import compile_trainer
+
+    torch._dynamo.reset()
+    torch.manual_seed(0)
+    trainer = _trainer(Regression(), folder, save_strategy="steps", save_steps=2, **changes)
+    compile_trainer(trainer, {**OPTIONS, "prac.policy": "linear", "prac.refresh_every": 2})
+    trainer.train(resume_from_checkpoint=None if at is None else str(folder / f"checkpoint-{at}"))
+    return trainer
+
+
+def test_a_trainer_resumes_bit_for_bit(tmp_path: Path) -> None:
+    whole, resumed = _interrupted(tmp_path, None), _interrupted(tmp_path, 2)
+    assert (tmp_path / "checkpoint-2" / "prac_state_0.pt").is_file()
+    for name, value in whole.model.state_dict().items():
+        assert torch.equal(resumed.model.state_dict()[name], value), name
+    ours = [prac_fx.state_dict(trainer.model) for trainer in (whole, resumed)]
+    assert len(ours[0]["subspaces"]) > 0
+    for first, second in zip(*(state["subspaces"] for state in ours), strict=True):
+        assert torch.equal(first["basis"], second["basis"])
+
+
+def test_a_checkpoint_without_our_state_is_told(tmp_path: Path) -> None:
+    _interrupted(tmp_path, None)
+    (tmp_path / "checkpoint-2" / "prac_state_0.pt").unlink()
+    with pytest.warns(PracWarning, match="goes on from step 2 with new bases"):
+        _interrupted(tmp_path, 2)
+
+
+def test_a_checkpoint_of_the_model_alone_has_nothing_else(tmp_path: Path) -> None:
+    _interrupted(tmp_path, None, save_only_model=True)
+    assert not list(tmp_path.rglob("prac_state_*"))
+
+
 class Output(dict[str, Tensor]):
     @property
     def loss(self) -> Tensor:
@@ -314,14 +349,16 @@ def test_a_trainer_that_compiles_itself_is_refused(tmp_path: Path) -> None:
 
 
 def test_checkpointing_that_leaves_nothing_is_told(tmp_path: Path) -> None:
+    from transformers import TrainerState
+
     from prac_fx.integrations.transformers import PracCallback
 
     arguments = _trainer(Regression(), tmp_path).args
     arguments.gradient_checkpointing = True
     with pytest.warns(PracWarning, match="gradient_checkpointing=True of the training arguments"):
-        PracCallback().on_train_begin(arguments, None, None, model=Block())
+        PracCallback().on_train_begin(arguments, TrainerState(), None, model=Block())
     PracCallback({"prac.checkpoint_inputs": "int8"}).on_train_begin(
-        arguments, None, None, model=Block()
+        arguments, TrainerState(), None, model=Block()
     )
 
 
@@ -441,6 +478,45 @@ def test_lightning_compiles_the_network(name: str, network: str | None, tmp_path
     assert "prac/saved_nbytes_after" in written
     assert len(written.splitlines()) == 3
     assert not any("_orig_mod" in key for key in module.state_dict())
+
+
+def test_lightning_resumes_bit_for_bit(tmp_path: Path) -> None:
+    host, callback = _lightning("pytorch_lightning")
+
+    class Module(host.LightningModule):  # type: ignore[misc,name-defined]
+        def __init__(self) -> None:
+            super().__init__()
+            torch.manual_seed(0)
+            self.network = Block()
+
+        def training_step(self, x: Tensor, index: int) -> Tensor:
+            return mse_loss(self.network(x), x)
+
+        def configure_optimizers(self) -> torch.optim.Optimizer:
+            return torch.optim.AdamW(self.parameters())
+
+    def trained(epochs: int, path: Path | None = None) -> Any:
+        torch._dynamo.reset()
+        module = Module()
+        options = {**OPTIONS, "prac.policy": "linear", "prac.refresh_every": 2}
+        trainer = host.Trainer(
+            accelerator="cpu",
+            max_epochs=epochs,
+            logger=False,
+            enable_checkpointing=False,
+            enable_progress_bar=False,
+            enable_model_summary=False,
+            callbacks=[callback(options, log=False)],
+        )
+        batches = DataLoader(rows(3 * BATCH), batch_size=BATCH)
+        trainer.fit(module, batches, ckpt_path=path)
+        trainer.save_checkpoint(tmp_path / f"{epochs}.ckpt")
+        return module
+
+    trained(1)
+    whole, resumed = trained(2), trained(2, tmp_path / "1.ckpt")
+    for name, value in whole.state_dict().items():
+        assert torch.equal(resumed.state_dict()[name], value), name
 
 
 def test_lightning_says_which_networks_there_are() -> None:

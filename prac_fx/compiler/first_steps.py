@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from torch.optim.optimizer import register_optimizer_step_post_hook
+from torch.optim.optimizer import Optimizer, register_optimizer_step_post_hook
 
 from prac_fx.compiler.graph_records import compiled_graphs
 from prac_fx.compiler.summary import Summary, summary
@@ -15,6 +15,7 @@ from prac_fx.environment import DISABLE, is_set
 from prac_fx.errors import NothingCompressedError, warn
 from prac_fx.graph.nbytes import format_nbytes
 from prac_fx.passes.plan_data import REASONS
+from prac_fx.torch_compat import FakeTensor
 
 # Another model may take some steps of its own before the one that was compiled takes its first.
 _STEPS = 10
@@ -46,13 +47,13 @@ class FirstSteps:
             # It stays: torch goes through all hooks of this kind while it calls them.
             register_optimizer_step_post_hook(self.after_step)
 
-    def after_step(self, *_: Any) -> None:
+    def after_step(self, optimizer: Optimizer, *_: Any) -> None:
         """Look when it is time to. torch calls this after each step of an optimizer.
 
         Raises:
             NothingCompressedError: nothing is compressed, and that is asked for.
         """
-        if self._steps == _STEPS:
+        if self._steps == _STEPS or _is_fake(optimizer):
             return
         self._steps += 1
         if self._steps in (1, _STEPS):
@@ -60,6 +61,8 @@ class FirstSteps:
 
     def _look(self, is_first: bool) -> None:
         graphs = compiled_graphs()
+        if is_first and not graphs:  # it may be the step of another model
+            return
         is_strict = self._is_strict or any(graph.config.strict for graph in graphs)
         # who asks for exact gradients expects no more than what can be left out
         is_meant = is_set(DISABLE) or any(graph.config.is_exact for graph in graphs)
@@ -70,6 +73,12 @@ class FirstSteps:
             raise NothingCompressedError(reason)
         if reason:
             warn(reason)
+
+
+def _is_fake(optimizer: Optimizer) -> bool:
+    """Is it a step of an analysis, which nothing is trained in?"""
+    groups: list[dict[str, Any]] = optimizer.param_groups
+    return any(isinstance(one, FakeTensor) for group in groups for one in group["params"][:1])
 
 
 def why_nothing_is_compressed(found: Summary) -> str:
@@ -100,7 +109,7 @@ def watch_first_steps(is_strict: bool = False) -> None:
     """Warn after some steps of an optimizer if nothing is compressed by then.
 
     Args:
-        is_strict: raise `NothingCompressedError` instead, after the first step. Graphs that are
-            compiled with `prac.strict` ask for it, too.
+        is_strict: raise `NothingCompressedError` instead. Graphs that are compiled with
+            `prac.strict` ask for it, too, and then it is raised after the first step.
     """
     _FIRST_STEPS.watch(is_strict)

@@ -22,6 +22,9 @@ from prac_fx.integrations.in_place import (
     compile_in_place,
     numbers_of,
 )
+from prac_fx.runtime.state_dict import load_state_dict, state_dict
+
+_STATE = "prac_state"
 
 
 def _host() -> Any:
@@ -43,7 +46,8 @@ def _host() -> Any:
 class PracCallback(_host().Callback):  # type: ignore[misc]
     """Compile the network of a `LightningModule` when training begins, and log its numbers.
 
-    The network is compiled in place, so checkpoints have the usual names.
+    The network is compiled in place, so checkpoints have the usual names. They hold our state, too,
+    and a run that resumes takes it up.
     """
 
     def __init__(
@@ -87,6 +91,19 @@ class PracCallback(_host().Callback):  # type: ignore[misc]
         if self._log:
             numbers = numbers_of(pl_module)
             pl_module.log_dict({name: float(value) for name, value in numbers.items()})
+
+    def on_save_checkpoint(
+        self, trainer: Any, pl_module: nn.Module, checkpoint: dict[str, Any]
+    ) -> None:
+        """Put our state beside the model's. In a distributed run it is that of the first rank."""
+        checkpoint[_STATE] = state_dict(pl_module)
+
+    def on_load_checkpoint(
+        self, trainer: Any, pl_module: nn.Module, checkpoint: dict[str, Any]
+    ) -> None:
+        """Take up the state, if the checkpoint was saved with this callback."""
+        if _STATE in checkpoint:
+            load_state_dict(pl_module, checkpoint[_STATE])
 
     def _networks(self, pl_module: nn.Module) -> list[nn.Module]:
         if self._network is not None:

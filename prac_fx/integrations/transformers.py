@@ -14,6 +14,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from itertools import islice
+from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
@@ -29,6 +30,7 @@ from prac_fx.integrations.in_place import (
 from prac_fx.noise.figures import NoiseReport
 from prac_fx.noise.verify import verify as measure_noise
 from prac_fx.options import read_options
+from prac_fx.runtime.state_dict import load_state_dict, state_dict
 
 try:
     from accelerate.utils import send_to_device
@@ -88,6 +90,8 @@ def compile_trainer(
 class PracCallback(TrainerCallback):  # type: ignore[misc]
     """What `compile_trainer` gives to a trainer.
 
+    Each checkpoint holds our state, too, as `prac_state_<rank>.pt`. A run that resumes takes it up.
+
     It is also for programs that make their trainer themselves and take callbacks. There it comes
     after those of `report_to`, so its numbers are in `log_history` and on the screen alone.
 
@@ -123,6 +127,14 @@ class PracCallback(TrainerCallback):  # type: ignore[misc]
             _warn_of_checkpointing(args, self._options)
             compile_in_place(model, self._options, regional=self._regional)
             self._compiled = model
+        if state.global_step:
+            _resume(model, args, state.global_step)
+
+    def on_save(self, args: Any, state: Any, control: Any, model: nn.Module, **given: Any) -> None:
+        """Put the state of this rank into the checkpoint, from which a run resumes bit for bit."""
+        folder = _checkpoint(args, state.global_step)
+        if folder.is_dir() and not args.save_only_model:
+            torch.save(state_dict(model), folder / _state_file(args))
 
     def on_log(
         self,
@@ -140,6 +152,37 @@ class PracCallback(TrainerCallback):  # type: ignore[misc]
             self.noise = {}
             logs.update(added)
             state.log_history[-1].update(added)  # a copy, made before callbacks are called
+
+
+# -- checkpoints -----------------------------------------------------------------------------------
+
+
+def _checkpoint(args: Any, step: int) -> Path:
+    return Path(args.output_dir, f"checkpoint-{step}")
+
+
+def _state_file(args: Any) -> str:
+    return f"prac_state_{args.process_index}.pt"
+
+
+def _resume(model: nn.Module, args: Any, step: int) -> None:
+    """Load the state from the checkpoint that a run goes on from.
+
+    Raises:
+        StateError: it is damaged, or that of another model.
+    """
+    named = args.resume_from_checkpoint
+    folders = [Path(named)] if isinstance(named, str) else []
+    paths = [folder / _state_file(args) for folder in (*folders, _checkpoint(args, step))]
+    path = next(filter(Path.is_file, paths), None)
+    if path is None:
+        warn(
+            f"no state of prac at {paths[-1]}, so the run goes on from step {step} with new bases; "
+            "where the checkpoint is elsewhere, name it in "
+            "TrainingArguments(resume_from_checkpoint=...), too"
+        )
+        return
+    load_state_dict(model, torch.load(path, map_location="cpu", weights_only=True))
 
 
 def _warn_of_checkpointing(args: Any, options: Options) -> None:
