@@ -5,6 +5,8 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Callable, Mapping
+from functools import partial
+from types import MethodType
 from typing import Any
 
 import pytest
@@ -327,6 +329,36 @@ def _frozen() -> nn.Module:
     return Sequential().requires_grad_(False)
 
 
+def _with_own_forward(wrap: Callable[[Callable[..., Any]], Callable[..., Any]]) -> nn.Module:
+    """As TRL leaves a model for its losses."""
+    model = Sequential()
+    model.forward = wrap(model.forward)  # type: ignore[method-assign]
+    return model
+
+
+def _in_closure(forward: Callable[..., Any]) -> Callable[..., Any]:
+    return lambda *args: forward(*args)
+
+
+class _Wrapper:
+    def __init__(self, forward: Callable[..., Any]) -> None:
+        self.wrapped = forward
+
+    def __call__(self, *args: Any) -> Any:
+        return self.wrapped(*args)
+
+
+def _with_method_of_its_own() -> nn.Module:
+    model = Sequential()
+    model.forward = MethodType(type(model).forward, model)  # type: ignore[method-assign]
+    return model
+
+
+def test_a_forward_that_is_copied_with_its_model_is_measured() -> None:
+    found = [_measure(build(), rows()) for build in (Sequential, _with_method_of_its_own)]
+    assert found[0].total.error == found[1].total.error > 0
+
+
 ERRORS: dict[str, tuple[Callable[[], Any], dict[str, Any], str]] = {
     "function": (lambda: _square, {}, "expected a torch.nn.Module, got function"),
     "frozen": (_frozen, {}, "no parameter that requires a gradient"),
@@ -339,6 +371,18 @@ ERRORS: dict[str, tuple[Callable[[], Any], dict[str, Any], str]] = {
     "infinite": (Sequential, {"loss_fn": lambda out: out.sum() * math.inf}, "not finite"),
     "batch": (Sequential, {"batches": [torch.ones(2)]}, "each of batches is a tuple.*got Tensor"),
     "meta": (lambda: Sequential().to("meta"), {}, r"[\w.]+weight is on the meta device"),
+    "own forward": (
+        lambda: _with_own_forward(_in_closure),
+        {},
+        "the forward of Sequential is a function that calls this very model",
+    ),
+    "own forward of a part": (
+        lambda: nn.Sequential(
+            _with_own_forward(lambda forward: _in_closure(partial(_Wrapper(forward))))
+        ),
+        {},
+        "the forward of 0 is a function",
+    ),
     "copy": (lambda: _Uncopyable(64, 64), {}, "cannot be copied: TypeError: one of a kind"),
 }
 

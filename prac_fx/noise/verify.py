@@ -30,6 +30,7 @@ from prac_fx.noise.figures import (
     total_sums,
     zero_gradients,
 )
+from prac_fx.noise.own_forward import module_with_own_forward
 from prac_fx.noise.variants import ALL, EXACT, Variant, Variants, encoded_groups
 from prac_fx.options import read_options
 from prac_fx.passes.plan_data import FactoredSite, Plan, PlannedValue
@@ -75,7 +76,8 @@ def verify(
     Raises:
         PracOptionError: a bad option.
         VerifyError: not a module, nothing to train, no loss, fewer than two steps, a gradient that
-            is zero everywhere or not finite, or a model that Dynamo compiles anew in every step.
+            is zero everywhere or not finite, or a model that Dynamo compiles anew in every step or
+            that cannot be copied.
     """
     config, patches = read_options(options)
     model = getattr(model, "_orig_mod", model)  # what `torch.compile(model)` wraps
@@ -170,6 +172,12 @@ def _as_inputs(batch: object) -> _Inputs:
 
 def _copied(model: nn.Module) -> nn.Module:
     """A copy of the model with the bases that it has; their principal directions are fixed."""
+    shared = module_with_own_forward(model)
+    if shared is not None:
+        raise VerifyError(
+            f"verify: the forward of {shared} is a function that calls this very model, and so "
+            "would a copy's: call verify before a trainer prepares the model"
+        )
     try:
         copied = copy.deepcopy(model)
     except Exception as error:
