@@ -47,6 +47,9 @@ except ValueError:
     assert time.monotonic() - begin < 60
 assert not multiprocessing.active_children()
 
+# a job in the background of a shell does not listen
+signal.signal(signal.SIGINT, signal.default_int_handler)
+
 def interrupted(item, done):
     if done:
         os.killpg(0, signal.SIGINT)  # as a terminal does, to all of them

@@ -76,6 +76,9 @@ def test_min_cut_saves_no_more_where_it_does_not_look_into_an_encoding() -> None
     assert "cannot_rewrite" not in {value.reason for value in plan.values}
 
 
+@pytest.mark.skipif(
+    torch.__version__ >= (2, 14), reason="torch merges fewer duplicates, and min-cut is not misled"
+)
 def test_a_graph_that_would_save_more_than_plain_drops_the_value_at_fault(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
