@@ -80,9 +80,7 @@ def train(steps: int) -> dict[str, Run]:
     text = library_bytes(4_000_000)[:-100_000]
     runs = {name: Run(name, steps) for name in ("inductor", "prac")}
     data = batches(text, BATCH, SEQUENCE, seed=1)
-    print(
-        "Compiling both models: one to five minutes on two cores. Then steps are fast.", flush=True
-    )
+    print("Compiling both models first, which took 80 seconds on two quiet cores.", flush=True)
     with tqdm(total=steps, unit="step") as progress:
         for number in range(steps):
             tokens = next(data)
