@@ -64,7 +64,8 @@ def optimizer_memory(name: str, parameters: Iterable[Tensor]) -> OptimizerMemory
         return OptimizerMemory(name, 0, 0)
     # torch chooses foreach by the device, but not for fake tensors
     foreach = all(parameter.device.type in ("cuda", "xpu") for parameter in parameters)
-    with FakeTensorMode():
+    # counts of steps are made on the default device, which a caller may have set to "meta"
+    with torch.device("cpu"), FakeTensorMode():
         fakes = [nn.Parameter(_like(parameter)) for parameter in parameters]
         for fake in fakes:
             fake.grad = torch.empty_like(fake)
