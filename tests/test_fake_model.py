@@ -89,6 +89,23 @@ def test_a_model_on_the_meta_device_is_explained_as_it_is_elsewhere(parts: str) 
     assert model.inner.weight.is_meta
 
 
+def test_a_loss_that_calls_itself() -> None:
+    """It closes over itself."""
+
+    def loss(out: Tensor, depth: int = 0) -> Tensor:
+        return out.sum() if depth else loss(out, 1)
+
+    model, x = nn.Sequential(nn.Linear(64, 64), nn.GELU()), torch.ones(512, 64)
+    with without_schedules():
+        found = [prac_fx.explain(model, x, loss_fn=one) for one in (loss, Tensor.sum)]
+    assert found[0].saved_before_nbytes == found[1].saved_before_nbytes > 0
+    with FakeTensorMode() as mode:
+        copied = as_fake(loss, mode)
+    assert copied is not loss
+    (cell,) = copied.__closure__
+    assert cell.cell_contents is copied
+
+
 # -- other sizes ---------------------------------------------------------------------------------
 
 

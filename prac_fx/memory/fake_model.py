@@ -10,14 +10,15 @@ import contextlib
 import copy
 import io
 import os
-import types
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from types import CellType, FunctionType
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from prac_fx.errors import ReportError
+from prac_fx.memory.closures import closed_over
 from prac_fx.torch_compat import FakeTensor, FakeTensorMode, tree_leaves, tree_map_only
 
 # A model is built without memory by default when its parameters would take more of the memory that
@@ -51,21 +52,30 @@ def as_fake(
 
 def _copy(values: Any, memo: dict[int, Any]) -> Any:
     """Deep copy, of functions too when they close over something."""
-    if isinstance(values, types.FunctionType) and values.__closure__:
-        cells = tuple(
-            types.CellType(_copy(cell.cell_contents, memo)) for cell in values.__closure__
-        )
-        copied = types.FunctionType(
-            values.__code__, values.__globals__, values.__name__, values.__defaults__, cells
-        )
-        copied.__kwdefaults__ = values.__kwdefaults__
-        return copied
+    if isinstance(values, FunctionType) and values.__closure__:
+        if id(values) not in memo:
+            cells = tuple(CellType() for _ in values.__closure__)
+            copied = FunctionType(
+                values.__code__, values.__globals__, values.__name__, values.__defaults__, cells
+            )
+            copied.__kwdefaults__ = values.__kwdefaults__
+            memo[id(values)] = copied  # it may close over itself
+            for cell, own in zip(cells, values.__closure__, strict=True):
+                with contextlib.suppress(ValueError):  # it has no value yet
+                    cell.cell_contents = _copy(own.cell_contents, memo)
+        return memo[id(values)]
     if isinstance(values, tuple) and type(values) is tuple:
         return tuple(_copy(value, memo) for value in values)
     return copy.deepcopy(values, memo)
 
 
-def _tensors_in(values: Any) -> Iterator[Tensor]:
+def _tensors_in(values: Any, functions: frozenset[FunctionType] = frozenset()) -> Iterator[Tensor]:
+    """The tensors of modules, and what functions close over.
+
+    Args:
+        values: a tree of them.
+        functions: those that led here. One may close over itself.
+    """
     for leaf in tree_leaves(values):
         if isinstance(leaf, nn.Module):
             yield from leaf.parameters()
@@ -75,9 +85,8 @@ def _tensors_in(values: Any) -> Iterator[Tensor]:
                 yield from (one for one in attributes if isinstance(one, Tensor))
         elif isinstance(leaf, Tensor):
             yield leaf
-        elif isinstance(leaf, types.FunctionType):
-            for cell in leaf.__closure__ or ():
-                yield from _tensors_in(cell.cell_contents)
+        elif isinstance(leaf, FunctionType) and leaf not in functions:
+            yield from _tensors_in(closed_over(leaf), functions | {leaf})
 
 
 def _fake(

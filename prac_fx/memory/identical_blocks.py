@@ -10,6 +10,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from prac_fx.memory.closures import closed_over
 from prac_fx.memory.repeated_blocks import ANALYSED, Repeated
 
 
@@ -105,6 +106,6 @@ def _inside(value: object) -> list[object] | None:
         return [
             value.__code__,
             value.__defaults__,
-            *(c.cell_contents for c in value.__closure__ or ()),
+            *closed_over(value),
         ]
     return None

@@ -13,6 +13,8 @@ from typing import Any
 
 from torch import nn
 
+from prac_fx.memory.closures import closed_over
+
 # functions within functions, objects and bound methods that are followed
 _DEPTH = 6
 
@@ -42,10 +44,6 @@ def _parts(value: Any) -> Iterator[Any]:
     elif isinstance(value, functools.partial):
         yield from (value.func, *value.args, *value.keywords.values())
     elif isinstance(value, FunctionType):
-        for cell in value.__closure__ or ():
-            try:
-                yield cell.cell_contents
-            except ValueError:  # it is empty yet
-                continue
+        yield from closed_over(value)
     elif callable(value) and not isinstance(value, type):
         yield from getattr(value, "__dict__", {}).values()
