@@ -11,7 +11,7 @@ is as in `memory_time`.
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any
 
@@ -20,8 +20,8 @@ from peft import LoraConfig, get_peft_model
 from peft.tuners.lora import VeloraConfig
 from torch import nn
 
-from benchmarks.memory_time import ROUNDS, by_model, prepare, ratios, seconds_in_turn, table_of
-from benchmarks.methods import BASELINE, METHODS, Step
+from benchmarks.memory_time import ROUNDS, add_times, by_model, prepare, table_of
+from benchmarks.methods import BASELINE, METHODS
 from benchmarks.settings import Settings
 from benchmarks.shapes import Shape, build, chosen_shapes
 from prac_fx.graph.nbytes import format_nbytes
@@ -68,22 +68,8 @@ def _compare(shape: Shape, settings: Settings) -> list[dict[str, Any]]:
         if "step" in result:
             steps[method.name] = result["step"]
             print(shape.name, method.name, format_nbytes(rows[-1]["saved_nbytes"]), flush=True)
-    _add_times(rows, steps, model, inputs, ROUNDS[settings.size], shape.tokens)
+    add_times(rows, steps, model, inputs, ROUNDS[settings.size], shape.tokens)
     return rows
-
-
-def _add_times(
-    rows: list[dict[str, Any]],
-    steps: Mapping[str, Step],
-    model: nn.Module,
-    inputs: Mapping[str, torch.Tensor],
-    rounds: int,
-    tokens: int,
-) -> None:
-    seconds = seconds_in_turn(steps, model, inputs, rounds)
-    for row in rows:
-        if row["method"] in seconds:
-            row |= ratios(*seconds[row["method"]], tokens)
 
 
 def _adapted(base: nn.Module, **settings: Any) -> nn.Module:

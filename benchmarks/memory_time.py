@@ -141,11 +141,23 @@ def _compare(shape: Shape, names: Sequence[str], settings: Settings) -> list[dic
             steps[method.name] = prepared["step"]
             print(shape.name, method.name, format_nbytes(rows[-1]["saved_nbytes"]), flush=True)
     if BASELINE.name in steps:
-        seconds = seconds_in_turn(steps, model, inputs, ROUNDS[settings.size])
-        for row in rows:
-            if row["method"] in seconds:
-                row |= ratios(*seconds[row["method"]], shape.tokens)
+        add_times(rows, steps, model, inputs, ROUNDS[settings.size], shape.tokens)
     return rows
+
+
+def add_times(
+    rows: Sequence[dict[str, Any]],
+    steps: Mapping[str, Step],
+    model: nn.Module,
+    inputs: Mapping[str, Tensor],
+    rounds: int,
+    tokens: int,
+) -> None:
+    """Run the steps of all methods in turn, and put their times into the rows of the methods."""
+    seconds = seconds_in_turn(steps, model, inputs, rounds)
+    for row in rows:
+        if row["method"] in seconds:
+            row |= ratios(*seconds[row["method"]], tokens)
 
 
 def prepare(

@@ -54,12 +54,12 @@ def _inductor(
     return compile_graph(gm, example_inputs)
 
 
-def _entry(name: str, policy: str = "") -> _Backend:
+def _entry(name: str, policy: str | None = None) -> _Backend:
     """A backend of Dynamo's.
 
     Args:
         name: that Dynamo shows.
-        policy: that the name says; empty for any.
+        policy: that the name says; None for any.
     """
 
     def compile_graph(
@@ -69,11 +69,10 @@ def _entry(name: str, policy: str = "") -> _Backend:
         mode: str | None = None,
         options: Mapping[str, Any] | None = None,
     ) -> Any:
-        ours = _part("dynamo_backend", "with_policy" if policy else "prac")
+        ours = _part("dynamo_backend", "prac")
         if ours is None:
             return _inductor(gm, example_inputs, mode, options)
-        given = (policy, gm, example_inputs) if policy else (gm, example_inputs)
-        return ours(*given, mode=mode, options=options)
+        return ours(gm, example_inputs, mode=mode, options=options, policy=policy)
 
     def reset() -> None:
         forget = _part("graph_records", "forget_graphs")

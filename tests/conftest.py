@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import logging
 import os
+import sys
 from collections.abc import Iterator
 from contextlib import nullcontext
 
@@ -125,6 +126,16 @@ def _loops_over_numbers(request: pytest.FixtureRequest) -> Iterator[None]:
     of_users = request.node.get_closest_marker("vectors") is not None
     with nullcontext() if of_users else torch._inductor.config.patch("cpp.simdlen", 1):
         yield
+
+
+@pytest.fixture
+def fresh_accelerate() -> Iterator[None]:
+    """accelerate keeps the precision and the plugin of the first run for the whole process."""
+    yield
+    state = sys.modules.get("accelerate.state")
+    if state is not None:
+        state.AcceleratorState._reset_state(reset_partial_state=True)
+        state.GradientState._reset_state()
 
 
 @pytest.fixture(autouse=True)

@@ -26,6 +26,8 @@ from prac_fx.integrations.in_place import compile_in_place
 from tests.models import Sequential, llama, rows
 from tests.uncompiled import no_code_generation, plain_graphs
 
+pytestmark = pytest.mark.usefixtures("fresh_accelerate")
+
 OPTIONS: dict[str, Any] = {"prac.min_nbytes": 0, "prac.strict": True}
 BATCH = 256
 
@@ -58,16 +60,6 @@ class Block(nn.Module):
 def _uncompiled() -> Iterator[None]:
     with no_code_generation():
         yield
-
-
-@pytest.fixture(autouse=True)
-def _fresh_accelerate() -> Iterator[None]:
-    """accelerate keeps the precision and the plugin of the first run for the whole process."""
-    yield
-    state = sys.modules.get("accelerate.state")
-    if state is not None:
-        state.AcceleratorState._reset_state(reset_partial_state=True)
-        state.GradientState._reset_state()
 
 
 def _summary(model: nn.Module) -> Summary:

@@ -8,6 +8,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+import prac_fx
+
 ROOT = Path(__file__).parent.parent
 INTEGRATIONS = ROOT / "prac_fx" / "integrations"
 
@@ -26,6 +28,16 @@ def test_every_folder_is_installed() -> None:
     folders = {path.parent for path in (ROOT / "prac_fx").rglob("__init__.py")}
     folders.add(ROOT / "prac_fx" / "passes")  # a link, which rglob does not follow
     assert listed == {".".join(folder.relative_to(ROOT).parts) for folder in folders}
+
+
+def test_every_public_name_is_imported_from_where_types_say() -> None:
+    tree = ast.parse(Path(prac_fx.__file__).read_text(encoding="utf-8"))
+    (block,) = (node for node in tree.body if isinstance(node, ast.If))
+    imports = [node for node in block.body if isinstance(node, ast.ImportFrom)]
+    homes = {name.name: node.module for node in imports for name in node.names}
+    assert homes == {name: f"prac_fx.{home}" for name, home in prac_fx._HOME_OF.items()}
+    assert {*homes, "__version__"} == set(prac_fx.__all__)
+    assert all(hasattr(prac_fx, name) for name in prac_fx.__all__)
 
 
 def test_every_room_is_in_the_contract() -> None:

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,6 +18,8 @@ from prac_fx.torch_compat import without_autograd_cache
 from tests.compiling import BALANCED, PLAIN
 from tests.models import Sequential, llama, rows
 from tests.uncompiled import no_code_generation, plain_graphs
+
+pytestmark = pytest.mark.usefixtures("fresh_accelerate")
 
 PASSES = 16
 BATCH = 256
@@ -65,16 +66,6 @@ class Run:
 
 
 Loop = Callable[[dict[str, Any], Path], Run]
-
-
-@pytest.fixture(autouse=True)
-def _fresh_accelerate() -> Iterator[None]:
-    """accelerate keeps the precision of the first run for the whole process."""
-    yield
-    state = sys.modules.get("accelerate.state")
-    if state is not None:
-        state.AcceleratorState._reset_state(reset_partial_state=True)
-        state.GradientState._reset_state()
 
 
 def _batches() -> list[Tensor]:

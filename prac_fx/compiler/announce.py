@@ -39,7 +39,7 @@ def announce(record: GraphRecord) -> None:
     Args:
         record: of a graph that was just compiled.
     """
-    line = str(summary_of(record))
+    line = str(summary_of([record]))
     _LOG.info(line)
     if not _shown and record.values and _nobody_has_set_up_the_log() and _is_first_rank():
         _shown.append(line)

@@ -48,6 +48,7 @@ def prac(
     *,
     mode: str | None = None,
     options: Mapping[str, Any] | None = None,
+    policy: str | None = None,
 ) -> Compiled:
     """What `torch.compile(model, backend="prac", options={"prac.principal": 0.2, ...})` calls.
 
@@ -56,34 +57,20 @@ def prac(
         example_inputs: its inputs, fake tensors.
         mode: one of Inductor's modes.
         options: `prac.*` keys for us, all others for Inductor.
+        policy: that the backend's name says; None for any.
 
     Raises:
-        PracOptionError: before any tracing of ours, for a bad option.
+        PracOptionError: before any tracing of ours, for a bad option, or for another policy.
     """
-    config, inductor_options = split_options(options)
-    return _checked_compile(gm, example_inputs, config, mode, inductor_options, options)
-
-
-def with_policy(
-    policy: str,
-    gm: fx.GraphModule,
-    example_inputs: Sequence[Any],
-    *,
-    mode: str | None = None,
-    options: Mapping[str, Any] | None = None,
-) -> Compiled:
-    """Compile with a policy that the backend's name says, as `prac` does with that of its options.
-
-    Raises:
-        PracOptionError: as `prac`, or the options say another policy.
-    """
-    config, inductor_options = split_options({"prac.policy": policy, **(options or {})})
-    if config.policy != policy:
+    named = {} if policy is None else {"prac.policy": policy}
+    config, inductor_options = split_options({**named, **(options or {})})
+    if policy not in (None, config.policy):
         raise PracOptionError(
             f'backend="prac_{policy}" contradicts prac.policy={config.policy!r}; '
             'backend="prac" takes any policy'
         )
-    return _checked_compile(gm, example_inputs, config, mode, inductor_options, options or policy)
+    given = policy if options is None else options
+    return _checked_compile(gm, example_inputs, config, mode, inductor_options, given)
 
 
 prac.reset = forget_graphs  # type: ignore[attr-defined]  # `torch._dynamo.reset()` calls it

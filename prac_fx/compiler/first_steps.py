@@ -10,7 +10,7 @@ from typing import Any
 from torch.optim.optimizer import Optimizer, register_optimizer_step_post_hook
 
 from prac_fx.compiler.graph_records import compiled_graphs
-from prac_fx.compiler.summary import Summary, summary
+from prac_fx.compiler.summary import Summary, summary_of
 from prac_fx.environment import DISABLE, is_set
 from prac_fx.errors import NothingCompressedError, warn
 from prac_fx.graph.nbytes import format_nbytes
@@ -68,7 +68,7 @@ class FirstSteps:
         is_meant = is_set(DISABLE) or any(graph.config.is_exact for graph in graphs)
         if is_meant or (is_first and not is_strict):
             return
-        reason = why_nothing_is_compressed(summary())
+        reason = why_nothing_is_compressed(summary_of(graphs))
         if reason and is_strict:
             raise NothingCompressedError(reason)
         if reason:

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from torch import nn
 
 from prac_fx.compiler.graph_records import compiled_graphs
-from prac_fx.document.graph_record import GraphRecord, RecordedGraph, recorded_graphs
+from prac_fx.document.graph_record import GraphRecord, recorded_graphs
 from prac_fx.graph.nbytes import format_nbytes
 from prac_fx.passes.plan_data import PlannedValue
 from prac_fx.runtime.subspace_state import all_subspaces, subspaces_in
@@ -104,15 +104,20 @@ def summary(model: nn.Module | None = None, *, collect: bool = True) -> Summary:
     """
     subspaces = all_subspaces() if model is None else subspaces_in(model)
     refreshes = sum(subspace.draws for subspace in subspaces)
-    return _summary_of(recorded_graphs(compiled_graphs(collect=collect), model), refreshes)
+    return summary_of(compiled_graphs(collect=collect), model, refreshes)
 
 
-def summary_of(record: GraphRecord) -> Summary:
-    """What one compiled graph saves for backward, for one module that runs it."""
-    return _summary_of([RecordedGraph(record, 1, record.compiling.seconds)], 0)
+def summary_of(
+    records: Sequence[GraphRecord], model: nn.Module | None = None, refreshes: int = 0
+) -> Summary:
+    """What compiled graphs save for backward.
 
-
-def _summary_of(graphs: Sequence[RecordedGraph], refreshes: int) -> Summary:
+    Args:
+        records: of the graphs.
+        model: as in `summary`.
+        refreshes: of their bases.
+    """
+    graphs = recorded_graphs(records, model)
     found = [(graph.latest, graph.instances) for graph in graphs]
     values = [value for record, count in found for value in record.values for _ in range(count)]
     plans = [(record.plan, count) for record, count in found if record.plan is not None]
