@@ -34,6 +34,7 @@ NAMES = (
     "micro",
     "peak_prediction",
     "lora",
+    "cuda_graphs",
 )
 
 

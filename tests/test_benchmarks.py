@@ -282,6 +282,18 @@ def test_lora(tmp_path: Path) -> None:
     assert "| VeLoRA, eager |" in re.sub(" +", " ", page)
 
 
+@pytest.mark.usefixtures("quick")
+def test_cuda_graphs(tmp_path: Path) -> None:
+    """A CPU has none: the option changes nothing."""
+    record, page = _run("cuda_graphs", tmp_path)
+    rows = {(row["method"], row["graphs"]): row for row in record["rows"]}
+    assert list(rows) == [(n, g) for n in ("inductor", "prac balanced") for g in (False, True)]
+    for name in ("inductor", "prac balanced"):
+        assert rows[name, False]["losses"] == rows[name, True]["losses"]
+    assert rows["prac balanced", True]["losses"] != rows["inductor", True]["losses"]
+    assert "| prac balanced | yes" in re.sub(" +", " ", page)
+
+
 def test_every_benchmark_has_a_module_and_help_names_it(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as stopped:
         main(["--help"])
