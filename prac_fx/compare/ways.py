@@ -21,7 +21,7 @@ from prac_fx.memory.eager import eager_step
 from prac_fx.memory.fake_model import as_fake
 from prac_fx.memory.optimizer import optimizer_memory
 from prac_fx.memory.step import Step
-from prac_fx.memory.tensors import tensors_of
+from prac_fx.memory.tensors import gradients_nbytes, tensors_of
 from prac_fx.torch_compat import FakeTensorMode, compile_fx, functorch_config
 
 BUDGETS = (0.99, 0.7, 0.5, 0.3, 0.1)
@@ -173,6 +173,8 @@ def analyse_way(
     optimizer = analysed.optimizer.name
     # of the step at another size there is no plain Inductor's to compare with
     plain = analysed if step_tokens(step) == step_tokens_of(analysed) else None
+    if step.sharded and (way.eager or way.checkpointed):
+        return Alternative(way, note="not known for a sharded model")
     try:
         if way.eager:
             return _eager(way, step, optimizer)
@@ -237,7 +239,8 @@ def _eager(way: Way, step: Step, optimizer: str) -> Alternative:
         found = eager_step(run, tensors.trained, tensors.all)
     of_optimizer = optimizer_memory(optimizer, tensors.trained)
     always = sum(live.nbytes for live in tensors.live()) + of_optimizer.state_nbytes
-    gradients = sum(one.numel() * one.itemsize for one in tensors.trained)
+    gradients = gradients_nbytes(tensors)
+    always += gradients if step.has_buckets else 0
     peak = always + max(found.peak_nbytes, gradients + of_optimizer.temporary_nbytes)
     # the same matmuls as plain Inductor, each once
     return Alternative(way, found.saved_nbytes, peak, 0.0)
@@ -258,7 +261,11 @@ def without_values(step: Step) -> Step:
         )
     except Exception:  # a model that cannot be copied is analysed as it is
         return step
-    return Step(model, args, kwargs, loss_fn, mode, captured)
+    return replace(
+        step,
+        **{"model": model, "args": args, "kwargs": kwargs, "loss_fn": loss_fn},
+        **{"fake_mode": mode, "captured": captured},
+    )
 
 
 def checkpointed(step: Step) -> Step:

@@ -37,6 +37,7 @@ Category = Literal[
     "optimizer",
     "saved",
     "state",
+    "unsharded",
     "temporary",
     "loss",
 ]
@@ -253,6 +254,7 @@ class GraphBreak(TypedDict):
 
 class _Optional(TypedDict, total=False):
     graph_breaks: list[GraphBreak]
+    ranks: dict[str, Whole]
 
 
 class Document(_Optional):
@@ -261,6 +263,7 @@ class Document(_Optional):
     `peak` and `timeline` are both null, or neither is.
     `graphs`: how many graphs of the model have a backward.
     `graph_breaks`: what splits the model; left out where it is not known, as of a running job.
+    `ranks`: of each dimension of the mesh, where the figures are of one rank; else left out.
     `fits_nbytes`: what the largest batches fit; null when they were not asked for.
     """
 

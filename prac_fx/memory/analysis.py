@@ -28,11 +28,11 @@ from prac_fx.memory.saved_rows import layout_copies, values_after, values_refuse
 from prac_fx.memory.simulation import step_memory
 from prac_fx.memory.step import GraphBreak, Step
 from prac_fx.memory.step_plan import StepPlan
-from prac_fx.memory.tensors import Tensors, tensors_of, with_captured
+from prac_fx.memory.tensors import Tensors, gradients_nbytes, tensors_of, with_captured
 from prac_fx.memory.timeline import Live, StepMemory
-from prac_fx.memory.trace import Call, trace
+from prac_fx.memory.trace import Call, Trace, trace
 from prac_fx.passes.plan_data import PlannedValue
-from prac_fx.torch_compat import functorch_config, storage_key
+from prac_fx.torch_compat import functorch_config, inner_tensors, storage_key
 
 log = logging.getLogger(__name__)
 
@@ -188,14 +188,14 @@ def analyse_step(
     def analysed(model: Callable[..., Any], repeated: Repeated | None) -> AnalysedStep:
         known = () if plain is None or plain.repeated != repeated else plain.calls
         traced = replace(step, model=model)
-        breaks: list[GraphBreak] = []
-        calls = trace(traced, config, patches, budget=budget, plain=known, breaks=breaks)
-        existing = [pair for call in calls for pair in call.existing]
-        found = _analysed(with_captured(step, existing), optimizer, calls, repeated)
-        return replace(found, graph_breaks=tuple(breaks))
+        found = trace(traced, config, patches, budget=budget, plain=known)
+        existing = [pair for call in found.calls for pair in call.existing]
+        return _analysed(with_captured(step, existing), optimizer, found, repeated)
 
     if budget is None and functorch_config.activation_memory_budget < 1:
         all_blocks = True
+    if step.sharded:
+        all_blocks = True  # each is a graph of its own; equal ones are traced once
     repeated = None if all_blocks else identical_blocks(step.model, _MANY_BLOCKS)
     if repeated is not None and isinstance(step.model, nn.Module):
         try:
@@ -215,8 +215,9 @@ def analyse_step(
 
 
 def _analysed(
-    step: Step, optimizer_name: str, calls: Sequence[Call], repeated: Repeated | None
+    step: Step, optimizer_name: str, traced: Trace, repeated: Repeated | None
 ) -> AnalysedStep:
+    calls = traced.calls
     if not calls:
         raise ReportError(NO_BACKWARD)
     tensors = tensors_of(step)
@@ -228,10 +229,15 @@ def _analysed(
         values = [(0, value) for value in all_values([value for _, value in values], repeated)]
     constants = tensors.live()
     constants.append(Live(optimizer.name, "optimizer", "", optimizer.state_nbytes))
+    if step.has_buckets:
+        nbytes = gradients_nbytes(tensors)
+        constants.append(Live("buckets of DistributedDataParallel", "gradients", "", nbytes))
     state = Live(
         "bases and sampled rows", "state", "", sum(value.state_nbytes for _, value in values)
     )
-    static = frozenset(storage_key(tensor) for tensor in tensors.all)
+    static = frozenset(storage_key(one) for tensor in tensors.all for one in inner_tensors(tensor))
+    if traced.outside is not None:
+        static |= traced.outside.storages
 
     def planned(graphs: Sequence[PlannedGraph], more: Sequence[Live]) -> StepPlan:
         pairs = zip(calls, graphs, strict=True)
@@ -240,6 +246,7 @@ def _analysed(
             tuple(call.step_graph(graph) for call, graph in pairs),
             static,
             optimizer.temporary_nbytes,
+            traced.outside,
         )
 
     def memory(plan: StepPlan) -> StepMemory:
@@ -256,7 +263,7 @@ def _analysed(
     return AnalysedStep(
         tensors,
         optimizer,
-        tuple(calls),
+        calls,
         tuple(with_between_graphs(values, between, between_ours)),
         before,
         memory(ours) if changed else before,
@@ -265,6 +272,7 @@ def _analysed(
         sum(value.nbytes for value in between_ours.values()),
         repeated,
         step.captured,
+        traced.graph_breaks,
     )
 
 

@@ -45,7 +45,16 @@ class GraphRun:
             saved: indices of arguments that are saved as they are; the state of our codecs, which
                 comes after Dynamo's arguments, may be among them.
         """
-        results = _not_views(args, self._forward(*args))
+        return self.marked(args, self.results(args), saved)
+
+    def results(self, args: Sequence[Any]) -> tuple[Any, ...]:
+        """What the graph computes, without marks."""
+        return _not_views(args, self._forward(*args))
+
+    def marked(
+        self, args: Sequence[Any], results: tuple[Any, ...], saved: Collection[int]
+    ) -> tuple[Any, ...]:
+        """Set the marks; returns the results."""
         for index, (argument, dims) in enumerate(zip(args, self._of_arguments, strict=True)):
             # of a view AOTAutograd saves another view
             if dims and index in saved and not argument._is_view():

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from prac_fx.errors import ReportError
 from prac_fx.memory.eager import AllocationTracker
-from prac_fx.torch_compat import FakeTensorMode
+from prac_fx.torch_compat import FakeTensorMode, inner_tensors
 
 OPTIMIZERS: Mapping[str, Any] = {
     "adagrad": torch.optim.Adagrad,
@@ -59,7 +59,7 @@ def optimizer_memory(name: str, parameters: Iterable[Tensor]) -> OptimizerMemory
         raise ReportError(
             f"optimizer {name!r}: allowed are {', '.join(map(repr, sorted(OPTIMIZERS)))}"
         )
-    parameters = list(parameters)
+    parameters = [one for parameter in parameters for one in inner_tensors(parameter)]
     if OPTIMIZERS[name] is None or not parameters:
         return OptimizerMemory(name, 0, 0)
     # torch chooses foreach by the device, but not for fake tensors

@@ -9,7 +9,7 @@ makes, and what backward keeps.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from prac_fx.document.schema import CATEGORIES, Category, StepPhase
 from prac_fx.graph.origin import Origin
@@ -76,6 +76,7 @@ class _Simulation:
         self._drop_results()
         for number in reversed(range(len(self.graphs))):
             self._backward(number)
+        self._hold_outside("backward", "end", -1)
         nbytes = self.step.optimizer_temporary_nbytes
         temporary = Live("optimizer", "temporary", "", nbytes)
         self._hold(("optimizer",), temporary, ("optimizer",))
@@ -86,6 +87,7 @@ class _Simulation:
     def _forward(self, number: int) -> None:
         graph = self.graphs[number]
         plan = graph.forward
+        self._hold_outside("forward", "forward", number)
         saved = plan.saved_buffers(graph.num_results)
         start_of_loss = _start_of_loss(plan.kernels, graph.loss)
         for index, kernel in enumerate(plan.kernels):
@@ -119,6 +121,7 @@ class _Simulation:
             self.held[key].holders.add(holder)
         if not is_result:
             self.saved[holder] = key
+            self._is_saved(key)
         storage = graph.results[position] if is_result else None
         if storage is not None:
             self.of_storage[storage] = key
@@ -143,6 +146,9 @@ class _Simulation:
         plan = graph.backward
         outputs = zip(plan.outputs, graph.gradients, strict=True)
         gradients = {pair[1]: of for pair, of in outputs if pair is not None and of is not None}
+        if self.step.outside is not None:
+            gradients = {}
+            self._hold_outside("backward", "backward", number)
         for name, value in plan.inputs.items():
             if "tangents" in name:
                 self._hold(
@@ -173,6 +179,19 @@ class _Simulation:
             holder = ("saved", number, plan.inputs[name].name)
             self._release(self.saved.get(holder, ()), holder)
 
+    def _hold_outside(self, phase: StepPhase, which: str, number: int) -> None:
+        """What is held outside at the highest moment before a graph, and then while it runs."""
+        outside = self.step.outside
+        if outside is None:
+            return
+        moment = outside.end if number < 0 else getattr(outside, which)[number]
+        for held in (moment.before, moment.during):
+            self._release_all(("outside",))
+            for index, live in enumerate(held):
+                self._hold(("outside", index), live, ("outside",))
+            if held is moment.before:
+                self._event(phase, "outside of graphs", Origin("", "outside of graphs", "", 0))
+
     # -- what is held -----------------------------------------------------------------------------
 
     def _hold(self, key: _Key, live: Live, holder: _Key) -> None:
@@ -180,6 +199,14 @@ class _Simulation:
             self.held[key] = _Held(live)
             self.sums[live.category] += live.nbytes
         self.held[key].holders.add(holder)
+
+    def _is_saved(self, key: _Key) -> None:
+        """What one graph made and handed on, a later one saves."""
+        held = self.held.get(key)
+        if held is not None and held.live.category == "temporary":
+            self.sums["temporary"] -= held.live.nbytes
+            self.sums["saved"] += held.live.nbytes
+            held.live = replace(held.live, category="saved")
 
     def _release(self, key: _Key, holder: _Key) -> None:
         held = self.held.get(key)

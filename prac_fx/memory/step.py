@@ -6,7 +6,8 @@ import re
 import types
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from functools import partial
 from traceback import FrameSummary
 from typing import Any
 
@@ -17,12 +18,16 @@ from prac_fx.errors import ReportError
 from prac_fx.graph.origin import clean_path
 from prac_fx.torch_compat import (
     FakeTensorMode,
+    as_under_ddp,
     compile_isolated,
     functorch_config,
     graph_breaks,
     isolated_dynamo,
     tree_leaves,
 )
+
+# what DistributedDataParallel puts into one bucket by default; Dynamo ends a graph there
+BUCKET_NBYTES = 25 * 2**20
 
 
 @dataclass(frozen=True)
@@ -35,6 +40,10 @@ class Step:
         kwargs: keyword inputs.
         loss_fn: applied to the result and traced together with the model.
         fake_mode: of the model's tensors, if they are fake.
+        sharded: the model is a rank's part, of fake tensors, in a fake process group. Then backward
+            runs, too, and what is held outside of the graphs is looked at.
+        has_buckets: gradients are reduced by `DistributedDataParallel`.
+        ranks: of each dimension of the mesh, by name.
         captured: what the model and the loss read besides, such as a target that the loss closes
             over, each with Dynamo's name of where it comes from; known once the step was traced.
     """
@@ -44,6 +53,9 @@ class Step:
     kwargs: Mapping[str, Any]
     loss_fn: Callable[[Any], Any] | None = None
     fake_mode: FakeTensorMode | None = None
+    sharded: bool = False
+    has_buckets: bool = False
+    ranks: Mapping[str, int] = field(default_factory=dict)
     captured: tuple[tuple[str, Tensor], ...] = ()
 
 
@@ -63,7 +75,10 @@ class GraphBreak:
 
 
 def trace_with(
-    step: Step, backend: Callable[..., Any], budget: float | None = None
+    step: Step,
+    backend: Callable[..., Any],
+    budget: float | None = None,
+    then: Callable[[Any, Callable[[], Any]], None] | None = None,
 ) -> tuple[GraphBreak, ...]:
     """Have a Dynamo backend look at the graphs of a step, and run what it returns.
 
@@ -73,6 +88,7 @@ def trace_with(
         step: what to trace.
         backend: called with each graph and its example inputs.
         budget: torch's `activation_memory_budget`; None for the one that is set.
+        then: called with the result of the step, and with what runs the step once more.
 
     Returns:
         The graph breaks of the step.
@@ -96,10 +112,14 @@ def trace_with(
         torch.enable_grad(),
         functorch_config.patch(settings),
         isolated_dynamo(_tensors_of(step)),
+        as_under_ddp(BUCKET_NBYTES) if step.has_buckets else nullcontext(),
         step.fake_mode or nullcontext(),
     ):
-        result = compile_isolated(run, backend)(step.model, *step.args, **step.kwargs)
+        again = partial(compile_isolated(run, backend), step.model, *step.args, **step.kwargs)
+        result = again()
         breaks = [_as_break(reason, frames) for reason, frames in graph_breaks()]
+        if then is not None:
+            then(result, again)
     if step.loss_fn is not None and isinstance(result, int | float):
         raise ReportError(
             f"loss_fn returns a Python {type(result).__name__}, which has no gradient: return the "

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from prac_fx.memory.inductor_buffers import GraphPlan
+from prac_fx.memory.outside import Outside
 from prac_fx.memory.timeline import Live
 
 
@@ -51,9 +52,11 @@ class StepPlan:
         graphs: in the order in which the forward pass runs them.
         static: storages of parameters, buffers and inputs, which are among the constants.
         optimizer_temporary_nbytes: what the optimizer allocates for the time of its step.
+        outside: what is held outside of the graphs, if that is known. Gradients count there then.
     """
 
     constants: tuple[Live, ...]
     graphs: tuple[StepGraph, ...]
     static: frozenset[int]
     optimizer_temporary_nbytes: int = 0
+    outside: Outside | None = None

@@ -13,7 +13,7 @@ from prac_fx.document.schema import Category
 from prac_fx.graph.nbytes import storage_nbytes
 from prac_fx.memory.step import Step, captured_name
 from prac_fx.memory.timeline import Live
-from prac_fx.torch_compat import storage_key, tree_leaves
+from prac_fx.torch_compat import inner_tensors, storage_key, tree_leaves
 
 
 @dataclass(frozen=True)
@@ -78,6 +78,12 @@ def tensors_of(step: Step) -> Tensors:
     return Tensors(parameters + trainable, buffers, inputs + others)
 
 
+def gradients_nbytes(tensors: Tensors) -> int:
+    """Bytes of the gradients of all trained parameters."""
+    own = (one for parameter in tensors.trained for one in inner_tensors(parameter))
+    return sum(one.numel() * one.itemsize for one in own)
+
+
 def with_captured(step: Step, existing: Iterable[tuple[str, Tensor]]) -> Step:
     """The step with what it has read that was there before, and is none of its own tensors.
 
@@ -102,4 +108,5 @@ def _live_tensor(name: str, category: Category, tensor: Tensor) -> Live:
     module = name.rpartition(".")[0] if category != "inputs" else ""
     dtype = str(tensor.dtype).removeprefix("torch.")
     shape = tuple(int(size) for size in tensor.shape)
-    return Live(name, category, module, storage_nbytes(tensor), shape, dtype)
+    nbytes = sum(storage_nbytes(one) for one in inner_tensors(tensor))
+    return Live(name, category, module, nbytes, shape, dtype)

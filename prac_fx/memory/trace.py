@@ -8,7 +8,7 @@ itself then runs once, eagerly; with fake tensors that costs nothing.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -21,6 +21,7 @@ from prac_fx.config import PracConfig
 from prac_fx.graph.nbytes import storage_nbytes
 from prac_fx.memory.graph_run import GraphRun
 from prac_fx.memory.module_paths import name_from_model
+from prac_fx.memory.outside import Outside, OutsideObserver, black_box
 from prac_fx.memory.planned_graph import PlannedGraph, plan_plain, plan_rewritten
 from prac_fx.memory.step import GraphBreak, Step, trace_with
 from prac_fx.memory.step_plan import StepGraph
@@ -81,6 +82,21 @@ class Call:
         return self.arguments[index] if index is not None and index < len(self.arguments) else None
 
 
+@dataclass(frozen=True)
+class Trace:
+    """A traced step.
+
+    Attributes:
+        calls: the runs of graphs that have a backward, in order.
+        graph_breaks: where Dynamo ends a graph and begins another.
+        outside: what is held outside of the graphs, if the step is sharded.
+    """
+
+    calls: tuple[Call, ...]
+    graph_breaks: tuple[GraphBreak, ...]
+    outside: Outside | None = None
+
+
 def trace(
     step: Step,
     config: PracConfig | None = None,
@@ -88,8 +104,7 @@ def trace(
     *,
     budget: float | None = None,
     plain: Sequence[Call] = (),
-    breaks: list[GraphBreak] | None = None,
-) -> list[Call]:
+) -> Trace:
     """Trace the step.
 
     Args:
@@ -99,16 +114,22 @@ def trace(
         budget: torch's `activation_memory_budget`; None for the one that is set.
         plain: an earlier trace of the same step with other options of our backend: what plain
             Inductor makes of its graphs is not found out again.
-        breaks: a list to put the graph breaks into.
-
-    Returns:
-        The runs of graphs that have a backward, in order.
     """
-    backend = _Planner(step.model, config, patches or {}, [call.before for call in plain])
-    found = trace_with(step, backend, budget)
-    if breaks is not None:
-        breaks[:] = found
-    return backend.calls
+    observer = OutsideObserver(step) if step.sharded else None
+    backend = _Planner(step.model, config, patches or {}, [call.before for call in plain], observer)
+    outside: list[Outside] = []
+
+    def run_again(result: Any, again: Callable[[], Any]) -> None:
+        if observer is not None:
+            outside.append(observer.observe(result, again, backend.calls))
+        else:
+            # Dynamo has run the graph of each bucket to find the inputs of the next one
+            backend.calls.clear()
+            again()
+
+    twice = step.sharded or step.has_buckets
+    breaks = trace_with(step, backend, budget, run_again if twice else None)
+    return Trace(tuple(backend.calls), breaks, outside[0] if outside else None)
 
 
 class _Planner:
@@ -120,11 +141,13 @@ class _Planner:
         config: PracConfig | None,
         patches: Mapping[str, Any],
         known: Sequence[PlannedGraph],
+        observer: OutsideObserver | None = None,
     ) -> None:
         self.model = model
         self.config = config
         self.patches = patches
         self.known = known
+        self.observer = observer
         self.calls: list[Call] = []
         self._num_graphs = 0
         # whatever the model reads it from: a closure, an attribute, a global
@@ -147,7 +170,7 @@ class _Planner:
         trainable, sources = graph.trainable, [*map(placeholder_source_name, graph.placeholders)]
 
         def run(*args: Any) -> Any:
-            results = forward.run(args, after.saved_arguments)
+            results = self._results(forward, args, after.saved_arguments, trainable)
             self._alive += [args, results]
             arguments = _storages(args)
             existing = tuple(
@@ -165,6 +188,18 @@ class _Planner:
             return results
 
         return run
+
+    def _results(
+        self,
+        graph: GraphRun,
+        args: Sequence[Any],
+        saved: Collection[int],
+        trainable: Collection[int],
+    ) -> tuple[Any, ...]:
+        if self.observer is None:
+            return graph.run(args, saved)
+        results = black_box(graph.results, self.observer, len(self.calls), trainable, args)
+        return graph.marked(args, results, saved)
 
     def _plain(self, graph: DynamoGraph) -> PlannedGraph | None:
         """The graph by plain Inductor, with our plan; known if its joint graph is."""

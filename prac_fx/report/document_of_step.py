@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -32,6 +32,7 @@ from prac_fx.document.schema import (
 )
 from prac_fx.memory.analysis import AnalysedStep
 from prac_fx.memory.repeated_blocks import ANALYSED
+from prac_fx.memory.tensors import gradients_nbytes
 from prac_fx.memory.timeline import StepMemory
 
 # A peak lists at most so many things. The rest is summed up by category.
@@ -44,6 +45,7 @@ def document_of(
     alternatives: Sequence[AnalysedAlternative],
     measured_on: str,
     fits: int | None,
+    ranks: Mapping[str, int],
 ) -> Document:
     """The document of a step.
 
@@ -53,6 +55,7 @@ def document_of(
         alternatives: other ways to train the same model.
         measured_on: device that real steps ran on; empty when none did.
         fits: bytes that the largest batches fit; None when they were not asked for.
+        ranks: of each dimension of the mesh; empty for a model by itself.
     """
     values = [
         value_of(value, _layer_kind(value.origin.module, step.model)) for value in step.values
@@ -79,6 +82,8 @@ def document_of(
         "advice": [],
         "measured": {"device": measured_on} if measured_on else None,
     }
+    if ranks:
+        document["ranks"] = dict(ranks)
     document["advice"] = advice_for(document)
     return document
 
@@ -126,9 +131,7 @@ def _totals(step: AnalysedStep) -> Totals:
         "parameters_nbytes": held("parameters"),
         "buffers_nbytes": held("buffers"),
         "inputs_nbytes": held("inputs"),
-        "gradients_nbytes": sum(
-            parameter.numel() * parameter.itemsize for parameter in step.tensors.trained
-        ),
+        "gradients_nbytes": gradients_nbytes(step.tensors),
         "optimizer_nbytes": step.optimizer.state_nbytes,
         "optimizer": step.optimizer.name,
         "logits_nbytes": step.logits_nbytes,

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import html
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from prac_fx.compare.estimate import Progress, compare_alternatives
@@ -21,6 +21,7 @@ from prac_fx.document.schema import Document
 from prac_fx.errors import ReportError
 from prac_fx.memory.analysis import AnalysedStep, analyse_step
 from prac_fx.memory.fake_model import fake_mode_of, resized, without_meta
+from prac_fx.memory.ranks import Ranks, as_one_of
 from prac_fx.memory.step import Step
 from prac_fx.memory.timeline import StepMemory
 from prac_fx.options import read_options
@@ -44,6 +45,7 @@ class MemoryReport:
         alternatives: other ways to train the same model; empty when they were not asked for.
         measured_on: device that real steps ran on; empty when none did.
         fits: bytes that the largest batches fit; None when they were not asked for.
+        ranks: of each dimension of the mesh, if the figures are of rank 0 of several.
     """
 
     step: AnalysedStep
@@ -51,6 +53,7 @@ class MemoryReport:
     alternatives: tuple[Alternative, ...] = ()
     measured_on: str = ""
     fits: int | None = None
+    ranks: Mapping[str, int] = field(default_factory=dict)
 
     @property
     def values(self) -> tuple[PlannedValue, ...]:
@@ -89,7 +92,9 @@ class MemoryReport:
 
     def as_document(self) -> Document:
         """The report as plain data; the schema is `prac_fx.document.schema`."""
-        return document_of(self.step, self.config, self.alternatives, self.measured_on, self.fits)
+        return document_of(
+            self.step, self.config, self.alternatives, self.measured_on, self.fits, self.ranks
+        )
 
     def __str__(self) -> str:
         """The table that the command prints."""
@@ -149,6 +154,7 @@ def report_step(
     all_blocks: bool = False,
     progress: Progress | None = None,
     processes: int = 1,
+    ranks: Ranks | None = None,
 ) -> MemoryReport:
     """All that the memory report can say of one training step.
 
@@ -171,34 +177,41 @@ def report_step(
         progress: called with what is done next, steps done, and steps in all.
         processes: how many alternatives are analysed at a time, in forked processes; see
             `prac_fx.compare.forked_map`.
+        ranks: analyse one of so many ranks, rank 0, which holds most. The inputs are its own. The
+            model is copied and sharded as `prac_fx.memory.ranks.shard` says; one that is sharded
+            already, in a fake process group, is analysed as it is.
 
     Raises:
         PracOptionError: a bad option.
         ReportError: an unknown optimizer, sizes that do not fit the inputs, nothing to
-            differentiate, `measure` with fake tensors, or `fits` without a batch dimension.
+            differentiate, `measure` with fake tensors or ranks, `fits` without a batch dimension,
+            or ranks that cannot share the model.
     """
     config, patches = read_options(options)
+    if measure and ranks is not None:
+        raise ReportError("measure: runs one process, not ranks; drop one of the two")
     model, args, kwargs, loss_fn = without_meta((model, tuple(args), dict(kwargs or {}), loss_fn))
     model, args, kwargs = resized(model, args, kwargs, batch, seq, dtype)
     step = Step(model, tuple(args), dict(kwargs), loss_fn, fake_mode_of((model, args, kwargs)))
     show = progress or _show_nothing
     if measure and step.fake_mode is not None:
         raise ReportError("measure: the model has fake tensors; build it with real ones to run it")
-    show("the step", 0, 1)
-    analysed = analyse_step(step, config, patches, optimizer, all_blocks=all_blocks)
-    step = replace(step, captured=analysed.captured)
-    rows: list[Alternative] = []
-    if alternatives or fits is not None or measure:
-        rows = compare_alternatives(
-            step, analysed, config, patches, show, processes, all_ways=alternatives
-        )
-    if fits is not None:
-        rows = largest_batches(step, analysed, rows, patches, fits, show, processes)
-    measured_on = ""
-    if measure:
-        rows, measured_on = measure_alternatives(step, analysed, rows, patches, show)
-    show("done", 1, 1)
-    return MemoryReport(analysed, config, tuple(rows), measured_on, fits)
+    with as_one_of(step, ranks) as step:
+        show("the step", 0, 1)
+        analysed = analyse_step(step, config, patches, optimizer, all_blocks=all_blocks)
+        step = replace(step, captured=analysed.captured)
+        rows: list[Alternative] = []
+        if alternatives or fits is not None or measure:
+            rows = compare_alternatives(
+                step, analysed, config, patches, show, processes, all_ways=alternatives
+            )
+        if fits is not None:
+            rows = largest_batches(step, analysed, rows, patches, fits, show, processes)
+        measured_on = ""
+        if measure:
+            rows, measured_on = measure_alternatives(step, analysed, rows, patches, show)
+        show("done", 1, 1)
+        return MemoryReport(analysed, config, tuple(rows), measured_on, fits, dict(step.ranks))
 
 
 def _show_nothing(what: str, done: int, total: int) -> None:

@@ -44,7 +44,14 @@ from torch.utils._sympy.functions import FloorDiv
 from torch.utils.checkpoint import CheckpointPolicy
 
 from prac_fx.torch_compat.compile_cache import compile_cache_folder, graph_cache_key
-from prac_fx.torch_compat.distributed import active_data_parallel_group, fsdp_parameters
+from prac_fx.torch_compat.distributed import (
+    active_data_parallel_group,
+    as_under_ddp,
+    fake_process_group,
+    fsdp_parameters,
+    inner_tensors,
+    is_sharding_code,
+)
 from prac_fx.torch_compat.dynamo import (
     SymbolicSizes,
     argument_index,
@@ -121,6 +128,7 @@ __all__ = [
     "active_data_parallel_group",
     "annotate_seeds_with_budget",
     "argument_index",
+    "as_under_ddp",
     "assign_memory_planning_info_for_scheduler_buffers",
     "autograd_references",
     "causes",
@@ -133,6 +141,7 @@ __all__ = [
     "drawing_once",
     "estimate_peak_memory",
     "existing_storages",
+    "fake_process_group",
     "fake_tensor_in",
     "fresh_inductor_cache",
     "fsdp_parameters",
@@ -153,8 +162,10 @@ __all__ = [
     "inductor_ir",
     "inductor_ops",
     "inductor_patches",
+    "inner_tensors",
     "inplace_decisions",
     "is_random_state",
+    "is_sharding_code",
     "is_traceable_wrapper_subclass",
     "isolated_dynamo",
     "loop_split_where",

@@ -1,0 +1,329 @@
+"""What a step holds outside of its compiled graphs: what hooks gather, reduce and keep, eager code.
+
+`fully_shard` gathers the parameters of a layer right before the layer runs, and reduces their
+gradients right after its backward. No graph sees that. So a step of a sharded model is run once
+more on fake tensors, with the graphs as black boxes, and everything that anybody else allocates is
+looked at: while each graph runs, and at the highest moment between two of them.
+"""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from prac_fx.document.schema import Category
+from prac_fx.memory.eager import differentiated
+from prac_fx.memory.step import Step
+from prac_fx.memory.tensors import tensors_of
+from prac_fx.memory.timeline import Live
+from prac_fx.torch_compat import (
+    TorchDispatchMode,
+    fsdp_parameters,
+    inner_tensors,
+    is_sharding_code,
+    storage_key,
+    tree_leaves,
+)
+
+if TYPE_CHECKING:
+    from prac_fx.memory.trace import Call
+
+
+@dataclass(frozen=True)
+class Moment:
+    """What is held outside at one point of the step.
+
+    Attributes:
+        before: at the highest moment since the graph before this one.
+        during: while the graph runs.
+    """
+
+    before: tuple[Live, ...] = ()
+    during: tuple[Live, ...] = ()
+
+
+@dataclass(frozen=True)
+class Outside:
+    """What a step holds outside of its graphs.
+
+    Attributes:
+        forward: one for each run of a graph, in the order of the forward pass.
+        backward: likewise.
+        end: after backward: before the optimizer's step, and during it.
+        storages: of all that is managed outside; graphs read it without holding it.
+    """
+
+    forward: tuple[Moment, ...]
+    backward: tuple[Moment, ...]
+    end: Moment
+    storages: frozenset[int]
+
+
+@dataclass
+class _Storage:
+    """One storage, as long as it lives."""
+
+    reference: weakref.ref[torch.UntypedStorage]
+    key: int
+    category: Category
+    what: str
+
+    def nbytes(self) -> int:
+        """Bytes now; hooks resize what they gather into."""
+        storage = self.reference()
+        return 0 if storage is None else storage.nbytes()
+
+
+@dataclass
+class _Seen:
+    """Bytes of storages at a moment, by their numbers."""
+
+    nbytes: Mapping[int, int] = field(default_factory=dict)
+
+    @property
+    def total(self) -> int:
+        return sum(self.nbytes.values())
+
+
+class OutsideObserver(TorchDispatchMode):  # type: ignore[no-untyped-call]
+    """Watches a step while it is active.
+
+    Args:
+        step: whose parameters, buffers and inputs count elsewhere.
+    """
+
+    @classmethod
+    def ignore_compile_internals(cls) -> bool:
+        """What was compiled runs as compiled while this mode is active."""
+        return True
+
+    def __init__(self, step: Step) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        tensors = tensors_of(step)
+        self._trained = tensors.trained
+        own = (one for tensor in tensors.all for one in inner_tensors(tensor))
+        self._known = set(map(storage_key, own))
+        self._storages: list[_Storage] = []
+        self._by_key: dict[int, _Storage] = {}
+        self._paused = False
+        self._highest = _Seen()
+        self._moments: dict[tuple[str, int], tuple[_Seen, _Seen]] = {}
+
+    def __torch_dispatch__(
+        self,
+        func: Callable[..., Any],
+        types: Any,
+        args: tuple[Any, ...] = (),
+        kwargs: Mapping[str, Any] | None = None,
+    ) -> Any:
+        """Run an operator and note the storages of its results."""
+        result = func(*args, **(kwargs or {}))
+        if not self._paused:
+            for value in tree_leaves(result):
+                if isinstance(value, Tensor):
+                    self._note(value)
+            self._look()
+        return result
+
+    @contextmanager
+    def paused(self) -> Iterator[None]:
+        """Context of code that counts elsewhere."""
+        before, self._paused = self._paused, True
+        try:
+            yield
+        finally:
+            self._paused = before
+
+    def adopt(self, gradient: Tensor) -> None:
+        """From now on a gradient that a graph has made counts outside of it."""
+        self._note(gradient, "a gradient before it is reduced")
+        self._look()
+
+    def count_elsewhere(self, results: Iterable[Any]) -> None:
+        """What a graph has made counts there, whatever views eager code makes of it.
+
+        It has to stay alive, so that no other storage gets its address.
+        """
+        tensors = (
+            one for value in results if isinstance(value, Tensor) for one in inner_tensors(value)
+        )
+        self._known.update(map(storage_key, tensors))
+
+    def at(self, which: str, number: int) -> None:
+        """A graph begins: `which` pass, number of the run."""
+        before, now = self._highest, self._now()
+        self._moments[which, number] = (before if before.total >= now.total else now), now
+        self._highest = now
+
+    def observe(self, result: Any, again: Callable[[], Any], calls: list[Call]) -> Outside:
+        """Run the step once more, with its backward, and look.
+
+        Args:
+            result: of the first run.
+            again: runs the forward pass once more; nothing is compiled any more.
+            calls: of graphs; those of the first run become those of the second.
+
+        Returns:
+            What was seen in the second run, which is like all that come after it.
+        """
+        with self.paused():
+            self._backward(result)
+        del result
+        for parameter in self._trained:
+            parameter.grad = None
+        calls.clear()
+        unsharded = [one._unsharded_param for one in fsdp_parameters()]
+        managed = frozenset(map(storage_key, unsharded))
+        for parameter in unsharded:
+            self._note(parameter, "unsharded layers")
+        self._moments.clear()
+        self._highest = _Seen()
+        with self:
+            self._backward(again())
+        arguments = {key for call in calls for key in call.arguments if key is not None}
+        return self._outside(len(calls), frozenset(arguments) - managed)
+
+    @staticmethod
+    def _backward(result: Any) -> None:
+        loss = differentiated(result)
+        loss.backward(torch.ones_like(loss) if loss.dim() else None)  # type: ignore[no-untyped-call]
+
+    def _outside(self, num_calls: int, elsewhere: frozenset[int]) -> Outside:
+        """What was seen.
+
+        Args:
+            num_calls: runs of graphs.
+            elsewhere: storages that the graphs themselves account for.
+        """
+        self.at("end", 0)
+        for parameter in self._trained:
+            for gradient in [] if parameter.grad is None else inner_tensors(parameter.grad):
+                if storage_key(gradient) in self._by_key:
+                    one = self._by_key[storage_key(gradient)]
+                    one.category, one.what = "gradients", "gradients"
+            parameter.grad = None
+
+        def moment(which: str, number: int) -> Moment:
+            before, during = self._moments.get((which, number), (_Seen(), _Seen()))
+            return Moment(self._live(before, elsewhere), self._live(during, elsewhere))
+
+        return Outside(
+            tuple(moment("forward", number) for number in range(num_calls)),
+            tuple(moment("backward", number) for number in range(num_calls)),
+            moment("end", 0),
+            frozenset(one.key for one in self._storages) - elsewhere,
+        )
+
+    def _note(self, tensor: Tensor, what: str = "") -> None:
+        for inner in inner_tensors(tensor):
+            key = storage_key(inner)
+            known = self._by_key.get(key)
+            if key in self._known or (known and known.reference() is not None):
+                continue
+            category: Category = "temporary"
+            if not what and is_sharding_code():
+                category, what = "unsharded", "gathered or about to be reduced"
+            elif what:
+                category = "unsharded"
+            one = _Storage(
+                weakref.ref(inner.untyped_storage()), key, category, what or "eager code"
+            )
+            self._by_key[key] = one
+            self._storages.append(one)
+
+    def _now(self) -> _Seen:
+        held = ((number, one.nbytes()) for number, one in enumerate(self._storages))
+        return _Seen({number: nbytes for number, nbytes in held if nbytes})
+
+    def _look(self) -> None:
+        now = self._now()
+        if now.total > self._highest.total:
+            self._highest = now
+
+    def _live(self, seen: _Seen, elsewhere: Collection[int]) -> tuple[Live, ...]:
+        """As things that are held, those of one kind together."""
+        sums: dict[tuple[str, Category], int] = {}
+        for number, nbytes in seen.nbytes.items():
+            one = self._storages[number]
+            if one.key not in elsewhere:
+                kind = one.what, one.category
+                sums[kind] = sums.get(kind, 0) + nbytes
+        return tuple(Live(what, category, "", nbytes) for (what, category), nbytes in sums.items())
+
+
+def black_box(
+    run: Callable[[Sequence[Any]], tuple[Any, ...]],
+    observer: OutsideObserver,
+    number: int,
+    trainable: Collection[int],
+    args: Sequence[Any],
+) -> tuple[Any, ...]:
+    """Run a graph so that what it allocates inside of forward and backward is not seen.
+
+    Args:
+        run: the graph.
+        observer: told when forward and backward begin; None of what they make counts there but
+            the gradients of parameters.
+        number: of this run.
+        trainable: indices of the arguments that are parameters.
+        args: of the graph.
+    """
+    results: tuple[Any, ...] = _BlackBox.apply(run, observer, number, frozenset(trainable), *args)  # type: ignore[no-untyped-call]
+    return results
+
+
+class _BlackBox(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        run: Callable[[Sequence[Any]], tuple[Any, ...]],
+        observer: OutsideObserver,
+        number: int,
+        trainable: frozenset[int],
+        *args: Any,
+    ) -> Any:
+        ctx.observer, ctx.number, ctx.trainable = observer, number, trainable
+        ctx.arguments = [
+            (one.size(), one.stride(), one.dtype, one.device) if isinstance(one, Tensor) else None
+            for one in args
+        ]
+        observer.at("forward", number)
+        with observer.paused(), torch.enable_grad():
+            own = [
+                one.detach().requires_grad_(one.requires_grad) if isinstance(one, Tensor) else one
+                for one in args
+            ]
+            results = run(own)
+            constant = [
+                index
+                for index, one in enumerate(results)
+                if isinstance(one, Tensor) and not one.requires_grad
+            ]
+            detached = [one.detach() if isinstance(one, Tensor) else one for one in results]
+        observer.count_elsewhere(detached)
+        ctx.mark_non_differentiable(*(detached[index] for index in constant))
+        return tuple(detached)
+
+    @staticmethod
+    def backward(ctx: Any, *_: Any) -> Any:
+        observer: OutsideObserver = ctx.observer
+        observer.at("backward", ctx.number)
+        gradients: list[Tensor | None] = []
+        for index, layout in enumerate(ctx.arguments):
+            gradient = None
+            if layout is not None and ctx.needs_input_grad[4 + index]:
+                size, stride, dtype, device = layout
+                with observer.paused():
+                    gradient = torch.empty_strided(size, stride, dtype=dtype, device=device)
+            gradients.append(gradient)
+        for index in ctx.trainable:
+            gradient = gradients[index]
+            if gradient is not None:
+                observer.adopt(gradient)
+        return (None, None, None, None, *gradients)
