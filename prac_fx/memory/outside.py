@@ -73,6 +73,7 @@ class _Storage:
     key: int
     category: Category
     what: str
+    counts: bool = True
 
     def nbytes(self) -> int:
         """Bytes now; hooks resize what they gather into."""
@@ -145,15 +146,18 @@ class OutsideObserver(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self._note(gradient, "a gradient before it is reduced")
         self._look()
 
-    def count_elsewhere(self, results: Iterable[Any]) -> None:
-        """What a graph has made counts there, whatever views eager code makes of it.
+    def count_elsewhere(self, values: Iterable[Any]) -> None:
+        """What a graph makes, and the tangents it reads, count there, whatever views exist of them.
 
-        It has to stay alive, so that no other storage gets its address.
+        What a graph makes has to stay alive, so that no other storage gets its address.
         """
-        tensors = (
-            one for value in results if isinstance(value, Tensor) for one in inner_tensors(value)
-        )
-        self._known.update(map(storage_key, tensors))
+        for value in values:
+            for tensor in inner_tensors(value) if isinstance(value, Tensor) else ():
+                one = self._by_key.get(storage_key(tensor))
+                if one is None or one.reference() is None:
+                    self._known.add(storage_key(tensor))
+                else:
+                    one.counts = False
 
     def at(self, which: str, number: int) -> None:
         """A graph begins: `which` pass, number of the run."""
@@ -251,7 +255,7 @@ class OutsideObserver(TorchDispatchMode):  # type: ignore[no-untyped-call]
         sums: dict[tuple[str, Category], int] = {}
         for number, nbytes in seen.nbytes.items():
             one = self._storages[number]
-            if one.key not in elsewhere:
+            if one.counts and one.key not in elsewhere:
                 kind = one.what, one.category
                 sums[kind] = sums.get(kind, 0) + nbytes
         return tuple(Live(what, category, "", nbytes) for (what, category), nbytes in sums.items())
@@ -289,6 +293,7 @@ class _BlackBox(torch.autograd.Function):
         *args: Any,
     ) -> Any:
         ctx.observer, ctx.number, ctx.trainable = observer, number, trainable
+        ctx.set_materialize_grads(False)
         ctx.arguments = [
             (one.size(), one.stride(), one.dtype, one.device) if isinstance(one, Tensor) else None
             for one in args
@@ -311,8 +316,9 @@ class _BlackBox(torch.autograd.Function):
         return tuple(detached)
 
     @staticmethod
-    def backward(ctx: Any, *_: Any) -> Any:
+    def backward(ctx: Any, *tangents: Any) -> Any:
         observer: OutsideObserver = ctx.observer
+        observer.count_elsewhere(tangents)
         observer.at("backward", ctx.number)
         gradients: list[Tensor | None] = []
         for index, layout in enumerate(ctx.arguments):

@@ -27,6 +27,7 @@ from prac_fx.memory.step import GraphBreak, Step, trace_with
 from prac_fx.memory.step_plan import StepGraph
 from prac_fx.torch_compat import (
     existing_storages,
+    inner_tensors,
     is_traceable_wrapper_subclass,
     placeholder_source_name,
     storage_key,
@@ -222,4 +223,7 @@ def _nbytes_behind(values: Sequence[Any]) -> list[int | None]:
 
 
 def _storages(values: Sequence[Any]) -> tuple[int | None, ...]:
-    return tuple(storage_key(value) if isinstance(value, Tensor) else None for value in values)
+    return tuple(
+        storage_key(next(inner_tensors(value))) if isinstance(value, Tensor) else None
+        for value in values
+    )
