@@ -24,7 +24,7 @@ from prac_fx.config import PracConfig
 from prac_fx.graph.origin import Origin
 from prac_fx.memory import analysis, repeated_blocks
 from prac_fx.memory.identical_blocks import identical_blocks, with_few_blocks
-from prac_fx.memory.repeated_blocks import Repeated, _Cuts, _even_cuts
+from prac_fx.memory.repeated_blocks import Cuts, Repeated, _even_cuts
 from prac_fx.memory.timeline import Event, Live
 from prac_fx.passes.plan_data import PlannedValue
 from prac_fx.report.explain import MemoryReport, report_step
@@ -364,7 +364,7 @@ def test_a_pass_that_does_not_show_what_a_block_saves_is_told_by_the_other(
     middle = [Live("a", "saved", "blocks.2.up", held - 5), Live("b", "saved", "blocks.2", 5)]
     others = [Live("c", "saved", "blocks.1", 70), Live("d", "temporary", "blocks.2", 80)]
     monkeypatch.setattr(repeated_blocks, "held_at", lambda *_: [*middle, *others])
-    cuts = _Cuts((0, 1), (2, 3))
+    cuts = Cuts((0, 1), (2, 3))
     found = _even_cuts(None, events, cuts, Repeated("blocks", 12))  # type: ignore[arg-type]
     assert (found and found.saved) == expected
     if found is not None:

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from prac_fx.errors import ReportError
 from prac_fx.memory.eager import AllocationTracker
+from prac_fx.memory.requests import RequestLog, Requests
 from prac_fx.torch_compat import FakeTensorMode
 
 OPTIMIZERS: Mapping[str, Any] = {
@@ -27,6 +28,10 @@ OPTIMIZERS: Mapping[str, Any] = {
     "sgd": torch.optim.SGD,
     "sgd_momentum": partial(torch.optim.SGD, momentum=0.9),
 }
+
+
+# FakeTensorMode knows no GPU where torch finds none, but makes tensors of this device all the same.
+_CUDA = torch.device("cuda", 0)
 
 
 @dataclass(frozen=True)
@@ -64,13 +69,9 @@ def optimizer_memory(name: str, parameters: Iterable[Tensor]) -> OptimizerMemory
         return OptimizerMemory(name, 0, 0)
     # torch chooses foreach by the device, but not for fake tensors
     foreach = all(parameter.device.type in ("cuda", "xpu") for parameter in parameters)
-    # counts of steps are made on the default device, which a caller may have set to "meta"
     with torch.device("cpu"), FakeTensorMode():
-        fakes = [nn.Parameter(_like(parameter)) for parameter in parameters]
-        for fake in fakes:
-            fake.grad = torch.empty_like(fake)
-        optimizer = OPTIMIZERS[name](fakes, foreach=foreach)
-        with AllocationTracker([*fakes, *(_gradient(fake) for fake in fakes)]) as first:
+        optimizer, known = _optimizer_of(name, parameters, foreach)
+        with AllocationTracker(known) as first:
             optimizer.step()
         state = first.nbytes
         first.peak_nbytes = 0
@@ -79,9 +80,50 @@ def optimizer_memory(name: str, parameters: Iterable[Tensor]) -> OptimizerMemory
     return OptimizerMemory(name, state, max(0, first.peak_nbytes - state))
 
 
-def _like(parameter: Tensor) -> Tensor:
+def optimizer_requests(name: str, parameters: Iterable[Tensor]) -> tuple[Requests, Requests]:
+    """What an optimizer asks of CUDA's allocator, wherever the parameters are.
+
+    Args:
+        name: a key of `OPTIMIZERS`.
+        parameters: the trained ones.
+
+    Returns:
+        In its first step, which makes its state, and in each later one.
+    """
+    parameters = list(parameters)
+    if OPTIMIZERS[name] is None or not parameters:
+        return (), ()
+    log = RequestLog()
+    with torch.device("cpu"), FakeTensorMode():
+        optimizer, known = _optimizer_of(name, parameters, True, _CUDA)
+        with AllocationTracker(known, log):
+            optimizer.step()
+            first = log.taken()
+            optimizer.step()
+            later = log.taken()
+    return first, later
+
+
+def _optimizer_of(
+    name: str, parameters: Iterable[Tensor], foreach: bool, device: torch.device | None = None
+) -> tuple[Any, list[Tensor]]:
+    """An optimizer on fake copies of parameters, with these and their gradients.
+
+    Counts of steps are made on the default device, which a caller may have set to "meta".
+    """
+    fakes = [nn.Parameter(_like(parameter, device)) for parameter in parameters]
+    for fake in fakes:
+        fake.grad = torch.empty_like(fake)
+    optimizer = OPTIMIZERS[name](fakes, foreach=foreach)
+    return optimizer, [*fakes, *(_gradient(fake) for fake in fakes)]
+
+
+def _like(parameter: Tensor, device: torch.device | None) -> Tensor:
     return torch.empty_strided(
-        parameter.size(), parameter.stride(), dtype=parameter.dtype, device=parameter.device
+        parameter.size(),
+        parameter.stride(),
+        dtype=parameter.dtype,
+        device=device or parameter.device,
     )
 
 
