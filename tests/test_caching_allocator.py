@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import random
 
 import pytest
@@ -140,7 +141,7 @@ def test_no_byte_is_lost_or_given_twice(expandable: bool) -> None:
         else:
             held.append(allocator.allocate(int(2 ** numbers.uniform(0, 27))))
         spans = sorted((block.address, block.nbytes) for block in held)
-        assert all(a + n <= b for (a, n), (b, _) in zip(spans, spans[1:], strict=False))
+        assert all(a + n <= b for (a, n), (b, _) in itertools.pairwise(spans))
         assert allocator.allocated_nbytes == sum(nbytes for _, nbytes in spans)
         assert allocator.allocated_nbytes <= allocator.reserved_nbytes
     reserved = allocator.reserved_nbytes

@@ -11,10 +11,10 @@ from typing import Any
 from torch import Tensor, nn
 
 from prac_fx.config import PracConfig
+from prac_fx.document.schema import Allocator
 from prac_fx.errors import ReportError, one_line
 from prac_fx.graph.nbytes import format_nbytes
 from prac_fx.memory.between_graphs import saved_between_graphs, with_between_graphs
-from prac_fx.memory.caching_allocator import Allocator
 from prac_fx.memory.identical_blocks import identical_blocks, with_few_blocks
 from prac_fx.memory.optimizer import OptimizerMemory, optimizer_memory, optimizer_requests
 from prac_fx.memory.planned_graph import PlannedGraph

@@ -24,13 +24,9 @@ from __future__ import annotations
 
 from bisect import bisect_left, insort
 from dataclasses import dataclass, field
-from typing import Literal, get_args
 
 KIB = 1024
 MIB = 1024 * KIB
-
-Allocator = Literal["cuda", "cuda-expandable"]
-ALLOCATORS: tuple[Allocator, ...] = get_args(Allocator)
 
 _ROUNDING = 512
 _LARGEST_SMALL = 1 * MIB
@@ -82,7 +78,7 @@ class _Pool:
         insort(self.free, (block.nbytes, block.address, block))
 
     def remove(self, block: Block) -> None:
-        del self.free[bisect_left(self.free, (block.nbytes, block.address))]  # type: ignore[type-var]
+        del self.free[bisect_left(self.free, (block.nbytes, block.address))]
 
 
 class CachingAllocator:
@@ -156,7 +152,7 @@ class CachingAllocator:
         pool.add(block)
 
     def _best_fit(self, pool: _Pool, size: int) -> Block | None:
-        index = bisect_left(pool.free, (size, -1))  # type: ignore[type-var]
+        index = bisect_left(pool.free, (size, -1))
         if index == len(pool.free):
             return None
         # what can grow counts as larger than what cannot

@@ -1,9 +1,8 @@
 """What CUDA's allocator reserves for a training step, once it runs step after step.
 
 What is held is the lower bound. Memory that is free but in pieces of the wrong size comes on top.
-Two things that are no value of the graphs are added, because the allocator holds them: the workspace
-that cuBLAS has for the forward pass, and the one for the backward pass, which runs in a thread of
-its own. Not included are the CUDA context and the code of the kernels, which torch does not
+Two things that are no value of the graphs are added, because the allocator holds them: a workspace
+of cuBLAS for the forward pass, and one for the backward pass, which runs in a thread of its own. Not included are the CUDA context and the code of the kernels, which torch does not
 allocate, and what kernels use for themselves, such as the workspaces of cuDNN.
 """
 
@@ -12,8 +11,9 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
+from prac_fx.document.schema import Allocator
 from prac_fx.graph.nbytes import format_nbytes
-from prac_fx.memory.caching_allocator import MIB, Allocator, Block, CachingAllocator
+from prac_fx.memory.caching_allocator import MIB, Block, CachingAllocator
 from prac_fx.memory.requests import Request, Requests, StepRequests
 
 # Of one cuBLAS handle on GPUs of the generations Hopper and Blackwell; 8.1 MiB on older ones.

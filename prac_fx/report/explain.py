@@ -13,6 +13,8 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from prac_fx.compare.estimate import Progress, compare_alternatives
+from prac_fx.compare.gpu_fits import GpuFits, gpu_fits
+from prac_fx.compare.gpu_table import Gpu
 from prac_fx.compare.largest_batch import largest_batches
 from prac_fx.compare.measure import measure_alternatives
 from prac_fx.compare.ways import Alternative
@@ -20,8 +22,11 @@ from prac_fx.config import PracConfig
 from prac_fx.document.schema import Document
 from prac_fx.errors import ReportError
 from prac_fx.memory.analysis import AnalysedStep, analyse_step
+from prac_fx.memory.cuda_settings import AllocatorChoice, chosen_allocator
 from prac_fx.memory.fake_model import fake_mode_of, resized, without_meta
+from prac_fx.memory.reserved import Reserved
 from prac_fx.memory.step import Step
+from prac_fx.memory.tensors import tensors_of
 from prac_fx.memory.timeline import StepMemory
 from prac_fx.options import read_options
 from prac_fx.passes.plan_data import PlannedValue
@@ -44,6 +49,7 @@ class MemoryReport:
         alternatives: other ways to train the same model; empty when they were not asked for.
         measured_on: device that real steps ran on; empty when none did.
         fits: bytes that the largest batches fit; None when they were not asked for.
+        gpus: which GPUs the step fits; None when it was not asked for.
     """
 
     step: AnalysedStep
@@ -51,6 +57,7 @@ class MemoryReport:
     alternatives: tuple[Alternative, ...] = ()
     measured_on: str = ""
     fits: int | None = None
+    gpus: GpuFits | None = None
 
     @property
     def values(self) -> tuple[PlannedValue, ...]:
@@ -87,9 +94,21 @@ class MemoryReport:
         """Bytes of bases and sampled rows, held as long as the parameters."""
         return self.step.state_nbytes
 
+    @property
+    def reserved_before(self) -> Reserved | None:
+        """What CUDA's allocator reserves with plain Inductor; None where it was not asked for."""
+        return self.step.reserved_before
+
+    @property
+    def reserved_after(self) -> Reserved | None:
+        """Likewise with `backend="prac"`."""
+        return self.step.reserved_after
+
     def as_document(self) -> Document:
         """The report as plain data; the schema is `prac_fx.document.schema`."""
-        return document_of(self.step, self.config, self.alternatives, self.measured_on, self.fits)
+        return document_of(
+            self.step, self.config, self.alternatives, self.measured_on, self.fits, self.gpus
+        )
 
     def __str__(self) -> str:
         """The table that the command prints."""
@@ -149,6 +168,8 @@ def report_step(
     all_blocks: bool = False,
     progress: Progress | None = None,
     processes: int = 1,
+    allocator: AllocatorChoice | None = None,
+    gpus: Sequence[Gpu] | None = None,
 ) -> MemoryReport:
     """All that the memory report can say of one training step.
 
@@ -171,21 +192,26 @@ def report_step(
         progress: called with what is done next, steps done, and steps in all.
         processes: how many alternatives are analysed at a time, in forked processes; see
             `prac_fx.compare.forked_map`.
+        allocator: of CUDA, to find out what it reserves; None for the one that torch would use if
+            the tensors are on CUDA, or `gpus` are given. "none" for none.
+        gpus: find out which of them the step fits.
 
     Raises:
         PracOptionError: a bad option.
-        ReportError: an unknown optimizer, sizes that do not fit the inputs, nothing to
-            differentiate, `measure` with fake tensors, or `fits` without a batch dimension.
+        ReportError: an unknown optimizer or allocator, `gpus` without an allocator, sizes that do
+            not fit the inputs, nothing to differentiate, `measure` with fake tensors, or `fits`
+            without a batch dimension.
     """
     config, patches = read_options(options)
     model, args, kwargs, loss_fn = without_meta((model, tuple(args), dict(kwargs or {}), loss_fn))
     model, args, kwargs = resized(model, args, kwargs, batch, seq, dtype)
     step = Step(model, tuple(args), dict(kwargs), loss_fn, fake_mode_of((model, args, kwargs)))
+    used = chosen_allocator(allocator, tensors_of(step).all, for_gpus=gpus is not None)
     show = progress or _show_nothing
     if measure and step.fake_mode is not None:
         raise ReportError("measure: the model has fake tensors; build it with real ones to run it")
     show("the step", 0, 1)
-    analysed = analyse_step(step, config, patches, optimizer, all_blocks=all_blocks)
+    analysed = analyse_step(step, config, patches, optimizer, all_blocks=all_blocks, allocator=used)
     step = replace(step, captured=analysed.captured)
     rows: list[Alternative] = []
     if alternatives or fits is not None or measure:
@@ -198,7 +224,8 @@ def report_step(
     if measure:
         rows, measured_on = measure_alternatives(step, analysed, rows, patches, show)
     show("done", 1, 1)
-    return MemoryReport(analysed, config, tuple(rows), measured_on, fits)
+    fitting = None if gpus is None else gpu_fits(gpus, analysed)
+    return MemoryReport(analysed, config, tuple(rows), measured_on, fits, fitting)
 
 
 def _show_nothing(what: str, done: int, total: int) -> None:

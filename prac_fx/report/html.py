@@ -27,6 +27,8 @@ from prac_fx.report.wording import (
     AFTER,
     BEFORE,
     change_text,
+    cheapest_texts,
+    context_text,
     is_listed,
     nbytes_text,
     operator_text,
@@ -63,6 +65,7 @@ _FILTERS = {
         name: getattr(wording, name)
         for name in (
             "count_text",
+            "fits_text",
             "flops_text",
             "graphs_text",
             "inputs_text",
@@ -70,7 +73,9 @@ _FILTERS = {
             "name_text",
             "options_text",
             "position_text",
+            "price_text",
             "repeated_text",
+            "reserved_text",
             "share_text",
             "step_time_text",
             "tensor_text",
@@ -101,6 +106,7 @@ def as_html(document: Document) -> str:
         **_summary(document),
         **_step(document, chart),
         **_alternatives(document),
+        **_gpus(document),
         **_values(document),
     )
 
@@ -170,6 +176,7 @@ def _summary(document: Document) -> dict[str, Any]:
     ]
     return {
         "figures": figures,
+        "reserved": document.get("reserved"),
         "fixed": [(name, nbytes) for name, nbytes in fixed if nbytes is not None],
     }
 
@@ -264,6 +271,18 @@ def _alternatives(document: Document) -> dict[str, Any]:
         ],
         "has_batch": document["fits_nbytes"] is not None,
         "has_measured": document["measured"] is not None,
+    }
+
+
+def _gpus(document: Document) -> dict[str, Any]:
+    gpus = document.get("gpus")
+    if gpus is None:
+        return {"gpus": None}
+    return {
+        "gpus": gpus,
+        "has_prices": any(gpu["price_per_hour"] is not None for gpu in gpus["rows"]),
+        "cheapest": cheapest_texts(gpus),
+        "context": context_text(gpus),
     }
 
 
