@@ -2,8 +2,9 @@
 
 What is held is the lower bound. Memory that is free but in pieces of the wrong size comes on top.
 Two things that are no value of the graphs are added, because the allocator holds them: a workspace
-of cuBLAS for the forward pass, and one for the backward pass, which runs in a thread of its own. Not included are the CUDA context and the code of the kernels, which torch does not
-allocate, and what kernels use for themselves, such as the workspaces of cuDNN.
+of cuBLAS for the forward pass, and one for the backward pass, which runs in a thread of its own.
+Not included are the CUDA context and the code of the kernels, which torch does not allocate, and
+what kernels use for themselves, such as the workspaces of cuDNN.
 """
 
 from __future__ import annotations
