@@ -65,7 +65,7 @@ class AllocationTracker(TorchDispatchMode):  # type: ignore[no-untyped-call]
     def _free(self, key: int, nbytes: int, block: int | None) -> None:
         self._known.discard(key)
         self.nbytes -= nbytes
-        if self._log is not None and block is not None:
+        if self._log is not None:
             self._log.free(block, nbytes)
 
 

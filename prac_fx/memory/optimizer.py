@@ -70,8 +70,9 @@ def optimizer_memory(name: str, parameters: Iterable[Tensor]) -> OptimizerMemory
     # torch chooses foreach by the device, but not for fake tensors
     foreach = all(parameter.device.type in ("cuda", "xpu") for parameter in parameters)
     with torch.device("cpu"), FakeTensorMode():
-        optimizer, known = _optimizer_of(name, parameters, foreach)
-        with AllocationTracker(known) as first:
+        fakes = _with_gradients(parameters)
+        with AllocationTracker(_known(fakes)) as first:
+            optimizer = OPTIMIZERS[name](fakes, foreach=foreach)  # Adagrad has its state now
             optimizer.step()
         state = first.nbytes
         first.peak_nbytes = 0
@@ -88,15 +89,16 @@ def optimizer_requests(name: str, parameters: Iterable[Tensor]) -> tuple[Request
         parameters: the trained ones.
 
     Returns:
-        In its first step, which makes its state, and in each later one.
+        In its first step, with the state that it or the constructor makes, and in each later one.
     """
     parameters = list(parameters)
     if OPTIMIZERS[name] is None or not parameters:
         return (), ()
     log = RequestLog()
     with torch.device("cpu"), FakeTensorMode():
-        optimizer, known = _optimizer_of(name, parameters, True, _CUDA)
-        with AllocationTracker(known, log):
+        fakes = _with_gradients(parameters, _CUDA)
+        with AllocationTracker(_known(fakes), log):
+            optimizer = OPTIMIZERS[name](fakes, foreach=True)
             optimizer.step()
             first = log.taken()
             optimizer.step()
@@ -104,18 +106,19 @@ def optimizer_requests(name: str, parameters: Iterable[Tensor]) -> tuple[Request
     return first, later
 
 
-def _optimizer_of(
-    name: str, parameters: Iterable[Tensor], foreach: bool, device: torch.device | None = None
-) -> tuple[Any, list[Tensor]]:
-    """An optimizer on fake copies of parameters, with these and their gradients.
-
-    Counts of steps are made on the default device, which a caller may have set to "meta".
-    """
+def _with_gradients(
+    parameters: Iterable[Tensor], device: torch.device | None = None
+) -> list[nn.Parameter]:
+    """Fake copies of parameters, on another device if one is given."""
     fakes = [nn.Parameter(_like(parameter, device)) for parameter in parameters]
     for fake in fakes:
         fake.grad = torch.empty_like(fake)
-    optimizer = OPTIMIZERS[name](fakes, foreach=foreach)
-    return optimizer, [*fakes, *(_gradient(fake) for fake in fakes)]
+    return fakes
+
+
+def _known(fakes: Iterable[nn.Parameter]) -> list[Tensor]:
+    """What the optimizer has not made."""
+    return [tensor for fake in fakes for tensor in (fake, _gradient(fake))]
 
 
 def _like(parameter: Tensor, device: torch.device | None) -> Tensor:

@@ -53,9 +53,9 @@ class RequestLog:
             self.requests.append(Request(self._count, nbytes))
         return self._count
 
-    def free(self, block: int, nbytes: int) -> None:
-        """Free a block of this number and size."""
-        if nbytes:
+    def free(self, block: int | None, nbytes: int) -> None:
+        """Free a block of this number and size; None is no block."""
+        if nbytes and block is not None:
             self.requests.append(Request(block, 0))
 
     def taken(self) -> Requests:

@@ -76,7 +76,7 @@ def step_memory(step: StepPlan) -> StepMemory:
 @dataclass
 class _Held:
     live: Live
-    block: int
+    block: int | None
     holders: set[_Key] = field(default_factory=set)
 
 
@@ -116,7 +116,7 @@ class _Simulation:
     def left_over(self) -> Requests:
         """Free what the next step does not find: gradients, and what the forward pass returned."""
         for held in self.held.values():
-            if ("always",) not in held.holders and held.live.category != "optimizer":
+            if ("always",) not in held.holders:
                 self.log.free(held.block, held.live.nbytes)
         return self.log.taken()
 
@@ -216,21 +216,25 @@ class _Simulation:
 
     def _hold(self, key: _Key, live: Live, holder: _Key) -> None:
         if key not in self.held:
-            self.held[key] = _Held(live, self._block_of(live))
+            self.held[key] = _Held(live, self._block_of(live, holder))
             self.sums[live.category] += live.nbytes
         self.held[key].holders.add(holder)
 
-    def _block_of(self, live: Live) -> int:
-        """The block that something new is in: one that is handed over, or a new one."""
-        if live.category == "optimizer":  # its requests are known one by one, from elsewhere
-            return 0
+    def _block_of(self, live: Live, holder: _Key) -> int | None:
+        """The block that something new is in: one that is handed over, or a new one.
+
+        None for what is never freed or not one block, and for the optimizer, whose requests are
+        those of `prac_fx.memory.optimizer.optimizer_requests`.
+        """
+        if live.category == "optimizer" or holder == ("optimizer",):
+            return None
         for held in self.handed_over:
             if held.live.nbytes == live.nbytes:
                 self.handed_over.remove(held)
                 return held.block
         for part in live.parts:
             self.log.allocate(part)
-        return 0 if live.parts else self.log.allocate(live.nbytes)
+        return None if live.parts else self.log.allocate(live.nbytes)
 
     def _release(self, key: _Key, holder: _Key, is_handed_over: bool = False) -> None:
         held = self.held.get(key)
