@@ -7,6 +7,7 @@ import logging
 from collections import Counter
 from collections.abc import Callable
 from typing import Any
+from unittest.mock import patch
 
 import pytest
 import torch
@@ -25,6 +26,8 @@ from prac_fx.graph.origin import Origin
 from prac_fx.memory import analysis, repeated_blocks
 from prac_fx.memory.identical_blocks import identical_blocks, with_few_blocks
 from prac_fx.memory.repeated_blocks import Cuts, Repeated, _even_cuts
+from prac_fx.memory.requests import StepRequests, held_after
+from prac_fx.memory.reserved import WORKSPACE_NBYTES
 from prac_fx.memory.timeline import Event, Live
 from prac_fx.passes.plan_data import PlannedValue
 from prac_fx.report.explain import MemoryReport, report_step
@@ -69,17 +72,40 @@ class Deep(nn.Module):
 
 def _report(model: nn.Module, all_blocks: bool = False) -> MemoryReport:
     torch._dynamo.reset()
-    return report_step(model, (torch.arange(1024) % 96,), options=OPTIONS, all_blocks=all_blocks)
+    inputs = (torch.arange(1024) % 96,)
+    return report_step(
+        model, inputs, options=OPTIONS, all_blocks=all_blocks, allocator="cuda-expandable"
+    )
+
+
+# The requests of which `reserved_memory` was told: plain Inductor's and ours.
+Asked = list[StepRequests]
+
+
+def _recorded(all_blocks: bool) -> tuple[MemoryReport, Asked]:
+    with patch.object(analysis, "reserved_memory", wraps=analysis.reserved_memory) as called:
+        report = _report(Deep(), all_blocks)
+    return report, [call.args[0] for call in called.call_args_list]
 
 
 @pytest.fixture(scope="module")
-def few() -> MemoryReport:
-    return _report(Deep())
+def recorded_few() -> tuple[MemoryReport, Asked]:
+    return _recorded(all_blocks=False)
 
 
 @pytest.fixture(scope="module")
-def whole() -> MemoryReport:
-    return _report(Deep(), all_blocks=True)
+def recorded_whole() -> tuple[MemoryReport, Asked]:
+    return _recorded(all_blocks=True)
+
+
+@pytest.fixture(scope="module")
+def few(recorded_few: tuple[MemoryReport, Asked]) -> MemoryReport:
+    return recorded_few[0]
+
+
+@pytest.fixture(scope="module")
+def whole(recorded_whole: tuple[MemoryReport, Asked]) -> MemoryReport:
+    return recorded_whole[0]
 
 
 def test_a_few_blocks_are_analysed(few: MemoryReport, whole: MemoryReport) -> None:
@@ -129,6 +155,37 @@ def test_the_peak_is_off_by_temporary_memory_of_a_block_at_most(
     for category in ("parameters", "inputs", "optimizer"):
         assert estimate.peak.nbytes[category] == exact.peak.nbytes[category]
     assert estimate.events[-1].nbytes == exact.events[-1].nbytes
+
+
+@pytest.mark.parametrize("which", ["few", "whole"])
+def test_requests_add_up_to_what_is_held_at_each_event(
+    request: pytest.FixtureRequest, which: str
+) -> None:
+    report, asked = request.getfixturevalue(f"recorded_{which}")
+    for memory, requests in zip((report.before, report.after), asked, strict=True):
+        assert len(requests.events) == len(memory.events)
+        constants = sum(nbytes for _, nbytes in requests.constants)
+        held: dict[int, int] = {}
+        for event, group in zip(memory.events[:-1], requests.events, strict=False):
+            held = held_after(group, held)
+            expected = event.total - event.nbytes["optimizer"]
+            assert constants + sum(held.values()) == expected, event.node
+        assert held_after((*requests.events[-1], *requests.end), held) == {}
+        # one matmul of each pass is the first
+        phases = [memory.events[index].phase for index in requests.first_matmuls]
+        assert phases == ["forward", "backward"]
+
+
+@pytest.mark.parametrize("side", ["before", "after"])
+def test_what_is_reserved_is_nearly_that_of_the_whole_model(
+    few: MemoryReport, whole: MemoryReport, side: str
+) -> None:
+    estimate, exact = getattr(few, f"reserved_{side}"), getattr(whole, f"reserved_{side}")
+    assert estimate.nbytes == pytest.approx(exact.nbytes, abs=20 * 2**20)  # a segment
+    assert estimate.allocated_nbytes == pytest.approx(exact.allocated_nbytes, rel=0.02)
+    # two workspaces of cuBLAS are in it
+    peak = getattr(few, side).peak.total
+    assert peak + 2 * WORKSPACE_NBYTES <= estimate.nbytes <= peak + 4 * WORKSPACE_NBYTES
 
 
 def test_every_format_says_so(few: MemoryReport, whole: MemoryReport) -> None:

@@ -620,6 +620,32 @@ def test_bad_flags(
     assert message in _error(capsys, encodable, flag)
 
 
+def test_gpus_of_a_table_that_a_model_on_the_cpu_would_fit(
+    capsys: pytest.CaptureFixture[str], encodable: str, tmp_path: Path
+) -> None:
+    table = tmp_path / "gpus.csv"
+    table.write_text("name,memory_gib,price_per_hour\nlarge,8,1.5\nsmall,1.01,1\n")
+    found = _json(capsys, encodable, "--gpus", str(table))
+    assert found["device"] == "cpu"
+    assert found["reserved"]["allocator"] == "cuda"
+    for side in ("before", "after"):
+        reserved = found["reserved"][side]
+        assert found["peak"][side]["nbytes"] < reserved["allocated_nbytes"] <= reserved["nbytes"]
+    # two workspaces of 32 MiB are more than a hundredth of a GiB, and 1 GiB is left free
+    assert [gpu["name"] for gpu in found["gpus"]["rows"]] == ["small", "large"]
+    assert [gpu["fits_before"] for gpu in found["gpus"]["rows"]] == [False, True]
+    assert found["gpus"]["cheapest_after"] == "large"
+
+
+def test_what_is_reserved_is_told_on_request(
+    capsys: pytest.CaptureFixture[str], encodable: str
+) -> None:
+    assert "reserved" not in _json(capsys, encodable)
+    found = _json(capsys, encodable, "--allocator", "cuda-expandable")
+    assert found["reserved"]["allocator"] == "cuda-expandable"
+    assert "gpus" not in found
+
+
 def test_one_policy_alone_can_be_fitted(capsys: pytest.CaptureFixture[str], encodable: str) -> None:
     rows = _json(capsys, encodable, "--fits=64MiB", "prac.policy=max")["alternatives"]
     assert [row["name"] for row in rows] == ["inductor", "prac max"]

@@ -6,7 +6,6 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor, nn
 
 from prac_fx.errors import ReportError
 from prac_fx.graph.origin import Origin
@@ -24,9 +23,7 @@ from prac_fx.memory.timeline import Live
 def _requests(*mib: int) -> Requests:
     """Blocks 1, 2, ... of so many MiB; a negative number frees that block."""
     numbers = iter(range(1, len(mib) + 1))
-    return tuple(
-        Request(-one, 0) if one < 0 else Request(next(numbers), one * MIB) for one in mib
-    )
+    return tuple(Request(-one, 0) if one < 0 else Request(next(numbers), one * MIB) for one in mib)
 
 
 # a step that allocates 100 MiB for a while
