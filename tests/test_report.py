@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from prac_fx import PracConfig, __version__
+from prac_fx.compare.gpu_table import shipped_gpus
 from prac_fx.errors import ReportError
 from prac_fx.memory import analysis
 from prac_fx.memory.fake_model import build_model
@@ -161,13 +162,15 @@ def test_flags_reach_the_analysis(
         "--optimizer=sgd",
         "--processes=2",
         "--all-blocks",
+        "--allocator=cuda-expandable",
+        "--gpus",
     )
     assert main([encodable, "prac.seed=3", *flags]) == 2
     assert capsys.readouterr().err == "prac_fx.report: enough\n"
     expected = {
         "options": {"prac.seed": 3}, "loss_fn": None, "fits": 2**30, "measure": True, "batch": 4, "seq": 8,
         "dtype": "bfloat16", "optimizer": "sgd", "alternatives": True, "processes": 2,
-        "all_blocks": True,
+        "all_blocks": True, "allocator": "cuda-expandable", "gpus": shipped_gpus(),
     }  # fmt: skip
     assert callable(seen.pop("progress"))
     assert seen == expected

@@ -217,10 +217,10 @@ def test_what_is_reserved_and_which_gpus_fit() -> None:
     assert ["large", "2.0 GiB", "-", "fits", "fits"] in rows
     page = _Page(as_html(with_gpus()))
     for text in (
-        "never in use at once, 7.0 MiB and 2.0 MiB",
+        "7.0 MiB and 2.0 MiB of it are free even at the peak",
         "plain Inductor: the cheapest that fits is large, the least memory",
         'backend="prac": the cheapest that fits is small, 0.50 an hour',
-        "and 1.0 GiB for the CUDA context",
+        "and for 1.0 GiB of CUDA context",
     ):
         assert text in " ".join(out.split()), text
         assert text in " ".join(page.text.split()), text

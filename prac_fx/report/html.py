@@ -34,6 +34,7 @@ from prac_fx.report.wording import (
     operator_text,
     position_text,
     reason_codes,
+    reserved_text,
     tensor_text,
     value_name,
 )
@@ -75,7 +76,6 @@ _FILTERS = {
             "position_text",
             "price_text",
             "repeated_text",
-            "reserved_text",
             "share_text",
             "step_time_text",
             "tensor_text",
@@ -165,6 +165,11 @@ def _summary(document: Document) -> dict[str, Any]:
         at_peak = [_categories_at_peak(timeline["before"]), _categories_at_peak(timeline["after"])]
         where = f"With {AFTER} in {position_text(peak['after'])}."
         figures.insert(0, _figure("Estimated peak", *peaks, at_peak, where))
+        reserved = document.get("reserved")
+        if reserved is not None:  # as bars with gaps: what is held at the peak, and what is free
+            pair = reserved["before"]["nbytes"], reserved["after"]["nbytes"]
+            note = reserved_text(reserved)
+            figures.insert(1, _figure("Reserved by the CUDA allocator", *pair, at_peak, note))
     fixed = [
         ("Parameters", totals["parameters_nbytes"]),
         ("Gradients", totals["gradients_nbytes"]),
@@ -176,7 +181,6 @@ def _summary(document: Document) -> dict[str, Any]:
     ]
     return {
         "figures": figures,
-        "reserved": document.get("reserved"),
         "fixed": [(name, nbytes) for name, nbytes in fixed if nbytes is not None],
     }
 

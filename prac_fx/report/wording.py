@@ -179,14 +179,14 @@ STEP_TIME_NOTE = (
 def reserved_text(reserved: ReservedPair) -> str:
     """Under which settings it is reserved, how much of it is of no use, and what it leaves out."""
     settings = {"cuda": "default settings", "cuda-expandable": "expandable_segments:True"}
-    unused = [
+    free = [
         nbytes_text(max(0, side["nbytes"] - side["allocated_nbytes"]))
         for side in (reserved["before"], reserved["after"])
     ]
     return (
-        f"reserved: after some steps, with {settings[reserved['allocator']]}; in pieces that are "
-        f"never in use at once, {unused[0]} and {unused[1]}. Two workspaces of cuBLAS are counted. "
-        "The CUDA context, libraries and workspaces of other kernels are not"
+        f"Reserved: once steps need no more, with {settings[reserved['allocator']]}. "
+        f"{free[0]} and {free[1]} of it are free even at the peak. Two workspaces of cuBLAS are "
+        "counted. The CUDA context, libraries and workspaces of other kernels are not."
     )
 
 
@@ -218,8 +218,9 @@ def cheapest_texts(gpus: Gpus) -> list[str]:
 def context_text(gpus: Gpus) -> str:
     """What is left free."""
     return (
-        f"fits: what the CUDA allocator reserves, and {nbytes_text(gpus['context_nbytes'])} for "
-        "the CUDA context, libraries and workspaces. These are estimates"
+        "Fits: there is room for what the CUDA allocator reserves, and for "
+        f"{nbytes_text(gpus['context_nbytes'])} of CUDA context, libraries and workspaces. These "
+        "are estimates."
     )
 
 
