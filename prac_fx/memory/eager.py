@@ -21,7 +21,8 @@ class AllocationTracker(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
     Args:
         known: tensors that do not count.
-        log: also write down in which order storages on CUDA come and go.
+        log: also write down in which order storages come and go. Those of single numbers are left
+            out: optimizers have their counts of steps on the CPU.
 
     Attributes:
         nbytes: held now.
@@ -58,7 +59,7 @@ class AllocationTracker(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self._known.add(key)
         self.nbytes += nbytes
         block = None
-        if self._log is not None and tensor.device.type == "cuda":
+        if self._log is not None and tensor.dim():
             block = self._log.allocate(nbytes)
         weakref.finalize(tensor.untyped_storage(), self._free, key, nbytes, block)
 

@@ -30,10 +30,6 @@ OPTIMIZERS: Mapping[str, Any] = {
 }
 
 
-# FakeTensorMode knows no GPU where torch finds none, but makes tensors of this device all the same.
-_CUDA = torch.device("cuda", 0)
-
-
 @dataclass(frozen=True)
 class OptimizerMemory:
     """Bytes of an optimizer.
@@ -96,7 +92,8 @@ def optimizer_requests(name: str, parameters: Iterable[Tensor]) -> tuple[Request
         return (), ()
     log = RequestLog()
     with torch.device("cpu"), FakeTensorMode():
-        fakes = _with_gradients(parameters, _CUDA)
+        # on CUDA they would be the same, but fake tensors initialise it, and no fork survives that
+        fakes = _with_gradients(parameters, torch.device("cpu"))
         with AllocationTracker(_known(fakes), log):
             optimizer = OPTIMIZERS[name](fakes, foreach=True)
             optimizer.step()
