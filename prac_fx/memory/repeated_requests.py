@@ -33,8 +33,13 @@ def requests_of_all_blocks(
     """
     events_of_few, few = step_requests(step)
     backward = next(i for i, event in enumerate(events_of_few) if event.phase == "backward")
-    repetition = _Repetition(few, cuts_of(step, repeated), backward)
+    cuts = cuts_of(step, repeated)
+    repetition = _Repetition(few, cuts, backward, cuts.growth(events_of_few, True, "saved"))
     return repetition.run(repeated.more, first_matmuls(events))
+
+
+# Stands for a block of the few that the repeated part does not make.
+_ELSEWHERE = -1
 
 
 class _Repetition:
@@ -42,14 +47,16 @@ class _Repetition:
 
     Attributes:
         backward: the first event of the backward pass of the few.
+        saved_nbytes: what each block saves. Some of it may be made outside of the repeated part.
         aside: for each repetition of the forward part what backward needs of it.
         gradients: blocks that stay until the step is over.
     """
 
-    def __init__(self, few: StepRequests, cuts: Cuts, backward: int) -> None:
+    def __init__(self, few: StepRequests, cuts: Cuts, backward: int, saved_nbytes: int) -> None:
         self.few = few
         self.cuts = cuts
         self.backward = backward
+        self.saved_nbytes = saved_nbytes
         self.log = RequestLog()
         self.done: list[Requests] = []
         self.numbers: dict[int, int] = {}
@@ -104,8 +111,12 @@ class _Repetition:
                 self._free(self.numbers.pop(block))
 
     def _allocate(self, block: int, nbytes: int) -> None:
+        self.numbers[block] = self._new(nbytes)
+
+    def _new(self, nbytes: int) -> int:
         number = self.log.allocate(nbytes)
-        self.numbers[block], self.sizes[number] = number, nbytes
+        self.sizes[number] = nbytes
+        return number
 
     def _free(self, number: int) -> None:
         self.log.free(number, self.sizes.pop(number))
@@ -126,6 +137,9 @@ class _Repetition:
             self.numbers[role] = self.numbers.pop(block)
         for block in put_aside.keys() - then.keys():
             del self.numbers[block]
+        elsewhere = self.saved_nbytes - sum(self.sizes[one] for one in put_aside.values())
+        if elsewhere > 0:
+            put_aside[_ELSEWHERE] = self._new(elsewhere)
         self.aside.append(put_aside)
         self._take_roles(passing, then.keys() - now.keys(), {**now, **then})
 
@@ -134,7 +148,12 @@ class _Repetition:
         missing = set(then.keys() - now.keys())
         for block in missing & saved.keys():
             self.numbers[block] = saved.pop(block)
-            missing.remove(block)
+        missing -= self.numbers.keys()
+        # what is made elsewhere, too
+        sizes = {**then, **{block: self.sizes[number] for block, number in saved.items()}}
+        for block, role in _pairs(saved, missing, sizes).items():
+            self.numbers[role] = saved.pop(block)
+        missing -= self.numbers.keys()
         passing = []
         for block in now.keys() - then.keys():
             if self.freed_at[block] == len(self.few.events):
