@@ -124,6 +124,10 @@ class _Repetition:
     # -- where a part begins again ----------------------------------------------------------------
 
     def _begin_forward_again(self, now: Mapping[int, int], then: Mapping[int, int]) -> None:
+        """From what is held at the end of the part (bytes by block) to what was at its beginning.
+
+        What the part has made and backward frees is put aside, so that the part can make it again.
+        """
         made = sorted(now.keys() - then.keys())
         passing = [block for block in made if self.freed_at[block] < self.backward]
         put_aside = {block: self.numbers[block] for block in made if self._is_freed_again(block)}
@@ -144,6 +148,7 @@ class _Repetition:
         self._take_roles(passing, then.keys() - now.keys(), {**now, **then})
 
     def _begin_backward_again(self, now: Mapping[int, int], then: Mapping[int, int]) -> None:
+        """Likewise in backward, which finds what the forward pass has put aside last."""
         saved = self.aside.pop()
         missing = set(then.keys() - now.keys())
         for block in missing & saved.keys():
@@ -155,7 +160,7 @@ class _Repetition:
             self.numbers[role] = saved.pop(block)
         missing -= self.numbers.keys()
         passing = []
-        for block in now.keys() - then.keys():
+        for block in sorted(now.keys() - then.keys()):
             if self.freed_at[block] == len(self.few.events):
                 self.gradients.append(self.numbers.pop(block))
             else:
