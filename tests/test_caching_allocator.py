@@ -7,6 +7,7 @@ import random
 
 import pytest
 
+from benchmarks.reserved import replayed
 from prac_fx.memory.caching_allocator import KIB, MIB, Block, CachingAllocator
 
 
@@ -155,6 +156,29 @@ def test_recorded_requests_take_what_they_took(name: str) -> None:
         else:
             allocator.free(blocks[-nbytes])
         assert allocator.reserved_nbytes - before == taken * MIB
+
+
+@pytest.mark.parametrize(
+    ("address", "taken", "differing", "misplaced"),
+    [(5120, 12 * MIB, 0, 0), (6144, 12 * MIB, 0, 1), (5120, 14 * MIB, 2, 0)],
+)
+def test_a_recording_is_compared_request_by_request(
+    address: int, taken: int, differing: int, misplaced: int
+) -> None:
+    trace = [
+        ["segment_alloc", 4096, 2 * MIB, 0],
+        ["alloc", 4096, 1000, 0],
+        ["alloc", address, 512, 0],
+        ["segment_alloc", 100 * MIB, taken, 0],
+        ["alloc", 100 * MIB, 12 * MIB, 0],
+        ["free_requested", 4096, 1000, 0],
+        ["free_completed", 4096, 1000, 0],
+        ["alloc", 4096, 700, 0],
+    ]
+    found = replayed({"conf": "", "trace": trace})
+    assert found["requests"] == 4
+    assert (found["reserved_differs"], found["place_differs"]) == (differing, misplaced)
+    assert found["reserved_simulated"] == 14 * MIB
 
 
 def test_mistakes() -> None:

@@ -228,6 +228,15 @@ def test_what_is_reserved_and_which_gpus_fit() -> None:
     assert "GPUs that the step fits" not in as_html(document())
 
 
+def test_what_is_reserved_is_compared_where_both_reports_know_it(
+    capsys: pytest.CaptureFixture[str], save: Save
+) -> None:
+    both = [save(with_gpus(), "a.json"), save(with_gpus(), "b.json")]
+    out = _printed(capsys, "--compare", *both)
+    assert re.search(r"^reserved before +80\.0 MiB +80\.0 MiB$", out, re.MULTILINE)
+    assert "reserved" not in _printed(capsys, "--compare", both[0], save(name="c.json"))
+
+
 def test_without_prices_there_is_no_column_for_them() -> None:
     made = with_gpus()
     for gpu in made["gpus"]["rows"]:
