@@ -105,6 +105,37 @@ def document(**changes: Any) -> Document:
     return {**made, **changes}  # type: ignore[typeddict-item]
 
 
+def with_gpus(**changes: Any) -> Document:
+    """The document with what is reserved, and two GPUs of which the smaller one has a price."""
+    reserved: Any = {
+        "allocator": "cuda",
+        "before": {"nbytes": 80 * MIB, "first_nbytes": 60 * MIB, "allocated_nbytes": 73 * MIB},
+        "after": {"nbytes": 70 * MIB, "first_nbytes": 70 * MIB, "allocated_nbytes": 68 * MIB},
+    }
+    gpus: Any = {
+        "context_nbytes": 1024 * MIB,
+        "rows": [
+            {
+                "name": "small",
+                "memory_nbytes": 1100 * MIB,
+                "price_per_hour": 0.5,
+                "fits_before": False,
+                "fits_after": True,
+            },
+            {
+                "name": "large",
+                "memory_nbytes": 2048 * MIB,
+                "price_per_hour": None,
+                "fits_before": True,
+                "fits_after": True,
+            },
+        ],
+        "cheapest_before": "large",
+        "cheapest_after": "small",
+    }
+    return document(reserved=reserved, gpus=gpus, **changes)
+
+
 def layer_value(number: int) -> Value:
     """One of the values that differ only in the number of their layer."""
     return value(

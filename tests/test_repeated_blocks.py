@@ -7,6 +7,7 @@ import logging
 from collections import Counter
 from collections.abc import Callable
 from typing import Any
+from unittest.mock import patch
 
 import pytest
 import torch
@@ -17,6 +18,7 @@ from prac_fx.compare.ways import (
     Alternative,
     Way,
     analyse_way,
+    checkpointed,
     ways_to_train,
     without_values,
 )
@@ -24,7 +26,10 @@ from prac_fx.config import PracConfig
 from prac_fx.graph.origin import Origin
 from prac_fx.memory import analysis, repeated_blocks
 from prac_fx.memory.identical_blocks import identical_blocks, with_few_blocks
-from prac_fx.memory.repeated_blocks import Repeated, _Cuts, _even_cuts
+from prac_fx.memory.repeated_blocks import Cuts, Repeated, _even_cuts
+from prac_fx.memory.requests import StepRequests, held_after
+from prac_fx.memory.reserved import WORKSPACE_NBYTES
+from prac_fx.memory.step import Step
 from prac_fx.memory.timeline import Event, Live
 from prac_fx.passes.plan_data import PlannedValue
 from prac_fx.report.explain import MemoryReport, report_step
@@ -69,17 +74,40 @@ class Deep(nn.Module):
 
 def _report(model: nn.Module, all_blocks: bool = False) -> MemoryReport:
     torch._dynamo.reset()
-    return report_step(model, (torch.arange(1024) % 96,), options=OPTIONS, all_blocks=all_blocks)
+    inputs = (torch.arange(1024) % 96,)
+    return report_step(
+        model, inputs, options=OPTIONS, all_blocks=all_blocks, allocator="cuda-expandable"
+    )
+
+
+# The requests of which `reserved_memory` was told: plain Inductor's and ours.
+Asked = list[StepRequests]
+
+
+def _recorded(all_blocks: bool, model: nn.Module | None = None) -> tuple[MemoryReport, Asked]:
+    with patch.object(analysis, "reserved_memory", wraps=analysis.reserved_memory) as called:
+        report = _report(model or Deep(), all_blocks)
+    return report, [call.args[0] for call in called.call_args_list]
 
 
 @pytest.fixture(scope="module")
-def few() -> MemoryReport:
-    return _report(Deep())
+def recorded_few() -> tuple[MemoryReport, Asked]:
+    return _recorded(all_blocks=False)
 
 
 @pytest.fixture(scope="module")
-def whole() -> MemoryReport:
-    return _report(Deep(), all_blocks=True)
+def recorded_whole() -> tuple[MemoryReport, Asked]:
+    return _recorded(all_blocks=True)
+
+
+@pytest.fixture(scope="module")
+def few(recorded_few: tuple[MemoryReport, Asked]) -> MemoryReport:
+    return recorded_few[0]
+
+
+@pytest.fixture(scope="module")
+def whole(recorded_whole: tuple[MemoryReport, Asked]) -> MemoryReport:
+    return recorded_whole[0]
 
 
 def test_a_few_blocks_are_analysed(few: MemoryReport, whole: MemoryReport) -> None:
@@ -129,6 +157,49 @@ def test_the_peak_is_off_by_temporary_memory_of_a_block_at_most(
     for category in ("parameters", "inputs", "optimizer"):
         assert estimate.peak.nbytes[category] == exact.peak.nbytes[category]
     assert estimate.events[-1].nbytes == exact.events[-1].nbytes
+
+
+@pytest.mark.parametrize("which", ["few", "whole"])
+def test_requests_add_up_to_what_is_held_at_each_event(
+    request: pytest.FixtureRequest, which: str
+) -> None:
+    report, asked = request.getfixturevalue(f"recorded_{which}")
+    _assert_they_add_up(report, asked)
+    for memory, requests in zip((report.before, report.after), asked, strict=True):
+        phases = [memory.events[index].phase for index in requests.first_matmuls]
+        assert phases == ["forward", "backward"]
+
+
+def test_requests_add_up_where_no_part_of_forward_shows_what_a_block_saves() -> None:
+    inputs = (torch.arange(1024) % 96,)
+    model: Any = checkpointed(Step(Deep(), inputs, {})).model
+    report, asked = _recorded(all_blocks=False, model=model)
+    assert report.step.repeated == Repeated("blocks", BLOCKS)
+    _assert_they_add_up(report, asked * (3 - len(asked)))  # nothing may be encoded
+
+
+def _assert_they_add_up(report: MemoryReport, asked: Asked) -> None:
+    for memory, requests in zip((report.before, report.after), asked, strict=True):
+        assert len(requests.events) == len(memory.events)
+        constants = sum(nbytes for _, nbytes in requests.constants)
+        held: dict[int, int] = {}
+        for event, group in zip(memory.events[:-1], requests.events, strict=False):
+            held = held_after(group, held)
+            expected = event.total - event.nbytes["optimizer"]
+            assert constants + sum(held.values()) == expected, event.node
+        assert held_after((*requests.events[-1], *requests.end), held) == {}
+
+
+@pytest.mark.parametrize("side", ["before", "after"])
+def test_what_is_reserved_is_nearly_that_of_the_whole_model(
+    few: MemoryReport, whole: MemoryReport, side: str
+) -> None:
+    estimate, exact = getattr(few, f"reserved_{side}"), getattr(whole, f"reserved_{side}")
+    assert estimate.nbytes == pytest.approx(exact.nbytes, abs=20 * 2**20)  # a segment
+    assert estimate.allocated_nbytes == pytest.approx(exact.allocated_nbytes, rel=0.02)
+    # two workspaces of cuBLAS are in it
+    peak = getattr(few, side).peak.total
+    assert peak + 2 * WORKSPACE_NBYTES <= estimate.nbytes <= peak + 4 * WORKSPACE_NBYTES
 
 
 def test_every_format_says_so(few: MemoryReport, whole: MemoryReport) -> None:
@@ -364,7 +435,7 @@ def test_a_pass_that_does_not_show_what_a_block_saves_is_told_by_the_other(
     middle = [Live("a", "saved", "blocks.2.up", held - 5), Live("b", "saved", "blocks.2", 5)]
     others = [Live("c", "saved", "blocks.1", 70), Live("d", "temporary", "blocks.2", 80)]
     monkeypatch.setattr(repeated_blocks, "held_at", lambda *_: [*middle, *others])
-    cuts = _Cuts((0, 1), (2, 3))
+    cuts = Cuts((0, 1), (2, 3))
     found = _even_cuts(None, events, cuts, Repeated("blocks", 12))  # type: ignore[arg-type]
     assert (found and found.saved) == expected
     if found is not None:

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from prac_fx import PracConfig, __version__
+from prac_fx.compare.gpu_table import shipped_gpus
 from prac_fx.errors import ReportError
 from prac_fx.memory import analysis
 from prac_fx.memory.fake_model import build_model
@@ -161,13 +162,15 @@ def test_flags_reach_the_analysis(
         "--optimizer=sgd",
         "--processes=2",
         "--all-blocks",
+        "--allocator=cuda-expandable",
+        "--gpus",
     )
     assert main([encodable, "prac.seed=3", *flags]) == 2
     assert capsys.readouterr().err == "prac_fx.report: enough\n"
     expected = {
         "options": {"prac.seed": 3}, "loss_fn": None, "fits": 2**30, "measure": True, "batch": 4, "seq": 8,
         "dtype": "bfloat16", "optimizer": "sgd", "alternatives": True, "processes": 2,
-        "all_blocks": True,
+        "all_blocks": True, "allocator": "cuda-expandable", "gpus": shipped_gpus(),
     }  # fmt: skip
     assert callable(seen.pop("progress"))
     assert seen == expected
@@ -618,6 +621,32 @@ def test_bad_flags(
     capsys: pytest.CaptureFixture[str], encodable: str, flag: str, message: str
 ) -> None:
     assert message in _error(capsys, encodable, flag)
+
+
+def test_gpus_of_a_table_that_a_model_on_the_cpu_would_fit(
+    capsys: pytest.CaptureFixture[str], encodable: str, tmp_path: Path
+) -> None:
+    table = tmp_path / "gpus.csv"
+    table.write_text("name,memory_gib,price_per_hour\nlarge,8,1.5\nsmall,1.01,1\n")
+    found = _json(capsys, encodable, "--gpus", str(table))
+    assert found["device"] == "cpu"
+    assert found["reserved"]["allocator"] == "cuda"
+    for side in ("before", "after"):
+        reserved = found["reserved"][side]
+        assert found["peak"][side]["nbytes"] < reserved["allocated_nbytes"] <= reserved["nbytes"]
+    # two workspaces of 32 MiB are more than a hundredth of a GiB, and 1 GiB is left free
+    assert [gpu["name"] for gpu in found["gpus"]["rows"]] == ["small", "large"]
+    assert [gpu["fits_before"] for gpu in found["gpus"]["rows"]] == [False, True]
+    assert found["gpus"]["cheapest_after"] == "large"
+
+
+def test_what_is_reserved_is_told_on_request(
+    capsys: pytest.CaptureFixture[str], encodable: str
+) -> None:
+    assert "reserved" not in _json(capsys, encodable)
+    found = _json(capsys, encodable, "--allocator", "cuda-expandable")
+    assert found["reserved"]["allocator"] == "cuda-expandable"
+    assert "gpus" not in found
 
 
 def test_one_policy_alone_can_be_fitted(capsys: pytest.CaptureFixture[str], encodable: str) -> None:

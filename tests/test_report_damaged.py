@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 
 from prac_fx.report import main
-from tests.report_document import document
+from tests.report_document import document, with_gpus
 
 FORMATS = ["table", "json", "html", "compare", "compare to json"]
 if importlib.util.find_spec("matplotlib"):
@@ -135,7 +135,7 @@ def _mutated(data: Any, path: tuple[Any, ...], value: Any) -> Any:
     return data
 
 
-SOUND: Any = document(fits_nbytes=1, measured={"device": "cpu"})
+SOUND: Any = with_gpus(fits_nbytes=1, measured={"device": "cpu"})
 CASES = list(itertools.product(MUTATIONS, _places(SOUND)))
 random.Random(0).shuffle(CASES)
 

@@ -28,7 +28,7 @@ from prac_fx.report.repeats import merge_live, merge_repeats
 from prac_fx.report.sizes import parse_nbytes
 from prac_fx.report.table import as_table
 from tests.models import Sequential, rows
-from tests.report_document import MIB, document, timeline, value
+from tests.report_document import MIB, document, timeline, value, with_gpus
 from tests.uncompiled import without_schedules
 
 GIB = 1024**3
@@ -91,6 +91,27 @@ def test_a_wrong_field_is_named(path: tuple[str | int, ...], value: object, mess
         check_document(_set(document(), path, value), "r.json")
     assert str(caught.value).startswith(f"r.json: not a memory report: {message}")
     assert len(str(caught.value)) < 600
+
+
+@pytest.mark.parametrize(
+    ("path", "value", "message"),
+    [
+        (("reserved", "allocator"), "hip",
+         "Invalid enum value 'hip' - at `$.reserved.allocator`, expected one of cuda, cuda-expandable"),
+        (("reserved", "after"), ..., "Object missing required field `after` - at `$.reserved`"),
+        (("gpus", "rows", 0, "price_per_hour"), -1.0, "Expected `float` >= 0.0 - at `$.gpus.rows[0].price_per_hour`"),
+        (("gpus", "cheapest_after"), "tiny", "gpus.cheapest_after: it is not one of those that fit"),
+        (("gpus", "cheapest_before"), "small", "gpus.cheapest_before: it is not one of those that fit"),
+        (("gpus", "cheapest_before"), None, "gpus.cheapest_before: it is not one of those that fit"),
+    ],
+)  # fmt: skip
+def test_a_wrong_field_of_what_is_reserved_is_named(
+    path: tuple[str | int, ...], value: object, message: str
+) -> None:
+    assert check_document(with_gpus(), "r.json") == with_gpus()
+    with pytest.raises(ReportError) as caught:
+        check_document(_set(with_gpus(), path, value), "r.json")
+    assert str(caught.value).startswith(f"r.json: not a memory report: {message}")
 
 
 def test_an_empty_timeline_is_refused() -> None:

@@ -26,7 +26,7 @@ from prac_fx.report.html import as_html
 from prac_fx.report.style import Style
 from prac_fx.report.table import GROUPINGS, as_table
 from prac_fx.report.text_layout import WIDTH
-from tests.report_document import MIB, document, layer_value, timeline, value
+from tests.report_document import MIB, document, layer_value, timeline, value, with_gpus
 
 Save = Callable[..., str]
 
@@ -208,6 +208,47 @@ def test_what_was_measured_stands_beside_the_estimate() -> None:
     assert row[1:] == ["3.5 MiB", "1.0 MiB", "5.5 MiB", "4.0 MiB", "-27.3%", "1.25"]
 
 
+def test_what_is_reserved_and_which_gpus_fit() -> None:
+    out = as_table(with_gpus())
+    assert max(map(len, out.splitlines())) <= WIDTH
+    rows = [re.split(r"  +", line) for line in out.splitlines()]
+    assert ["reserved by the CUDA allocator", "80.0 MiB", "70.0 MiB", "-12.5%"] in rows
+    assert ["small", "1.1 GiB", "0.50", "-", "fits"] in rows
+    assert ["large", "2.0 GiB", "-", "fits", "fits"] in rows
+    page = _Page(as_html(with_gpus()))
+    for text in (
+        "7.0 MiB and 2.0 MiB of it are free even at the peak",
+        "plain Inductor: the cheapest that fits is large, the least memory",
+        'backend="prac": the cheapest that fits is small, 0.50 an hour',
+        "and for 1.0 GiB of CUDA context",
+    ):
+        assert text in " ".join(out.split()), text
+        assert text in " ".join(page.text.split()), text
+    assert "GPUs that the step fits" not in as_table(document())
+    assert "GPUs that the step fits" not in as_html(document())
+
+
+def test_what_is_reserved_is_compared_where_both_reports_know_it(
+    capsys: pytest.CaptureFixture[str], save: Save
+) -> None:
+    both = [save(with_gpus(), "a.json"), save(with_gpus(), "b.json")]
+    out = _printed(capsys, "--compare", *both)
+    assert re.search(r"^reserved before +80\.0 MiB +80\.0 MiB *$", out, re.MULTILINE)
+    assert "reserved before" not in _printed(capsys, "--compare", both[0], save(name="c.json"))
+
+
+def test_without_prices_there_is_no_column_for_them() -> None:
+    made = with_gpus()
+    for gpu in made["gpus"]["rows"]:
+        gpu["price_per_hour"] = None
+        gpu["fits_after"] = False
+    made["gpus"]["cheapest_after"] = None
+    out = as_table(made)
+    assert "an hour" not in out
+    assert 'backend="prac": none of them fits' in out
+    assert "An hour" not in as_html(made)
+
+
 def test_the_spread_of_step_times_says_what_is_noise() -> None:
     made = _verbose()
     for one in made["alternatives"]:
@@ -334,6 +375,15 @@ def test_the_name_of_the_file_says_the_format(
         (("{r}", "-o", "nowhere/r.html"), "nowhere/r.html: cannot write: No such file or directory"),
         (("{r}", "-o", "."), ".: cannot write: Is a directory"),
         (("gone.json",), "gone.json: cannot read: No such file or directory"),
+        (("{r}", "--allocator", "cuda"), "{r} is a finished report: --allocator cannot change it"),
+        (("{r}", "--gpus"), "{r} is a finished report: --gpus cannot change it"),
+        (("{r}", "--allocator", "hip"), "argument --allocator: invalid choice: 'hip'"),
+        (("{r}", "--gpus", "--allocator", "none"), "--gpus needs what the allocator reserves: drop --allocator"),
+        (("--gpus", "{r}"), "--gpus {r}: expected a table, a .csv file; write the model before --gpus"),
+        (("{r}", "--gpus", "gone.csv"), "gone.csv: cannot read: No such file or directory"),
+        (("{r}", "--write-gpus", "new.csv"), "--write-gpus takes a file and nothing else, not {r}"),
+        (("--write-gpus", "nowhere/g.csv"), "nowhere/g.csv: cannot write: No such file or directory"),
+        (("--compare", "{r}", "{r}", "--gpus"), "--gpus does not go with --compare"),
         (("--compare", "{r}"), "argument --compare: expected 2 arguments"),
         (("{r}", "--compare", "{r}", "{r}"), "--compare takes two JSON reports and nothing else"),
         (("--compare", "{r}", "{r}", "--format", "png"), "--compare --format png: expected table or json"),

@@ -4,15 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 from pathlib import Path
-from typing import Any, TypedDict, get_args
+from typing import Any, Literal, TypedDict, get_args
 
 import msgspec
 
 from prac_fx.document.schema import (
+    ALLOCATORS,
     CATEGORIES,
     SCHEMA,
     Decision,
     Document,
+    Gpus,
     StepPhase,
     Timeline,
     Whole,
@@ -25,6 +27,7 @@ _WORDS: dict[str, tuple[str, ...]] = {
     "by_category": CATEGORIES,
     "phase": get_args(StepPhase),
     "decision": get_args(Decision),
+    "allocator": ALLOCATORS,
 }
 _MAX_MESSAGE = 300
 
@@ -105,6 +108,20 @@ def _contradictions(document: Document) -> Iterable[str]:
     if timeline is not None:
         yield from _timeline_contradictions(timeline["before"], "timeline.before")
         yield from _timeline_contradictions(timeline["after"], "timeline.after")
+    for which in ("before", "after") if "gpus" in document else ():
+        yield from _gpu_contradictions(document["gpus"], which)
+
+
+def _gpu_contradictions(gpus: Gpus, which: Literal["before", "after"]) -> Iterable[str]:
+    """The cheapest GPU that fits is none of those that fit."""
+    if which == "before":
+        fitting = {gpu["name"] for gpu in gpus["rows"] if gpu["fits_before"]}
+        cheapest = gpus["cheapest_before"]
+    else:
+        fitting = {gpu["name"] for gpu in gpus["rows"] if gpu["fits_after"]}
+        cheapest = gpus["cheapest_after"]
+    if cheapest not in fitting and (cheapest is not None or fitting):
+        yield f"gpus.cheapest_{which}: it is not one of those that fit"
 
 
 def _timeline_contradictions(timeline: Timeline, where: str) -> Iterable[str]:

@@ -26,6 +26,7 @@ from msgspec import Meta
 SCHEMA = 3
 
 Whole = Annotated[int, Meta(ge=0, le=2**63 - 1)]
+Price = Annotated[float, Meta(ge=0, le=1e6)]
 # of FLOPs or of time; larger ones are no share of anything
 Share = Annotated[float, Meta(ge=-1e9, le=1e9)]
 
@@ -44,6 +45,8 @@ Category = Literal[
 CATEGORIES: tuple[Category, ...] = get_args(Category)
 StepPhase = Literal["forward", "loss", "backward", "optimizer"]
 Decision = Literal["encode", "keep", "recompute"]
+Allocator = Literal["cuda", "cuda-expandable"]
+ALLOCATORS: tuple[Allocator, ...] = get_args(Allocator)
 Size = Whole | str
 
 _Number = Annotated[int, Meta(ge=-(2**63), le=2**63 - 1)]
@@ -252,9 +255,60 @@ class GraphBreak(TypedDict):
     line: Whole
 
 
+class Reserved(TypedDict):
+    """Bytes of CUDA's caching allocator, estimated.
+
+    `nbytes`: reserved once further steps reserve nothing more; `first_nbytes`: after the first.
+    `allocated_nbytes`: the most that is allocated at once in a later step, in its blocks.
+    """
+
+    nbytes: Whole
+    first_nbytes: Whole
+    allocated_nbytes: Whole
+
+
+class ReservedPair(TypedDict):
+    """What is reserved without and with prac.
+
+    `allocator`: "cuda" with torch's default settings, "cuda-expandable" with expandable_segments.
+    """
+
+    allocator: Allocator
+    before: Reserved
+    after: Reserved
+
+
+class Gpu(TypedDict):
+    """A GPU of the user's table, and whether the step fits it without and with prac.
+
+    `price_per_hour`: in the user's currency; null where it is not known.
+    """
+
+    name: str
+    memory_nbytes: Whole
+    price_per_hour: Price | None
+    fits_before: bool
+    fits_after: bool
+
+
+class Gpus(TypedDict):
+    """What the step fits.
+
+    `context_nbytes`: left free beside what the allocator reserves.
+    `cheapest_*`: name of the cheapest that fits, by price or else by memory; null when none does.
+    """
+
+    context_nbytes: Whole
+    rows: Annotated[list[Gpu], Meta(max_length=1000)]
+    cheapest_before: str | None
+    cheapest_after: str | None
+
+
 class _Optional(TypedDict, total=False):
     graph_breaks: list[GraphBreak]
     ranks: dict[str, Whole]
+    reserved: ReservedPair
+    gpus: Gpus
 
 
 class Document(_Optional):
@@ -264,6 +318,7 @@ class Document(_Optional):
     `graphs`: how many graphs of the model have a backward.
     `graph_breaks`: what splits the model; left out where it is not known, as of a running job.
     `ranks`: of each dimension of the mesh, where the figures are of one rank; else left out.
+    `reserved`, `gpus`: left out where they were not asked for.
     `fits_nbytes`: what the largest batches fit; null when they were not asked for.
     """
 

@@ -11,11 +11,12 @@ from typing import Any
 from torch import Tensor, nn
 
 from prac_fx.config import PracConfig
+from prac_fx.document.schema import Allocator
 from prac_fx.errors import ReportError, one_line
 from prac_fx.graph.nbytes import format_nbytes
 from prac_fx.memory.between_graphs import saved_between_graphs, with_between_graphs
 from prac_fx.memory.identical_blocks import identical_blocks, with_few_blocks
-from prac_fx.memory.optimizer import OptimizerMemory, optimizer_memory
+from prac_fx.memory.optimizer import OptimizerMemory, optimizer_memory, optimizer_requests
 from prac_fx.memory.planned_graph import PlannedGraph
 from prac_fx.memory.repeated_blocks import (
     CannotMultiplyError,
@@ -24,8 +25,10 @@ from prac_fx.memory.repeated_blocks import (
     check_blocks_alike,
     step_of_all_blocks,
 )
+from prac_fx.memory.repeated_requests import requests_of_all_blocks
+from prac_fx.memory.reserved import Reserved, reserved_memory
 from prac_fx.memory.saved_rows import layout_copies, values_after, values_refused
-from prac_fx.memory.simulation import step_memory
+from prac_fx.memory.simulation import step_memory, step_requests
 from prac_fx.memory.step import GraphBreak, Step
 from prac_fx.memory.step_plan import StepPlan
 from prac_fx.memory.tensors import Tensors, gradients_nbytes, tensors_of, with_captured
@@ -63,6 +66,9 @@ class AnalysedStep:
         repeated: its blocks, if only a few of them were traced.
         captured: what the step reads besides its parameters, buffers and inputs; see `Step`.
         graph_breaks: where Dynamo ends a graph and begins another.
+        allocator: that the two below are of; None where they were not asked for.
+        reserved_before: what CUDA's allocator reserves with plain Inductor.
+        reserved_after: likewise with our backend.
     """
 
     tensors: Tensors
@@ -77,6 +83,9 @@ class AnalysedStep:
     repeated: Repeated | None = None
     captured: tuple[tuple[str, Tensor], ...] = ()
     graph_breaks: tuple[GraphBreak, ...] = ()
+    allocator: Allocator | None = None
+    reserved_before: Reserved | None = None
+    reserved_after: Reserved | None = None
 
     def __repr__(self) -> str:
         """A line; it refers to all tensors of the model."""
@@ -163,6 +172,7 @@ def analyse_step(
     plain: AnalysedStep | None = None,
     all_blocks: bool = False,
     name: str = "the step",
+    allocator: Allocator | None = None,
 ) -> AnalysedStep:
     """Trace a step and run through its memory. Of many identical blocks a few are traced.
 
@@ -178,6 +188,7 @@ def analyse_step(
             Inductor is used.
         all_blocks: trace all of them, however many there are.
         name: of this way to train, for the log.
+        allocator: of CUDA, to find out what it reserves, whatever device the tensors are on.
 
     Raises:
         ReportError: an unknown optimizer, or nothing has a backward.
@@ -190,7 +201,7 @@ def analyse_step(
         traced = replace(step, model=model)
         found = trace(traced, config, patches, budget=budget, plain=known)
         existing = [pair for call in found.calls for pair in call.existing]
-        return _analysed(with_captured(step, existing), optimizer, found, repeated)
+        return _analysed(with_captured(step, existing), optimizer, found, repeated, allocator)
 
     if budget is None and functorch_config.activation_memory_budget < 1:
         all_blocks = True
@@ -215,7 +226,11 @@ def analyse_step(
 
 
 def _analysed(
-    step: Step, optimizer_name: str, traced: Trace, repeated: Repeated | None
+    step: Step,
+    optimizer_name: str,
+    traced: Trace,
+    repeated: Repeated | None,
+    allocator: Allocator | None,
 ) -> AnalysedStep:
     calls = traced.calls
     if not calls:
@@ -232,9 +247,8 @@ def _analysed(
     if step.has_buckets:
         nbytes = gradients_nbytes(tensors)
         constants.append(Live("buckets of DistributedDataParallel", "gradients", "", nbytes))
-    state = Live(
-        "bases and sampled rows", "state", "", sum(value.state_nbytes for _, value in values)
-    )
+    states = tuple(value.state_nbytes for _, value in values if value.state_nbytes)
+    state = Live("bases and sampled rows", "state", "", sum(states), parts=states)
     static = frozenset(storage_key(one) for tensor in tensors.all for one in inner_tensors(tensor))
     if traced.outside is not None:
         static |= traced.outside.storages
@@ -257,22 +271,46 @@ def _analysed(
     changed = any(call.after is not call.before for call in calls)
     ours = planned([call.after for call in calls], [state]) if changed else plain
     before = memory(plain)
+    after = memory(ours) if changed else before
     between, between_ours = saved_between_graphs(plain), saved_between_graphs(ours)
     if (between or between_ours) and repeated is not None:
         raise CannotMultiplyError("it is several graphs, and one saves what another has made")
-    return AnalysedStep(
+    found = AnalysedStep(
         tensors,
         optimizer,
         calls,
         tuple(with_between_graphs(values, between, between_ours)),
         before,
-        memory(ours) if changed else before,
+        after,
         step.model,
         sum(value.nbytes for value in between.values()),
         sum(value.nbytes for value in between_ours.values()),
         repeated,
         step.captured,
         traced.graph_breaks,
+    )
+    return found if allocator is None else _with_reserved(found, plain, ours, allocator)
+
+
+def _with_reserved(
+    found: AnalysedStep, plain: StepPlan, ours: StepPlan, allocator: Allocator
+) -> AnalysedStep:
+    """The analysis with what CUDA's allocator reserves for these plans."""
+    optimizer = optimizer_requests(found.optimizer.name, found.tensors.trained)
+
+    def reserved(plan: StepPlan, memory: StepMemory) -> Reserved:
+        if found.repeated is None:
+            requests = step_requests(plan)[1]
+        else:
+            requests = requests_of_all_blocks(plan, found.repeated, memory.events)
+        return reserved_memory(requests, optimizer, allocator)
+
+    before = reserved(plain, found.before)
+    return replace(
+        found,
+        allocator=allocator,
+        reserved_before=before,
+        reserved_after=before if ours is plain else reserved(ours, found.after),
     )
 
 

@@ -12,6 +12,7 @@ from torch import Tensor
 from torch.autograd.graph import saved_tensors_hooks
 
 from prac_fx.graph.nbytes import storage_nbytes
+from prac_fx.memory.requests import RequestLog
 from prac_fx.torch_compat import TorchDispatchMode, existing_storages, storage_key, tree_leaves
 
 
@@ -20,16 +21,19 @@ class AllocationTracker(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
     Args:
         known: tensors that do not count.
+        log: also write down in which order storages come and go. Those of single numbers are left
+            out: optimizers have their counts of steps on the CPU.
 
     Attributes:
         nbytes: held now.
         peak_nbytes: most that was held at once.
     """
 
-    def __init__(self, known: Iterable[Tensor] = ()) -> None:
+    def __init__(self, known: Iterable[Tensor] = (), log: RequestLog | None = None) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
         self.nbytes = 0
         self.peak_nbytes = 0
+        self._log = log
         self._known = {storage_key(tensor) for tensor in known}
 
     def __torch_dispatch__(
@@ -54,11 +58,16 @@ class AllocationTracker(TorchDispatchMode):  # type: ignore[no-untyped-call]
         nbytes = storage_nbytes(tensor)
         self._known.add(key)
         self.nbytes += nbytes
-        weakref.finalize(tensor.untyped_storage(), self._free, key, nbytes)
+        block = None
+        if self._log is not None and tensor.dim():
+            block = self._log.allocate(nbytes)
+        weakref.finalize(tensor.untyped_storage(), self._free, key, nbytes, block)
 
-    def _free(self, key: int, nbytes: int) -> None:
+    def _free(self, key: int, nbytes: int, block: int | None) -> None:
         self._known.discard(key)
         self.nbytes -= nbytes
+        if self._log is not None:
+            self._log.free(block, nbytes)
 
 
 @dataclass(frozen=True)

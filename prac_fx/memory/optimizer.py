@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from prac_fx.errors import ReportError
 from prac_fx.memory.eager import AllocationTracker
+from prac_fx.memory.requests import RequestLog, Requests
 from prac_fx.torch_compat import FakeTensorMode, inner_tensors
 
 OPTIMIZERS: Mapping[str, Any] = {
@@ -64,13 +65,10 @@ def optimizer_memory(name: str, parameters: Iterable[Tensor]) -> OptimizerMemory
         return OptimizerMemory(name, 0, 0)
     # torch chooses foreach by the device, but not for fake tensors
     foreach = all(parameter.device.type in ("cuda", "xpu") for parameter in parameters)
-    # counts of steps are made on the default device, which a caller may have set to "meta"
     with torch.device("cpu"), FakeTensorMode():
-        fakes = [nn.Parameter(_like(parameter)) for parameter in parameters]
-        for fake in fakes:
-            fake.grad = torch.empty_like(fake)
-        optimizer = OPTIMIZERS[name](fakes, foreach=foreach)
-        with AllocationTracker([*fakes, *(_gradient(fake) for fake in fakes)]) as first:
+        fakes = _with_gradients(parameters)
+        with AllocationTracker(_known(fakes)) as first:
+            optimizer = OPTIMIZERS[name](fakes, foreach=foreach)  # Adagrad has its state now
             optimizer.step()
         state = first.nbytes
         first.peak_nbytes = 0
@@ -79,9 +77,53 @@ def optimizer_memory(name: str, parameters: Iterable[Tensor]) -> OptimizerMemory
     return OptimizerMemory(name, state, max(0, first.peak_nbytes - state))
 
 
-def _like(parameter: Tensor) -> Tensor:
+def optimizer_requests(name: str, parameters: Iterable[Tensor]) -> tuple[Requests, Requests]:
+    """What an optimizer asks of CUDA's allocator, wherever the parameters are.
+
+    Args:
+        name: a key of `OPTIMIZERS`.
+        parameters: the trained ones.
+
+    Returns:
+        In its first step, with the state that it or the constructor makes, and in each later one.
+    """
+    parameters = [one for parameter in parameters for one in inner_tensors(parameter)]
+    if OPTIMIZERS[name] is None or not parameters:
+        return (), ()
+    log = RequestLog()
+    with torch.device("cpu"), FakeTensorMode():
+        # on CUDA they would be the same, but fake tensors initialise it, and no fork survives that
+        fakes = _with_gradients(parameters, torch.device("cpu"))
+        with AllocationTracker(_known(fakes), log):
+            optimizer = OPTIMIZERS[name](fakes, foreach=True)
+            optimizer.step()
+            first = log.taken()
+            optimizer.step()
+            later = log.taken()
+    return first, later
+
+
+def _with_gradients(
+    parameters: Iterable[Tensor], device: torch.device | None = None
+) -> list[nn.Parameter]:
+    """Fake copies of parameters, on another device if one is given."""
+    fakes = [nn.Parameter(_like(parameter, device)) for parameter in parameters]
+    for fake in fakes:
+        fake.grad = torch.empty_like(fake)
+    return fakes
+
+
+def _known(fakes: Iterable[nn.Parameter]) -> list[Tensor]:
+    """What the optimizer has not made."""
+    return [tensor for fake in fakes for tensor in (fake, _gradient(fake))]
+
+
+def _like(parameter: Tensor, device: torch.device | None) -> Tensor:
     return torch.empty_strided(
-        parameter.size(), parameter.stride(), dtype=parameter.dtype, device=parameter.device
+        parameter.size(),
+        parameter.stride(),
+        dtype=parameter.dtype,
+        device=device or parameter.device,
     )
 
 

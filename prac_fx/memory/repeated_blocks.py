@@ -122,6 +122,19 @@ def step_of_all_blocks(step: StepPlan, repeated: Repeated) -> StepMemory:
     Raises:
         CannotMultiplyError: the events of the blocks are not in the order of the blocks.
     """
+    return _with_cuts(step, repeated)[0]
+
+
+def cuts_of(step: StepPlan, repeated: Repeated) -> Cuts:
+    """Where `step_of_all_blocks` cuts a step.
+
+    Raises:
+        CannotMultiplyError: as it does.
+    """
+    return _with_cuts(step, repeated)[1]
+
+
+def _with_cuts(step: StepPlan, repeated: Repeated) -> tuple[StepMemory, Cuts]:
     events = step_events(step)
     reason: CannotMultiplyError | None = None
     # by the first event: such as checkpointed blocks, which hardly keep anything
@@ -134,7 +147,7 @@ def step_of_all_blocks(step: StepPlan, repeated: Repeated) -> StepMemory:
         for one in (cuts, _even_cuts(step, events, cuts, repeated)):
             try:
                 if one is not None:
-                    return _all_blocks(step, events, one, repeated)
+                    return _all_blocks(step, events, one, repeated), one
             except CannotMultiplyError as error:
                 reason = reason or error
     assert reason is not None
@@ -142,7 +155,7 @@ def step_of_all_blocks(step: StepPlan, repeated: Repeated) -> StepMemory:
 
 
 def _all_blocks(
-    step: StepPlan, events: Sequence[Event], cuts: _Cuts, repeated: Repeated
+    step: StepPlan, events: Sequence[Event], cuts: Cuts, repeated: Repeated
 ) -> StepMemory:
     copies = _copies(len(events), cuts, repeated)
     found = [_event(events, one, cuts, repeated) for one in copies]
@@ -171,7 +184,7 @@ class _Copy:
 
 
 @dataclass(frozen=True)
-class _Cuts:
+class Cuts:
     """Events at which the middle block begins, and the one after it, in both passes.
 
     Attributes:
@@ -195,8 +208,8 @@ class _Cuts:
 
 
 def _even_cuts(
-    step: StepPlan, events: Sequence[Event], cuts: _Cuts, repeated: Repeated
-) -> _Cuts | None:
+    step: StepPlan, events: Sequence[Event], cuts: Cuts, repeated: Repeated
+) -> Cuts | None:
     """The same cuts, where one pass shows what a block saves and the other does not; else None.
 
     Inductor computes small values, such as masks of dropout, wherever it likes. So the last block
@@ -216,10 +229,10 @@ def _end_of_forward(events: Sequence[Event]) -> int:
     return next(i for i, one in enumerate(events) if one.phase == "backward") - 1
 
 
-def _cuts(events: Sequence[Event], repeated: Repeated, by_most: bool) -> _Cuts:
+def _cuts(events: Sequence[Event], repeated: Repeated, by_most: bool) -> Cuts:
     there = _starts(events, repeated, "forward", range(ANALYSED), by_most)
     back = _starts(events, repeated, "backward", range(ANALYSED)[::-1], by_most)
-    return _Cuts((there[MIDDLE], there[-1]), (back[1], back[2]))  # the last block comes first
+    return Cuts((there[MIDDLE], there[-1]), (back[1], back[2]))  # the last block comes first
 
 
 def _starts(
@@ -250,7 +263,7 @@ def _starts(
     return starts
 
 
-def _copies(count: int, cuts: _Cuts, repeated: Repeated) -> list[_Copy]:
+def _copies(count: int, cuts: Cuts, repeated: Repeated) -> list[_Copy]:
     """The events of the whole model, by those of the analysed one."""
     begin, end = cuts.forward
     back_begin, back_end = cuts.backward
@@ -268,7 +281,7 @@ def _copies(count: int, cuts: _Cuts, repeated: Repeated) -> list[_Copy]:
     return found + part(back_end, count, MIDDLE, more, more)
 
 
-def _event(events: Sequence[Event], copied: _Copy, cuts: _Cuts, repeated: Repeated) -> Event:
+def _event(events: Sequence[Event], copied: _Copy, cuts: Cuts, repeated: Repeated) -> Event:
     event = events[copied.index]
     nbytes = {
         category: event.nbytes[category]

@@ -3,7 +3,7 @@
 The kernels and buffers of each graph are Inductor's (`prac_fx.memory.inductor_buffers`). This
 module puts the graphs of a step in a row and adds what lives outside of them: parameters, buffers,
 inputs, gradients, the state of the optimizer and of the subspaces, the tangents that autograd
-makes, and what backward keeps.
+makes, and what backward keeps. It also notes in which order memory is allocated and freed.
 """
 
 from __future__ import annotations
@@ -14,10 +14,14 @@ from dataclasses import dataclass, field, replace
 from prac_fx.document.schema import CATEGORIES, Category, StepPhase
 from prac_fx.graph.origin import Origin
 from prac_fx.memory.inductor_buffers import Kernel, Value
+from prac_fx.memory.requests import RequestLog, Requests, StepRequests
 from prac_fx.memory.step_plan import StepPlan
 from prac_fx.memory.timeline import Event, Live, StepMemory, highest
 
 _Key = tuple[object, ...]
+
+# What cuBLAS computes, by the names of operators without their overload.
+_MATMULS = frozenset(("mm", "addmm", "bmm", "baddbmm", "addmv", "mv", "dot", "_scaled_mm"))
 
 
 def step_events(step: StepPlan) -> tuple[Event, ...]:
@@ -39,6 +43,29 @@ def held_at(step: StepPlan, index: int) -> list[Live]:
     return simulation.stopped
 
 
+def step_requests(step: StepPlan) -> tuple[tuple[Event, ...], StepRequests]:
+    """The moments of a step, and what it asks of the allocator between them."""
+    simulation = _Simulation(step)
+    simulation.run()
+    events = tuple(simulation.events)
+    requests = StepRequests(
+        simulation.constants,
+        tuple(simulation.requests),
+        simulation.left_over(),
+        first_matmuls(events),
+    )
+    return events, requests
+
+
+def first_matmuls(events: Sequence[Event]) -> tuple[int, ...]:
+    """Index of the first event of the forward pass that calls cuBLAS, and of the backward pass."""
+    found: dict[bool, int] = {}
+    for index, event in enumerate(events):
+        if event.origin.op.partition(".")[0] in _MATMULS:
+            found.setdefault(event.phase == "backward", index)
+    return tuple(sorted(found.values()))
+
+
 def step_memory(step: StepPlan) -> StepMemory:
     """The moments of a step, and what is held at the highest of them."""
     events = step_events(step)
@@ -49,6 +76,7 @@ def step_memory(step: StepPlan) -> StepMemory:
 @dataclass
 class _Held:
     live: Live
+    block: int | None
     holders: set[_Key] = field(default_factory=set)
 
 
@@ -65,8 +93,12 @@ class _Simulation:
         self.of_storage: dict[int, _Key] = {}
         self.saved: dict[_Key, _Key] = {}  # who saved it -> what
         self.with_gradient: set[int] = set()
+        self.log = RequestLog()
+        self.handed_over: list[_Held] = []  # blocks that other values take over
+        self.requests: list[Requests] = []
         for number, constant in enumerate(step.constants):
             self._hold(("constant", number), constant, ("always",))
+        self.constants = self.log.taken()
 
     def run(self) -> None:
         for number in range(len(self.graphs)):
@@ -82,6 +114,13 @@ class _Simulation:
         self._hold(("optimizer",), temporary, ("optimizer",))
         self._event("optimizer", "optimizer", Origin("", "optimizer", "", 0))
 
+    def left_over(self) -> Requests:
+        """Free what the next step does not find: gradients, and what the forward pass returned."""
+        for held in self.held.values():
+            if ("always",) not in held.holders:
+                self.log.free(held.block, held.live.nbytes)
+        return self.log.taken()
+
     # -- the two passes ---------------------------------------------------------------------------
 
     def _forward(self, number: int) -> None:
@@ -92,7 +131,7 @@ class _Simulation:
         start_of_loss = _start_of_loss(plan.kernels, graph.loss)
         for index, kernel in enumerate(plan.kernels):
             for name in kernel.replaced:
-                self._release((number, name), ("own",))
+                self._release((number, name), ("own",), is_handed_over=True)
             for name, value in kernel.allocated.items():
                 kind: Category = "saved" if name in saved else "temporary"
                 self._hold((number, name), _live(value, kind, graph.loss), ("own",))
@@ -156,7 +195,7 @@ class _Simulation:
                 )
         for kernel in plan.kernels:
             for name in kernel.replaced:
-                self._free_in_backward(number, name)
+                self._free_in_backward(number, name, is_handed_over=True)
             for name, value in kernel.allocated.items():
                 is_first = name in gradients and gradients[name] not in self.with_gradient
                 kind: Category = "gradients" if is_first else "temporary"
@@ -169,15 +208,15 @@ class _Simulation:
         self._release_all(("saved", number))
         self.with_gradient.update(gradients.values())
 
-    def _free_in_backward(self, number: int, name: str) -> None:
+    def _free_in_backward(self, number: int, name: str, is_handed_over: bool = False) -> None:
         plan = self.graphs[number].backward
         if name not in plan.inputs:
-            self._release(("backward", number, name), ("own",))
+            self._release(("backward", number, name), ("own",), is_handed_over)
         elif "tangents" in name:
-            self._release(("tangent", number, name), ("own",))
+            self._release(("tangent", number, name), ("own",), is_handed_over)
         else:
             holder = ("saved", number, plan.inputs[name].name)
-            self._release(self.saved.get(holder, ()), holder)
+            self._release(self.saved.get(holder, ()), holder, is_handed_over)
 
     def _hold_outside(self, phase: StepPhase, which: str, number: int) -> None:
         """What is held outside at the highest moment before a graph, and then while it runs."""
@@ -196,7 +235,7 @@ class _Simulation:
 
     def _hold(self, key: _Key, live: Live, holder: _Key) -> None:
         if key not in self.held:
-            self.held[key] = _Held(live)
+            self.held[key] = _Held(live, self._block_of(live, holder))
             self.sums[live.category] += live.nbytes
         self.held[key].holders.add(holder)
 
@@ -208,7 +247,23 @@ class _Simulation:
             self.sums["saved"] += held.live.nbytes
             held.live = replace(held.live, category="saved")
 
-    def _release(self, key: _Key, holder: _Key) -> None:
+    def _block_of(self, live: Live, holder: _Key) -> int | None:
+        """The block that something new is in: one that is handed over, or a new one.
+
+        None for what is never freed or not one block, and for the optimizer, whose requests are
+        those of `prac_fx.memory.optimizer.optimizer_requests`.
+        """
+        if live.category == "optimizer" or holder == ("optimizer",):
+            return None
+        for held in self.handed_over:
+            if held.live.nbytes == live.nbytes:
+                self.handed_over.remove(held)
+                return held.block
+        for part in live.parts:
+            self.log.allocate(part)
+        return None if live.parts else self.log.allocate(live.nbytes)
+
+    def _release(self, key: _Key, holder: _Key, is_handed_over: bool = False) -> None:
         held = self.held.get(key)
         if held is None:
             return
@@ -216,6 +271,10 @@ class _Simulation:
         if not held.holders:
             self.sums[held.live.category] -= held.live.nbytes
             del self.held[key]
+            if is_handed_over:
+                self.handed_over.append(held)
+            else:
+                self.log.free(held.block, held.live.nbytes)
 
     def _release_all(self, prefix: _Key) -> None:
         """Release what holders of this kind hold."""
@@ -230,6 +289,10 @@ class _Simulation:
     def _event(self, phase: StepPhase, node: str, origin: Origin) -> None:
         if len(self.events) == self.stop_at:
             self.stopped = [held.live for held in self.held.values() if held.live.nbytes]
+        for held in self.handed_over:
+            self.log.free(held.block, held.live.nbytes)
+        self.handed_over.clear()
+        self.requests.append(self.log.taken())
         self.events.append(Event(phase, node, origin, dict(self.sums)))
 
 

@@ -21,6 +21,7 @@ class Live:
         nbytes: bytes of its storage.
         shape: of the value; empty for several values together.
         dtype: such as "bfloat16"; empty for several values together.
+        parts: bytes of each of several values together; empty for one.
     """
 
     what: str
@@ -29,6 +30,7 @@ class Live:
     nbytes: int
     shape: tuple[int, ...] = ()
     dtype: str = ""
+    parts: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True)

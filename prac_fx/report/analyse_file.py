@@ -14,8 +14,10 @@ from typing import Any
 from torch import nn
 
 from prac_fx.compare.forked_map import usable_processes
+from prac_fx.compare.gpu_table import Gpu
 from prac_fx.document.schema import Document
 from prac_fx.errors import PracError, one_line
+from prac_fx.memory.cuda_settings import AllocatorChoice
 from prac_fx.memory.fake_model import build_model
 from prac_fx.report.explain import report_step
 from prac_fx.report.model_file import (
@@ -44,6 +46,8 @@ class Analysis:
         fake: build without memory for tensors; None for only if they would not fit.
         all_blocks: of a deep model; False for a few of them, and what follows from those.
         processes: how many alternatives are analysed at a time; None for as many as help.
+        allocator: of CUDA, for what it reserves; None for what the device needs.
+        gpus: to find out which of them the step fits.
     """
 
     optimizer: str = "adamw"
@@ -56,6 +60,8 @@ class Analysis:
     fake: bool | None = None
     all_blocks: bool = False
     processes: int | None = None
+    allocator: AllocatorChoice | None = None
+    gpus: tuple[Gpu, ...] | None = None
 
     @classmethod
     def flags(cls) -> tuple[str, ...]:
@@ -96,6 +102,8 @@ def analyse(path: Path, options: dict[str, Any], analysis: Analysis) -> Document
             all_blocks=analysis.all_blocks,
             progress=progress,
             processes=analysis.processes or usable_processes(),
+            allocator=analysis.allocator,
+            gpus=analysis.gpus,
         )
     return report.as_document()
 

@@ -28,9 +28,11 @@ from typing import Any, NoReturn
 import torch
 
 from prac_fx._version import __version__
-from prac_fx.document.write import why_not_writable
+from prac_fx.compare.gpu_table import Gpu, load_gpus, shipped_gpus
+from prac_fx.document.write import is_stream, why_not_writable
 from prac_fx.environment import options_of_pairs
 from prac_fx.errors import ReportError
+from prac_fx.memory.cuda_settings import CHOICES, NONE
 from prac_fx.options import split_options
 from prac_fx.report import table
 from prac_fx.report.analyse_file import Analysis
@@ -106,6 +108,11 @@ def _add_output_flags(group: argparse._ArgumentGroup) -> None:
         "--top", type=int, default=20, metavar="N", help="rows of the table, 0 for all (default 20)"
     )
     group.add_argument(
+        "--write-gpus",
+        metavar="FILE",
+        help="write the table of GPUs that comes with prac_fx, to edit it for --gpus",
+    )
+    group.add_argument(
         "--compare", nargs=2, metavar=("A", "B"), help="two JSON reports, instead of a model"
     )
     group.add_argument(
@@ -123,6 +130,20 @@ def _add_analysis_flags(group: argparse._ArgumentGroup) -> None:
     )
     group.add_argument("--dtype", choices=DTYPES, help="instead of the model's")
     group.add_argument("--fits", metavar="SIZE", help="find the largest batch that fits, in 80GiB")
+    group.add_argument(
+        "--allocator",
+        choices=CHOICES,
+        help="estimate what CUDA's allocator reserves, on a CPU too; expandable is with "
+        "expandable_segments:True (default: the one in use if the model is on CUDA)",
+    )
+    group.add_argument(
+        "--gpus",
+        nargs="?",
+        const="",
+        metavar="FILE",
+        help="which GPUs the step fits, and the cheapest of them; of a table of yours (.csv), or "
+        "of common GPUs",
+    )
     group.add_argument(
         "--alternatives",
         action=argparse.BooleanOptionalAction,
@@ -160,6 +181,11 @@ def _add_analysis_flags(group: argparse._ArgumentGroup) -> None:
 
 def _check(arguments: argparse.Namespace) -> None:
     """Refuse before minutes of analysis what could not be carried out after it."""
+    if arguments.write_gpus is not None:
+        _check_write_gpus(arguments)
+        return
+    if arguments.gpus is not None:
+        arguments.gpus = _gpus(arguments.gpus)
     if arguments.model is None and not arguments.compare:
         raise ReportError("no model: give a file with a function build(), or --compare; see --help")
     if arguments.top < 0:
@@ -173,6 +199,8 @@ def _check(arguments: argparse.Namespace) -> None:
         text = getattr(arguments, name)
         if text is not None:
             setattr(arguments, name, parse_nbytes(text, _flag(name)))
+    if arguments.gpus and arguments.allocator == NONE:
+        raise ReportError("--gpus needs what the allocator reserves: drop --allocator none")
     if arguments.measure and arguments.fake:
         raise ReportError("--measure runs real steps, and --fake has no memory for them: drop one")
     if arguments.format == "png":
@@ -189,6 +217,31 @@ def _check(arguments: argparse.Namespace) -> None:
         _check_model_file(Path(arguments.model))
         arguments.options = _parse_options(arguments.options)
         split_options(arguments.options)
+
+
+def _check_write_gpus(arguments: argparse.Namespace) -> None:
+    """It is a command of its own, and does not replace a table that somebody has edited."""
+    if arguments.model is not None:
+        raise ReportError(f"--write-gpus takes a file and nothing else, not {arguments.model}")
+    path = Path(arguments.write_gpus)
+    if arguments.write_gpus == STDOUT:
+        return
+    if path.exists() and not is_stream(path):
+        raise ReportError(f"--write-gpus {path}: it exists: give the name of a new file")
+    _check_writable(path)
+
+
+def _gpus(file: str) -> tuple[Gpu, ...]:
+    """The table behind --gpus, which may be followed by the model instead of a table."""
+    if not file:
+        return shipped_gpus()
+    path = Path(file)
+    if path.suffix.lower() != ".csv":
+        raise ReportError(
+            f"--gpus {file}: expected a table, a .csv file; write the model before --gpus, "
+            "and make a table with --write-gpus FILE"
+        )
+    return load_gpus(path)
 
 
 def is_report(path: Path) -> bool:

@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from prac_fx.compare.gpu_table import shipped_table
 from prac_fx.document.load import load_document
 from prac_fx.document.schema import Document
 from prac_fx.document.write import is_stream, write_whole
@@ -39,6 +40,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     """
     try:
         arguments = parse_arguments(argv)
+        if arguments.write_gpus is not None:
+            _write(shipped_table(), arguments.write_gpus)
+            return 0
         if arguments.compare:
             _write(_comparison(arguments), arguments.output)
             return 0

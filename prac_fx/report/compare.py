@@ -117,12 +117,14 @@ def _differences(a: Document, b: Document) -> list[Difference]:
 
 def _totals(document: Document) -> dict[str, int]:
     """The known totals, by name."""
-    totals, peak = document["totals"], document["peak"]
+    totals, peak, reserved = document["totals"], document["peak"], document.get("reserved")
     nbytes_by_name = {
         "saved before": totals["saved_before_nbytes"],
         "saved after": totals["saved_after_nbytes"],
         "peak before": None if peak is None else peak["before"]["nbytes"],
         "peak after": None if peak is None else peak["after"]["nbytes"],
+        "reserved before": None if reserved is None else reserved["before"]["nbytes"],
+        "reserved after": None if reserved is None else reserved["after"]["nbytes"],
         "state": totals["state_nbytes"],
         "parameters": totals["parameters_nbytes"],
         "gradients": totals["gradients_nbytes"],

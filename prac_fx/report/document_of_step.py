@@ -10,6 +10,8 @@ import torch
 from torch import Tensor, nn
 
 from prac_fx._version import __version__
+from prac_fx.compare.gpu_fits import CONTEXT_NBYTES, GpuFits
+from prac_fx.compare.gpu_fits import fits as fits_gpu
 from prac_fx.compare.ways import Alternative as AnalysedAlternative
 from prac_fx.config import PracConfig
 from prac_fx.document.advice import advice_for
@@ -20,18 +22,22 @@ from prac_fx.document.schema import (
     Alternative,
     Category,
     Document,
+    Gpu,
+    Gpus,
     Input,
     Live,
     Model,
     Peak,
     Phase,
     Repeated,
+    Reserved,
     Size,
     Timeline,
     Totals,
 )
 from prac_fx.memory.analysis import AnalysedStep
 from prac_fx.memory.repeated_blocks import ANALYSED
+from prac_fx.memory.reserved import Reserved as ReservedMemory
 from prac_fx.memory.tensors import gradients_nbytes
 from prac_fx.memory.timeline import StepMemory
 
@@ -46,6 +52,7 @@ def document_of(
     measured_on: str,
     fits: int | None,
     ranks: Mapping[str, int],
+    gpus: GpuFits | None = None,
 ) -> Document:
     """The document of a step.
 
@@ -56,6 +63,7 @@ def document_of(
         measured_on: device that real steps ran on; empty when none did.
         fits: bytes that the largest batches fit; None when they were not asked for.
         ranks: of each dimension of the mesh; empty for a model by itself.
+        gpus: which GPUs the step fits; None when it was not asked for.
     """
     values = [
         value_of(value, _layer_kind(value.origin.module, step.model)) for value in step.values
@@ -85,7 +93,44 @@ def document_of(
     if ranks:
         document["ranks"] = dict(ranks)
     document["advice"] = advice_for(document)
+    before, after = step.reserved_before, step.reserved_after
+    if step.allocator is not None and before is not None and after is not None:
+        document["reserved"] = {
+            "allocator": step.allocator,
+            "before": _reserved(before),
+            "after": _reserved(after),
+        }
+    if gpus is not None:
+        document["gpus"] = _gpus(gpus)
     return document
+
+
+def _reserved(reserved: ReservedMemory) -> Reserved:
+    return {
+        "nbytes": reserved.nbytes,
+        "first_nbytes": reserved.first_nbytes,
+        "allocated_nbytes": reserved.allocated_nbytes,
+    }
+
+
+def _gpus(found: GpuFits) -> Gpus:
+    rows: list[Gpu] = [
+        {
+            "name": gpu.name,
+            "memory_nbytes": gpu.memory_nbytes,
+            "price_per_hour": gpu.price_per_hour,
+            "fits_before": fits_gpu(gpu, found.before_nbytes),
+            "fits_after": fits_gpu(gpu, found.after_nbytes),
+        }
+        for gpu in found.gpus
+    ]
+    before, after = found.cheapest(found.before_nbytes), found.cheapest(found.after_nbytes)
+    return {
+        "context_nbytes": CONTEXT_NBYTES,
+        "rows": rows,
+        "cheapest_before": None if before is None else before.name,
+        "cheapest_after": None if after is None else after.name,
+    }
 
 
 def _device(step: AnalysedStep) -> str:

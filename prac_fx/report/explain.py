@@ -13,6 +13,8 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 from prac_fx.compare.estimate import Progress, compare_alternatives
+from prac_fx.compare.gpu_fits import GpuFits, gpu_fits
+from prac_fx.compare.gpu_table import Gpu
 from prac_fx.compare.largest_batch import largest_batches
 from prac_fx.compare.measure import measure_alternatives
 from prac_fx.compare.ways import Alternative
@@ -20,9 +22,12 @@ from prac_fx.config import PracConfig
 from prac_fx.document.schema import Document
 from prac_fx.errors import ReportError
 from prac_fx.memory.analysis import AnalysedStep, analyse_step
+from prac_fx.memory.cuda_settings import AllocatorChoice, chosen_allocator
 from prac_fx.memory.fake_model import fake_mode_of, resized, without_meta
 from prac_fx.memory.ranks import Ranks, as_one_of
+from prac_fx.memory.reserved import Reserved
 from prac_fx.memory.step import Step
+from prac_fx.memory.tensors import tensors_of
 from prac_fx.memory.timeline import StepMemory
 from prac_fx.options import read_options
 from prac_fx.passes.plan_data import PlannedValue
@@ -46,6 +51,7 @@ class MemoryReport:
         measured_on: device that real steps ran on; empty when none did.
         fits: bytes that the largest batches fit; None when they were not asked for.
         ranks: of each dimension of the mesh, if the figures are of rank 0 of several.
+        gpus: which GPUs the step fits; None when it was not asked for.
     """
 
     step: AnalysedStep
@@ -54,6 +60,7 @@ class MemoryReport:
     measured_on: str = ""
     fits: int | None = None
     ranks: Mapping[str, int] = field(default_factory=dict)
+    gpus: GpuFits | None = None
 
     @property
     def values(self) -> tuple[PlannedValue, ...]:
@@ -90,10 +97,26 @@ class MemoryReport:
         """Bytes of bases and sampled rows, held as long as the parameters."""
         return self.step.state_nbytes
 
+    @property
+    def reserved_before(self) -> Reserved | None:
+        """What CUDA's allocator reserves with plain Inductor; None where it was not asked for."""
+        return self.step.reserved_before
+
+    @property
+    def reserved_after(self) -> Reserved | None:
+        """Likewise with `backend="prac"`."""
+        return self.step.reserved_after
+
     def as_document(self) -> Document:
         """The report as plain data; the schema is `prac_fx.document.schema`."""
         return document_of(
-            self.step, self.config, self.alternatives, self.measured_on, self.fits, self.ranks
+            self.step,
+            self.config,
+            self.alternatives,
+            self.measured_on,
+            self.fits,
+            self.ranks,
+            self.gpus,
         )
 
     def __str__(self) -> str:
@@ -155,6 +178,8 @@ def report_step(
     progress: Progress | None = None,
     processes: int = 1,
     ranks: Ranks | None = None,
+    allocator: AllocatorChoice | None = None,
+    gpus: Sequence[Gpu] | None = None,
 ) -> MemoryReport:
     """All that the memory report can say of one training step.
 
@@ -180,12 +205,15 @@ def report_step(
         ranks: analyse one of so many ranks, rank 0, which holds most. The inputs are its own. The
             model is copied and sharded as `prac_fx.memory.ranks.shard` says; one that is sharded
             already, in a fake process group, is analysed as it is.
+        allocator: of CUDA, to find out what it reserves; None for the one that torch would use if
+            the tensors are on CUDA, or `gpus` are given. "none" for none.
+        gpus: find out which of them the step fits.
 
     Raises:
         PracOptionError: a bad option.
-        ReportError: an unknown optimizer, sizes that do not fit the inputs, nothing to
-            differentiate, `measure` with fake tensors or ranks, `fits` without a batch dimension,
-            or ranks that cannot share the model.
+        ReportError: an unknown optimizer or allocator, `gpus` without an allocator, sizes that do
+            not fit the inputs, nothing to differentiate, `measure` with fake tensors or ranks,
+            `fits` without a batch dimension, or ranks that cannot share the model.
     """
     config, patches = read_options(options)
     if measure and ranks is not None:
@@ -193,12 +221,15 @@ def report_step(
     model, args, kwargs, loss_fn = without_meta((model, tuple(args), dict(kwargs or {}), loss_fn))
     model, args, kwargs = resized(model, args, kwargs, batch, seq, dtype)
     step = Step(model, tuple(args), dict(kwargs), loss_fn, fake_mode_of((model, args, kwargs)))
+    used = chosen_allocator(allocator, tensors_of(step).all, for_gpus=gpus is not None)
     show = progress or _show_nothing
     if measure and step.fake_mode is not None:
         raise ReportError("measure: the model has fake tensors; build it with real ones to run it")
     with as_one_of(step, ranks) as step:
         show("the step", 0, 1)
-        analysed = analyse_step(step, config, patches, optimizer, all_blocks=all_blocks)
+        analysed = analyse_step(
+            step, config, patches, optimizer, all_blocks=all_blocks, allocator=used
+        )
         step = replace(step, captured=analysed.captured)
         rows: list[Alternative] = []
         if alternatives or fits is not None or measure:
@@ -211,7 +242,9 @@ def report_step(
         if measure:
             rows, measured_on = measure_alternatives(step, analysed, rows, patches, show)
         show("done", 1, 1)
-        return MemoryReport(analysed, config, tuple(rows), measured_on, fits, dict(step.ranks))
+        fitting = None if gpus is None else gpu_fits(gpus, analysed)
+        found = analysed, config, tuple(rows), measured_on, fits
+        return MemoryReport(*found, ranks=dict(step.ranks), gpus=fitting)
 
 
 def _show_nothing(what: str, done: int, total: int) -> None:

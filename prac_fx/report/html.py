@@ -27,11 +27,14 @@ from prac_fx.report.wording import (
     AFTER,
     BEFORE,
     change_text,
+    cheapest_texts,
+    context_text,
     is_listed,
     nbytes_text,
     operator_text,
     position_text,
     reason_codes,
+    reserved_text,
     tensor_text,
     value_name,
 )
@@ -44,6 +47,7 @@ MEANINGS: dict[Category, str] = {
     "optimizer": "its state",
     "saved": "kept by forward for backward",
     "state": "bases and sampled rows of prac",
+    "unsharded": "layers gathered from other ranks, and gradients before they are reduced",
     "temporary": "used and freed within the step",
     "loss": "logits, and what follows from them",
 }
@@ -63,6 +67,7 @@ _FILTERS = {
         name: getattr(wording, name)
         for name in (
             "count_text",
+            "fits_text",
             "flops_text",
             "graphs_text",
             "inputs_text",
@@ -70,6 +75,7 @@ _FILTERS = {
             "name_text",
             "options_text",
             "position_text",
+            "price_text",
             "repeated_text",
             "share_text",
             "step_time_text",
@@ -101,6 +107,7 @@ def as_html(document: Document) -> str:
         **_summary(document),
         **_step(document, chart),
         **_alternatives(document),
+        **_gpus(document),
         **_values(document),
     )
 
@@ -159,6 +166,11 @@ def _summary(document: Document) -> dict[str, Any]:
         at_peak = [_categories_at_peak(timeline["before"]), _categories_at_peak(timeline["after"])]
         where = f"With {AFTER} in {position_text(peak['after'])}."
         figures.insert(0, _figure("Estimated peak", *peaks, at_peak, where))
+        reserved = document.get("reserved")
+        if reserved is not None:  # as bars with gaps: what is held at the peak, and what is free
+            pair = reserved["before"]["nbytes"], reserved["after"]["nbytes"]
+            note = reserved_text(reserved)
+            figures.insert(1, _figure("Reserved by the CUDA allocator", *pair, at_peak, note))
     fixed = [
         ("Parameters", totals["parameters_nbytes"]),
         ("Gradients", totals["gradients_nbytes"]),
@@ -264,6 +276,18 @@ def _alternatives(document: Document) -> dict[str, Any]:
         ],
         "has_batch": document["fits_nbytes"] is not None,
         "has_measured": document["measured"] is not None,
+    }
+
+
+def _gpus(document: Document) -> dict[str, Any]:
+    gpus = document.get("gpus")
+    if gpus is None:
+        return {"gpus": None}
+    return {
+        "gpus": gpus,
+        "has_prices": any(gpu["price_per_hour"] is not None for gpu in gpus["rows"]),
+        "cheapest": cheapest_texts(gpus),
+        "context": context_text(gpus),
     }
 
 

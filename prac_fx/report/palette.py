@@ -16,6 +16,7 @@ LIGHT: dict[Category, str] = {
     "optimizer": "#91acf5",
     "saved": "#cc6926",
     "state": "#ebbb36",
+    "unsharded": "#9f3be0",
     "temporary": "#379067",
     "loss": "#7b174a",
 }
@@ -27,6 +28,7 @@ DARK: dict[Category, str] = {
     "optimizer": "#90a0e6",
     "saved": "#c07514",
     "state": "#f5d04d",
+    "unsharded": "#a850ec",
     "temporary": "#44a375",
     "loss": "#9a285a",
 }

@@ -22,7 +22,10 @@ from prac_fx.report.wording import (
     NOTHING,
     STEP_TIME_NOTE,
     change_text,
+    cheapest_texts,
+    context_text,
     count_text,
+    fits_text,
     flops_text,
     graphs_text,
     inputs_text,
@@ -33,8 +36,10 @@ from prac_fx.report.wording import (
     operator_text,
     options_text,
     position_text,
+    price_text,
     reason_codes,
     repeated_text,
+    reserved_text,
     share_text,
     shortened,
     source_text,
@@ -68,6 +73,7 @@ def as_table(
         *_peaks(document, style),
         _alternatives(document, style),
         _measured(document, style),
+        _gpus(document, style),
         _advice(document, style),
         _values(document, top, style) if by == "value" else _rollup(document, by, top, style),
         _rollup(document, "kind", _MAX_KINDS, style) if by == "value" else "",
@@ -98,6 +104,15 @@ def _totals(document: Document, style: Style) -> str:
     pairs = [("saved for backward", totals["saved_before_nbytes"], totals["saved_after_nbytes"])]
     if peak is not None:
         pairs.append(("estimated peak", peak["before"]["nbytes"], peak["after"]["nbytes"]))
+    reserved = document.get("reserved")
+    if reserved is not None:
+        pairs.append(
+            (
+                "reserved by the CUDA allocator",
+                reserved["before"]["nbytes"],
+                reserved["after"]["nbytes"],
+            )
+        )
     rows = [
         (name, nbytes_text(before), nbytes_text(after), style.change(change_text(before, after)))
         for name, before, after in pairs
@@ -116,7 +131,9 @@ def _totals(document: Document, style: Style) -> str:
             continue
         before = 0 if name == "state of prac" else nbytes
         rows.append((name, nbytes_text(before), nbytes_text(nbytes), ""))
-    return grid(rows, ("", BEFORE, AFTER, ""), "lrrr")
+    table = grid(rows, ("", BEFORE, AFTER, ""), "lrrr")
+    note = "" if reserved is None else wrapped(reserved_text(reserved))
+    return "\n".join(filter(None, (table, note)))
 
 
 def _peaks(document: Document, style: Style) -> list[str]:
@@ -219,6 +236,32 @@ def _measured_row(way: Alternative, measured: MeasuredAlternative) -> tuple[str,
         change_text(estimated or 0, peak or 0) if is_known else "",
         step_time_text(measured),
     )
+
+
+def _gpus(document: Document, style: Style) -> str:
+    gpus = document.get("gpus")
+    if gpus is None:
+        return ""
+    has_prices = any(gpu["price_per_hour"] is not None for gpu in gpus["rows"])
+    rows = [
+        (
+            gpu["name"],
+            nbytes_text(gpu["memory_nbytes"]),
+            *([price_text(gpu["price_per_hour"])] if has_prices else []),
+            fits_text(gpu["fits_before"]),
+            fits_text(gpu["fits_after"]),
+        )
+        for gpu in gpus["rows"]
+    ]
+    prices = ["an hour"] if has_prices else []
+    table = grid(
+        rows,
+        ("", "memory", *prices, BEFORE, AFTER),
+        f"lr{'r' * has_prices}ll",
+        flexible=0,
+    )
+    lines = [table, *map(wrapped, cheapest_texts(gpus)), wrapped(context_text(gpus))]
+    return titled("GPUs that the step fits", "\n".join(lines), style)
 
 
 def _advice(document: Document, style: Style) -> str:

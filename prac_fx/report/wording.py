@@ -7,7 +7,16 @@ from pathlib import PurePath
 from typing import Any
 
 from prac_fx.config import PracConfig
-from prac_fx.document.schema import Document, MeasuredAlternative, Model, Peak, Size, Value
+from prac_fx.document.schema import (
+    Document,
+    Gpus,
+    MeasuredAlternative,
+    Model,
+    Peak,
+    ReservedPair,
+    Size,
+    Value,
+)
 from prac_fx.graph.nbytes import format_nbytes
 
 BEFORE = "plain Inductor"
@@ -165,6 +174,54 @@ STEP_TIME_NOTE = (
     "step time: of forward and backward over plain Inductor's, median of the rounds (least to "
     "most); where 1 lies between these, the difference is noise"
 )
+
+
+def reserved_text(reserved: ReservedPair) -> str:
+    """Under which settings it is reserved, how much of it is of no use, and what it leaves out."""
+    settings = {"cuda": "default settings", "cuda-expandable": "expandable_segments:True"}
+    free = [
+        nbytes_text(max(0, side["nbytes"] - side["allocated_nbytes"]))
+        for side in (reserved["before"], reserved["after"])
+    ]
+    return (
+        f"Reserved: once steps need no more, with {settings[reserved['allocator']]}. "
+        f"{free[0]} and {free[1]} of it are free even at the peak. Two workspaces of cuBLAS are "
+        "counted. The CUDA context, libraries and workspaces of other kernels are not."
+    )
+
+
+def fits_text(fits: bool) -> str:
+    """`fits`, or a dash."""
+    return "fits" if fits else NOTHING
+
+
+def price_text(price: float | None) -> str:
+    """`2.49`, in whatever currency; a dash for what is not known."""
+    return NOTHING if price is None else f"{price:.2f}"
+
+
+def cheapest_texts(gpus: Gpus) -> list[str]:
+    """The cheapest GPU without and with prac, a line each."""
+    by_name = {gpu["name"]: gpu for gpu in gpus["rows"]}
+    lines = []
+    for side, name in ((BEFORE, gpus["cheapest_before"]), (AFTER, gpus["cheapest_after"])):
+        gpu = None if name is None else by_name.get(name)
+        if gpu is None:
+            lines.append(f"{side}: none of them fits")
+            continue
+        price = gpu["price_per_hour"]
+        least = "the least memory" if price is None else f"{price_text(price)} an hour"
+        lines.append(f"{side}: the cheapest that fits is {gpu['name']}, {least}")
+    return lines
+
+
+def context_text(gpus: Gpus) -> str:
+    """What is left free."""
+    return (
+        "Fits: there is room for what the CUDA allocator reserves, and for "
+        f"{nbytes_text(gpus['context_nbytes'])} of CUDA context, libraries and workspaces. These "
+        "are estimates."
+    )
 
 
 def value_text(value: Value) -> str:
