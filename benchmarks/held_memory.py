@@ -11,6 +11,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from prac_fx.runtime.subspace_state import subspaces_of
+from prac_fx.torch_compat import inner_tensors
 
 
 def held_nbytes(result: Tensor | Iterable[Tensor], exclude: Iterable[Tensor]) -> int:
@@ -38,11 +39,12 @@ def own_nbytes(results: Iterable[Any], exclude: Iterable[Tensor]) -> int:
 
 
 def _nbytes_of(functions: Iterable[Any], exclude: Iterable[Tensor]) -> int:
-    known = {tensor.untyped_storage().data_ptr() for tensor in exclude}
+    known = {one.untyped_storage().data_ptr() for tensor in exclude for one in inner_tensors(tensor)}
     storages: dict[int, int] = {}
     for function in functions:
-        for tensor in [*function.saved_tensors, *_unchecked(function)]:
-            storage = tensor.untyped_storage()
+        saved = [*function.saved_tensors, *_unchecked(function)]
+        for one in (inner for tensor in saved for inner in inner_tensors(tensor)):
+            storage = one.untyped_storage()
             if storage.data_ptr() not in known:
                 storages[storage.data_ptr()] = storage.nbytes()
     return sum(storages.values())

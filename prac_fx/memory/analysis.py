@@ -16,6 +16,7 @@ from prac_fx.errors import ReportError, one_line
 from prac_fx.graph.nbytes import format_nbytes
 from prac_fx.memory.between_graphs import saved_between_graphs, with_between_graphs
 from prac_fx.memory.identical_blocks import identical_blocks, with_few_blocks
+from prac_fx.memory.in_flight import of_others
 from prac_fx.memory.optimizer import OptimizerMemory, optimizer_memory, optimizer_requests
 from prac_fx.memory.planned_graph import PlannedGraph
 from prac_fx.memory.repeated_blocks import (
@@ -270,16 +271,24 @@ def _analysed(
     # the same object means that nothing is rewritten
     changed = any(call.after is not call.before for call in calls)
     ours = planned([call.after for call in calls], [state]) if changed else plain
-    before = memory(plain)
-    after = memory(ours) if changed else before
     between, between_ours = saved_between_graphs(plain), saved_between_graphs(ours)
     if (between or between_ours) and repeated is not None:
         raise CannotMultiplyError("it is several graphs, and one saves what another has made")
+    values = [(0, value) for value in with_between_graphs(values, between, between_ours)]
+
+    def with_others(plan: StepPlan, saved_nbytes: int) -> StepPlan:
+        others = of_others(plan, tensors, step.in_flight, saved_nbytes)
+        return replace(plan, constants=(*plan.constants, *others))
+
+    plain = with_others(plain, sum(value.nbytes_before for _, value in values))
+    ours = with_others(ours, sum(value.nbytes_after for _, value in values)) if changed else plain
+    before = memory(plain)
+    after = memory(ours) if changed else before
     found = AnalysedStep(
         tensors,
         optimizer,
         calls,
-        tuple(with_between_graphs(values, between, between_ours)),
+        tuple(value for _, value in values),
         before,
         after,
         step.model,

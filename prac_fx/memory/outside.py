@@ -12,7 +12,7 @@ import weakref
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -30,9 +30,6 @@ from prac_fx.torch_compat import (
     storage_key,
     tree_leaves,
 )
-
-if TYPE_CHECKING:
-    from prac_fx.memory.trace import Call
 
 
 @dataclass(frozen=True)
@@ -112,6 +109,7 @@ class OutsideObserver(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self._known = set(map(storage_key, own))
         self._storages: list[_Storage] = []
         self._by_key: dict[int, _Storage] = {}
+        self._managed: frozenset[int] = frozenset()
         self._paused = False
         self._highest = _Seen()
         self._moments: dict[tuple[str, int], tuple[_Seen, _Seen]] = {}
@@ -165,46 +163,38 @@ class OutsideObserver(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self._moments[which, number] = (before if before.total >= now.total else now), now
         self._highest = now
 
-    def observe(self, result: Any, again: Callable[[], Any], calls: list[Call]) -> Outside:
-        """Run the step once more, with its backward, and look.
-
-        Args:
-            result: of the first run.
-            again: runs the forward pass once more; nothing is compiled any more.
-            calls: of graphs; those of the first run become those of the second.
-
-        Returns:
-            What was seen in the second run, which is like all that come after it.
-        """
+    def get_ready(self, result: Any) -> None:
+        """End the first run, in which code was compiled and hooks were set up, by its backward."""
         with self.paused():
             self._backward(result)
-        del result
         for parameter in self._trained:
             parameter.grad = None
-        calls.clear()
         unsharded = [one._unsharded_param for one in fsdp_parameters()]
-        managed = frozenset(map(storage_key, unsharded))
+        self._managed = frozenset(map(storage_key, unsharded))
         for parameter in unsharded:
             self._note(parameter, "unsharded layers")
         self._moments.clear()
         self._highest = _Seen()
+
+    def watch(self, again: Callable[[], Any]) -> None:
+        """Run the step once more, with its backward; it is like all that come after it."""
         with self:
             self._backward(again())
-        arguments = {key for call in calls for key in call.arguments if key is not None}
-        return self._outside(len(calls), frozenset(arguments) - managed)
 
     @staticmethod
     def _backward(result: Any) -> None:
         loss = differentiated(result)
         loss.backward(torch.ones_like(loss) if loss.dim() else None)  # type: ignore[no-untyped-call]
 
-    def _outside(self, num_calls: int, elsewhere: frozenset[int]) -> Outside:
+    def seen(self, arguments: Sequence[Sequence[int | None]]) -> Outside:
         """What was seen.
 
         Args:
-            num_calls: runs of graphs.
-            elsewhere: storages that the graphs themselves account for.
+            arguments: storages of the arguments of each run of a graph. The graphs account for
+                those that hooks do not manage.
         """
+        num_calls = len(arguments)
+        elsewhere = {one for row in arguments for one in row if one is not None} - self._managed
         self.at("end", 0)
         for parameter in self._trained:
             for gradient in [] if parameter.grad is None else inner_tensors(parameter.grad):
@@ -294,10 +284,8 @@ class _BlackBox(torch.autograd.Function):
     ) -> Any:
         ctx.observer, ctx.number, ctx.trainable = observer, number, trainable
         ctx.set_materialize_grads(False)
-        ctx.arguments = [
-            (one.size(), one.stride(), one.dtype, one.device) if isinstance(one, Tensor) else None
-            for one in args
-        ]
+        # fake tensors have no memory to be kept alive
+        ctx.arguments = [one.detach() if isinstance(one, Tensor) else None for one in args]
         observer.at("forward", number)
         with observer.paused(), torch.enable_grad():
             own = [
@@ -321,12 +309,11 @@ class _BlackBox(torch.autograd.Function):
         observer.count_elsewhere(tangents)
         observer.at("backward", ctx.number)
         gradients: list[Tensor | None] = []
-        for index, layout in enumerate(ctx.arguments):
+        for index, argument in enumerate(ctx.arguments):
             gradient = None
-            if layout is not None and ctx.needs_input_grad[4 + index]:
-                size, stride, dtype, device = layout
+            if argument is not None and ctx.needs_input_grad[4 + index]:
                 with observer.paused():
-                    gradient = torch.empty_strided(size, stride, dtype=dtype, device=device)
+                    gradient = torch.empty_like(argument)
             gradients.append(gradient)
         for index in ctx.trainable:
             gradient = gradients[index]

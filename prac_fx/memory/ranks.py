@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, fields, replace
 from typing import Any
@@ -41,6 +41,8 @@ class Ranks:
         fsdp: that shard parameters, gradients and optimizer state (`fully_shard`).
         tp: that share the matmuls of each layer (`parallelize_module`).
         ddp: replicas; with `fsdp`, replicas of a group that shards.
+        pp: stages of a pipeline. The model is one of them, with one microbatch; of the first stage
+            under 1F1B, so many are in flight.
 
     Raises:
         ReportError: a number below 1.
@@ -49,6 +51,7 @@ class Ranks:
     fsdp: int = 1
     tp: int = 1
     ddp: int = 1
+    pp: int = 1
 
     def __post_init__(self) -> None:
         for name, number in self.sizes().items():
@@ -57,7 +60,7 @@ class Ranks:
 
     def sizes(self) -> dict[str, int]:
         """Ranks of each dimension of the mesh, the outermost first."""
-        return {name: getattr(self, name) for name in ("ddp", "fsdp", "tp")}
+        return {name: getattr(self, name) for name in ("pp", "ddp", "fsdp", "tp")}
 
     @property
     def world_size(self) -> int:
@@ -113,9 +116,10 @@ def as_one_of(step: Step, ranks: Ranks | None) -> Iterator[Step]:
         yield replace(step, sharded=bool(sizes), ranks=sizes)
         return
     sizes = {name: number for name, number in ranks.sizes().items() if number > 1}
+    step = replace(step, in_flight=ranks.pp, has_buckets=ranks.has_buckets, ranks=sizes)
     with among(ranks.world_size):
-        if ranks.has_buckets:
-            yield replace(step, has_buckets=True, ranks=sizes)
+        if not ranks.is_sharded:
+            yield step
             return
         if not isinstance(step.model, nn.Module):
             raise ReportError(f"{ranks}: the model is a function, and only a module can be sharded")
@@ -127,7 +131,7 @@ def as_one_of(step: Step, ranks: Ranks | None) -> Iterator[Step]:
         yield replace(
             step,
             **{"model": model, "args": args, "kwargs": kwargs, "loss_fn": loss_fn},
-            **{"fake_mode": mode, "sharded": True, "ranks": sizes},
+            **{"fake_mode": mode, "sharded": True},
         )
 
 
@@ -155,6 +159,18 @@ def device_mesh(sizes: Mapping[str, int], device: torch.device) -> DeviceMesh:
     return init_device_mesh(kind, tuple(sizes.values()), mesh_dim_names=tuple(sizes))
 
 
+def build_on_mesh(build: Callable[[DeviceMesh], Any], sizes: Mapping[str, int]) -> Any:
+    """Call a function that builds a rank's part of a model, with fake tensors.
+
+    Args:
+        build: the user's, which applies `fully_shard`, `parallelize_module` or whatever it wants.
+        sizes: ranks of each dimension of the mesh, by name, the outermost first.
+    """
+    mesh = device_mesh(sizes, torch.device("cpu"))
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        return build(mesh)
+
+
 def shard(model: nn.Module, ranks: Ranks, mode: FakeTensorMode) -> None:
     """Shard a model of fake tensors in place, as rank 0 of a fake process group.
 
@@ -174,6 +190,7 @@ def shard(model: nn.Module, ranks: Ranks, mode: FakeTensorMode) -> None:
         return
     sizes = {name: number for name, number in ranks.sizes().items() if number > 1}
     mesh = device_mesh(sizes, next(model.parameters()).device)
+    # the stages of a pipeline are models of their own
     with mode:
         if ranks.tp > 1:
             plan = _tensor_parallel_plan(model, ranks.tp)
@@ -238,7 +255,7 @@ _STYLES: Mapping[str, Any] = {
     "colwise": ColwiseParallel,
     "rowwise": RowwiseParallel,
     "colwise_gather_output": lambda: ColwiseParallel(output_layouts=Replicate()),
-    # the table is shared, and every rank has whole embeddings after a reduction
-    "embedding_rowwise": lambda: RowwiseParallel(input_layouts=Replicate()),
+    # by features instead of by tokens: as many bytes, and no mask, whose values torch would compare
+    "embedding_rowwise": lambda: ColwiseParallel(output_layouts=Replicate()),
     "colwise_rep": lambda: ColwiseParallel(output_layouts=Replicate()),
 }

@@ -43,6 +43,7 @@ class Step:
         sharded: the model is a rank's part, of fake tensors, in a fake process group. Then backward
             runs, too, and what is held outside of the graphs is looked at.
         has_buckets: gradients are reduced by `DistributedDataParallel`.
+        in_flight: microbatches whose backward has not run yet when one's begins, itself included.
         ranks: of each dimension of the mesh, by name.
         captured: what the model and the loss read besides, such as a target that the loss closes
             over, each with Dynamo's name of where it comes from; known once the step was traced.
@@ -55,6 +56,7 @@ class Step:
     fake_mode: FakeTensorMode | None = None
     sharded: bool = False
     has_buckets: bool = False
+    in_flight: int = 1
     ranks: Mapping[str, int] = field(default_factory=dict)
     captured: tuple[tuple[str, Tensor], ...] = ()
 

@@ -118,19 +118,21 @@ def trace(
     """
     observer = OutsideObserver(step) if step.sharded else None
     backend = _Planner(step.model, config, patches or {}, [call.before for call in plain], observer)
-    outside: list[Outside] = []
 
     def run_again(result: Any, again: Callable[[], Any]) -> None:
         if observer is not None:
-            outside.append(observer.observe(result, again, backend.calls))
-        else:
-            # Dynamo has run the graph of each bucket to find the inputs of the next one
-            backend.calls.clear()
+            observer.get_ready(result)
+        # under DistributedDataParallel, Dynamo has run a graph to find the inputs of the next one
+        backend.calls.clear()
+        if observer is None:
             again()
+        else:
+            observer.watch(again)
 
     twice = step.sharded or step.has_buckets
     breaks = trace_with(step, backend, budget, run_again if twice else None)
-    return Trace(tuple(backend.calls), breaks, outside[0] if outside else None)
+    outside = None if observer is None else observer.seen([one.arguments for one in backend.calls])
+    return Trace(tuple(backend.calls), breaks, outside)
 
 
 class _Planner:

@@ -6,7 +6,9 @@ import argparse
 import contextlib
 import dataclasses
 import logging
-from collections.abc import Iterator
+import math
+from collections.abc import Iterator, Mapping
+from contextlib import AbstractContextManager, ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,9 +18,10 @@ from torch import nn
 from prac_fx.compare.forked_map import usable_processes
 from prac_fx.compare.gpu_table import Gpu
 from prac_fx.document.schema import Document
-from prac_fx.errors import PracError, one_line
+from prac_fx.errors import PracError, ReportError, one_line
 from prac_fx.memory.cuda_settings import AllocatorChoice
 from prac_fx.memory.fake_model import build_model
+from prac_fx.memory.ranks import Ranks, among, build_on_mesh
 from prac_fx.report.explain import report_step
 from prac_fx.report.model_file import (
     Built,
@@ -48,6 +51,7 @@ class Analysis:
         processes: how many alternatives are analysed at a time; None for as many as help.
         allocator: of CUDA, for what it reserves; None for what the device needs.
         gpus: to find out which of them the step fits.
+        fsdp, tp, ddp, pp: ranks of each kind; None for a model by itself.
     """
 
     optimizer: str = "adamw"
@@ -62,6 +66,10 @@ class Analysis:
     processes: int | None = None
     allocator: AllocatorChoice | None = None
     gpus: tuple[Gpu, ...] | None = None
+    fsdp: int | None = None
+    tp: int | None = None
+    ddp: int | None = None
+    pp: int | None = None
 
     @classmethod
     def flags(cls) -> tuple[str, ...]:
@@ -74,6 +82,18 @@ class Analysis:
         given = {name: getattr(arguments, name) for name in cls.flags()}
         return cls(**{name: value for name, value in given.items() if value is not None})
 
+    @property
+    def ranks(self) -> Ranks | None:
+        """As numbers of ranks; None when none was given.
+
+        Raises:
+            ReportError: a number below 1.
+        """
+        given = {name: getattr(self, name) for name in ("fsdp", "tp", "ddp", "pp")}
+        if all(number is None for number in given.values()):
+            return None
+        return Ranks(**{name: number for name, number in given.items() if number is not None})
+
 
 def analyse(path: Path, options: dict[str, Any], analysis: Analysis) -> Document:
     """Build the model of a file and analyse its step.
@@ -82,9 +102,28 @@ def analyse(path: Path, options: dict[str, Any], analysis: Analysis) -> Document
         ReportError: a bad file, a model without backward, or what `report_step` refuses.
         UserCodeError: the file, its `build()` or its model raised.
     """
-    with arguments_of_its_own(path):
-        build = import_build(path)
-        built = call_build(lambda: build_model(build, analysis.fake), path)
+    with ExitStack() as mesh:
+        with arguments_of_its_own(path):
+            file = import_build(path)
+            if file.mesh is None:
+                built = call_build(lambda: build_model(file.build, analysis.fake), path)
+            else:
+                mesh.enter_context(_mesh_of_its_own(file.mesh, path, analysis))
+                built = call_build(lambda: build_on_mesh(file.build, file.mesh or {}), path)
+        return _report(path, built, options, analysis)
+
+
+def _mesh_of_its_own(
+    sizes: Mapping[str, int], path: Path, analysis: Analysis
+) -> AbstractContextManager[None]:
+    if analysis.ranks is not None:
+        raise ReportError(f"{path} has a MESH of its own: drop --fsdp, --tp, --ddp and --pp")
+    if analysis.fake is False or analysis.measure:
+        raise ReportError(f"{path} has a MESH: its ranks are fake, drop --no-fake and --measure")
+    return among(math.prod(sizes.values()))
+
+
+def _report(path: Path, built: Built, options: dict[str, Any], analysis: Analysis) -> Document:
     with arguments_of_its_own(path), progress_bar() as progress, _explained(built, analysis):
         report = report_step(
             built.model,
@@ -104,6 +143,7 @@ def analyse(path: Path, options: dict[str, Any], analysis: Analysis) -> Document
             processes=analysis.processes or usable_processes(),
             allocator=analysis.allocator,
             gpus=analysis.gpus,
+            ranks=analysis.ranks,
         )
     return report.as_document()
 

@@ -91,7 +91,26 @@ def _parser() -> argparse.ArgumentParser:
     )
     _add_output_flags(parser.add_argument_group("output"))
     _add_analysis_flags(parser.add_argument_group("what to analyse"))
+    _add_rank_flags(parser.add_argument_group("ranks", _ABOUT_RANKS))
     return parser
+
+
+_ABOUT_RANKS = (
+    "All figures are then of rank 0, which holds most, with the inputs as its own. For any other "
+    "way to share a model, put MESH = {'fsdp': 4, 'tp': 2} into the file: build(mesh) is then "
+    "called with the DeviceMesh, and shards the model itself."
+)
+_RANKS = {
+    "fsdp": "ranks that shard parameters, gradients and optimizer state (fully_shard, per block)",
+    "tp": "ranks that share each matmul, as the plan of a transformers model says",
+    "ddp": "replicas of DistributedDataParallel; with --fsdp, of the group that shards",
+    "pp": "stages of a pipeline: build() returns one, and so many microbatches are in flight",
+}
+
+
+def _add_rank_flags(group: argparse._ArgumentGroup) -> None:
+    for name, text in _RANKS.items():
+        group.add_argument(f"--{name}", type=int, metavar="N", help=text)
 
 
 def _add_output_flags(group: argparse._ArgumentGroup) -> None:
@@ -191,7 +210,7 @@ def _check(arguments: argparse.Namespace) -> None:
     if arguments.top < 0:
         raise ReportError(f"--top {arguments.top}: expected a number of rows, 0 for all")
     arguments.format = arguments.format or _format_of(arguments.output)
-    for name in ("batch", "seq", "processes"):
+    for name in ("batch", "seq", "processes", *_RANKS):
         size = getattr(arguments, name)
         if size is not None and size < 1:
             raise ReportError(f"--{name} {size}: expected a whole number above zero")
@@ -201,6 +220,9 @@ def _check(arguments: argparse.Namespace) -> None:
             setattr(arguments, name, parse_nbytes(text, _flag(name)))
     if arguments.gpus and arguments.allocator == NONE:
         raise ReportError("--gpus needs what the allocator reserves: drop --allocator none")
+    ranks = [name for name in _RANKS if getattr(arguments, name) is not None]
+    if arguments.measure and ranks:
+        raise ReportError(f"--measure runs one process, not ranks: drop it or {_flag(ranks[0])}")
     if arguments.measure and arguments.fake:
         raise ReportError("--measure runs real steps, and --fake has no memory for them: drop one")
     if arguments.format == "png":

@@ -41,11 +41,25 @@ class UserCodeError(ReportError):
         self.traceback = traceback
 
 
-def import_build(path: Path) -> Callable[[], object]:
-    """Import the file and find its `build`.
+@dataclass(frozen=True)
+class ModelFile:
+    """What a file has.
+
+    Attributes:
+        build: its function of that name; with a mesh, called with a `DeviceMesh`.
+        mesh: its `MESH`, ranks of each dimension by name; None without one.
+    """
+
+    build: Callable[..., object]
+    mesh: Mapping[str, int] | None = None
+
+
+def import_build(path: Path) -> ModelFile:
+    """Import the file and find its `build`, and its `MESH` if it has one.
 
     Raises:
-        ReportError: no such file, a folder, it cannot be imported, or it has no function `build`.
+        ReportError: no such file, a folder, it cannot be imported, it has no function `build`, or a
+            `MESH` that is no mesh.
     """
     if path.is_dir():
         raise ReportError(f"{path}: a folder; give a file with a function build() in it")
@@ -54,12 +68,28 @@ def import_build(path: Path) -> Callable[[], object]:
     # as `python model.py` would: the file may import its neighbours
     sys.path.insert(0, str(path.resolve().parent))
     try:
-        build = getattr(_import_file(path), "build", None)
+        module = _import_file(path)
     except (Exception, SystemExit) as error:
         raise user_code_error(f"{path}: loading it raised", error) from error
+    build = getattr(module, "build", None)
     if not callable(build):
         raise ReportError(f"{path}: no function build() in it; see --help for an example")
-    return build  # type: ignore[no-any-return]
+    mesh = getattr(module, "MESH", None)
+    if mesh is not None and not _is_mesh(mesh):
+        raise ReportError(
+            f"{path}: MESH = {mesh!r}: expected numbers of ranks by name, such as "
+            '{"fsdp": 4, "tp": 2}'
+        )
+    return ModelFile(build, mesh)
+
+
+def _is_mesh(value: object) -> bool:
+    return (
+        isinstance(value, Mapping)
+        and bool(value)
+        and all(isinstance(name, str) for name in value)
+        and all(type(number) is int and number > 0 for number in value.values())
+    )
 
 
 def call_build(build: Callable[[], object], path: Path) -> Built:

@@ -28,7 +28,7 @@ DARK: dict[Category, str] = {
     "optimizer": "#90a0e6",
     "saved": "#c07514",
     "state": "#f5d04d",
-    "unsharded": "#a850ec",
+    "unsharded": "#9b30d9",
     "temporary": "#44a375",
     "loss": "#9a285a",
 }

@@ -37,6 +37,7 @@ from prac_fx.report.wording import (
     options_text,
     position_text,
     price_text,
+    ranks_text,
     reason_codes,
     repeated_text,
     reserved_text,
@@ -88,6 +89,7 @@ def _header(document: Document, style: Style) -> str:
         ("model", f"{name_text(model)}, {model_text(model)}"),
         ("", repeated_text(model)),
         ("inputs", inputs_text(document)),
+        ("rank", ranks_text(document)),
         ("graphs", graphs_text(document)),
         ("options", options_text(document["options"])),
         (

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from pathlib import PurePath
 from typing import Any
@@ -66,6 +67,15 @@ def operator_text(op: str) -> str:
     """The operator without the overload that nearly all have."""
     name = op.removeprefix("<built-in function ").removesuffix(">")  # as older reports have it
     return _NO_OPERATOR.get(name, name.removesuffix(".default"))
+
+
+def ranks_text(document: Document) -> str:
+    """Which rank of which mesh the figures are of; empty for a model by itself."""
+    ranks = document.get("ranks", {})
+    if not ranks:
+        return ""
+    mesh = ", ".join(f"{name} {number}" for name, number in ranks.items())
+    return f"0 of {math.prod(ranks.values())} ({mesh}); all figures are of this one"
 
 
 def graphs_text(document: Document) -> str:

@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import functools
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from types import SimpleNamespace
 from typing import Any
+from unittest.mock import patch
 
 import torch.distributed as dist
 from torch import Tensor
+from torch._subclasses.fake_tensor import unset_fake_temporarily
 from torch.distributed import _composable_state as composable_state
+from torch.distributed.device_mesh import DeviceMesh
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
@@ -80,9 +84,24 @@ def fake_process_group(world_size: int, rank: int) -> Iterator[None]:
         raise RuntimeError("this process is in a process group already")
     dist.init_process_group("fake", rank=rank, world_size=world_size, store=FakeStore())
     try:
-        yield
+        with (
+            patch.object(DeviceMesh, "__init__", _of_real_tensors(DeviceMesh.__init__)),
+            patch.object(DeviceMesh, "_concatenate", _of_real_tensors(DeviceMesh._concatenate)),
+        ):
+            yield
     finally:
         dist.destroy_process_group()
+
+
+def _of_real_tensors(function: Callable[..., Any]) -> Callable[..., Any]:
+    """The same function without a fake mode: a mesh reads the values of its own tensor."""
+
+    @functools.wraps(function)
+    def with_real_tensors(*args: Any, **kwargs: Any) -> Any:
+        with unset_fake_temporarily():
+            return function(*args, **kwargs)
+
+    return with_real_tensors
 
 
 @contextmanager
