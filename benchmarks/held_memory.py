@@ -39,7 +39,9 @@ def own_nbytes(results: Iterable[Any], exclude: Iterable[Tensor]) -> int:
 
 
 def _nbytes_of(functions: Iterable[Any], exclude: Iterable[Tensor]) -> int:
-    known = {one.untyped_storage().data_ptr() for tensor in exclude for one in inner_tensors(tensor)}
+    known = {
+        one.untyped_storage().data_ptr() for tensor in exclude for one in inner_tensors(tensor)
+    }
     storages: dict[int, int] = {}
     for function in functions:
         saved = [*function.saved_tensors, *_unchecked(function)]

@@ -1,6 +1,6 @@
 """What each process of `tests/test_ranks.py` does: train a sharded model, and say what is allocated.
 
-    python -m tests.ranks_workers RANK WORLD FOLDER
+python -m tests.ranks_workers RANK WORLD FOLDER
 """
 
 from __future__ import annotations
@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import sys
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -47,7 +48,7 @@ class Block(nn.Module):
 class Net(nn.Module):
     """Blocks, with the plan for tensor parallelism that transformers' models have."""
 
-    _tp_plan = {"blocks.*.up": "colwise", "blocks.*.down": "rowwise"}
+    _tp_plan = MappingProxyType({"blocks.*.up": "colwise", "blocks.*.down": "rowwise"})
 
     def __init__(self) -> None:
         super().__init__()

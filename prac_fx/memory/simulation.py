@@ -188,6 +188,8 @@ class _Simulation:
         if self.step.outside is not None:
             gradients = {}
             self._hold_outside("backward", "backward", number)
+            # the loss was computed outside of the graphs, and its backward is over
+            self._release_all(("result", number))
         for name, value in plan.inputs.items():
             if "tangents" in name:
                 self._hold(
