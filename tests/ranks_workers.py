@@ -1,4 +1,4 @@
-"""What each process of `tests/test_ranks.py` does: train a sharded model, and say what is allocated.
+"""What each process of `tests/test_ranks.py` does: train a sharded model, say what it allocates.
 
 python -m tests.ranks_workers RANK WORLD FOLDER
 """
