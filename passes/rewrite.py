@@ -143,7 +143,7 @@ class _Editor:
         parts = _unpacked(site, stored, first, inline)
         decode_nodes: list[fx.Node] = []
         if site.codec.is_decodable:
-            decode_nodes = self._decode_for(readers, site, [*parts, *basis], len(parts), first)
+            decode_nodes = self._decode_for(readers, site, basis, parts, first)
         value = nodes[site.value]
         return EncodedSite(site, state, value, matrix, stored, parts, tuple(decode_nodes), readers)
 
@@ -151,15 +151,15 @@ class _Editor:
         self,
         readers: Sequence[tuple[fx.Node, int]],
         site: FactoredSite,
-        args: Sequence[fx.Node],
-        count: int,
+        basis: Sequence[fx.Node],
+        parts: Sequence[fx.Node],
         first: fx.Node,
     ) -> list[fx.Node]:
-        """Have the readers of a site read the decoded value; the first `count` of args are parts."""
-        inline = self._inline
+        """Decode in front of the first reader, have all read that, and return what was added."""
+        inline, count = self._inline, len(basis)
         decode = inline(
-            lambda *args: site.codec.decode(args[:count], site.dtype, *args[count:]),
-            args,
+            lambda *args: site.codec.decode(args[count:], site.dtype, *args[:count]),
+            [*basis, *parts],
             before=first,
             tag=_BACKWARD,
             like=first,

@@ -42,7 +42,9 @@ from prac_fx.codecs.rounding import uniform
 from prac_fx.codecs.subspace import exact_dtype, working_dtype
 
 _INDEX_NBYTES = 4  # of int32
-_GRID = 2.0**-16  # of the numbers that `uniform` returns, which lie in the middle between its points
+_GRID = (
+    2.0**-16
+)  # of the numbers that `uniform` returns, which lie in the middle between its points
 
 
 @dataclass(frozen=True)
@@ -95,7 +97,7 @@ class SampledRows(Codec):
 
     # -- tensors ----------------------------------------------------------------------------------
 
-    def encode(self, x: Tensor, rows: Tensor, columns: Tensor, **_: Any) -> tuple[Tensor, ...]:  # type: ignore[override]
+    def encode(self, x: Tensor, rows: Tensor, columns: Tensor, **_: Any) -> tuple[Tensor, ...]:
         """The kept rows, and which they are.
 
         Args:
@@ -111,7 +113,9 @@ class SampledRows(Codec):
         kept = self.kept(x.shape[-2])
         numbers = rows.view(x.shape[:-1]).narrow(-1, 0, kept)
         index, factor = drawn_rows(row_sizes(x), kept, _fine_uniform(numbers, columns))
-        scaled = _take(x, index).to(factor.dtype) * _times(factor, self._guard(x.dtype)).unsqueeze(-1)
+        scaled = _take(x, index).to(factor.dtype) * _times(factor, self._guard(x.dtype)).unsqueeze(
+            -1
+        )
         return scaled.to(x.dtype), index.to(torch.int32)
 
     def decode(self, parts: Sequence[Tensor], dtype: torch.dtype, *basis: Tensor) -> Tensor:
