@@ -64,6 +64,7 @@ REASONS = {
     "of such results is wrong",
     "unknown_operator": "backward reads it with an operator of which we do not know what it makes "
     "of an error",
+    "registered_exact": "backward reads it with an operator that was registered to read it exact",
     "sentinel": "holds a constant of large magnitude, as masks do, beside which all else would "
     "decode to zero",
     "replaced": "backward needs it only for what is stored in its place",
