@@ -143,7 +143,7 @@ def test_a_share_of_one_is_exact(
 def test_variance_is_at_most_that_of_independent_draws_and_of_uniform_ones(
     value: Callable[..., Tensor], share: float
 ) -> None:
-    """Theorem 2 of the paper gives the first; the second is m / k times a sum without replacement."""
+    """The formulas: of as many independent draws from the same rows, and of k of m without replacement."""
     x, dy = value(TOKENS), _randn(TOKENS, OUTPUTS, seed=4)
     errors = (_samples(share, x, dy) - x.mT @ dy).square().sum((1, 2))
     found, margin = float(errors.mean()), 5 * float(errors.std()) / math.sqrt(DRAWS)
@@ -164,7 +164,7 @@ def test_variance_is_at_most_that_of_independent_draws_and_of_uniform_ones(
 
 
 def _best_drawn(sizes: Tensor, kept: int) -> int:
-    """k - c of section 3.2, by trying all c."""
+    """k - c, by trying all c."""
     ordered = sorted(sizes.tolist(), reverse=True)
     return kept - min(range(kept), key=lambda c: sum(ordered[c:]) / (kept - c))
 

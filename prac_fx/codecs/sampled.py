@@ -8,9 +8,9 @@ that the sum has the right mean.
 
     X^T dY  ~  kept^T dY[index]        2 k n o FLOPs instead of 2 m n o
 
-The number of winners is the one of section 3.2 that leaves least variance: the c with the smallest
-S / (k - c), where S is the summed size of the others. It depends on the data, but all shapes are
-static: it is a tensor, and each of the k places looks up whether it is a winner's.
+The number of winners is the one that leaves least variance, the c with the smallest S / (k - c),
+where S is the summed size of the others. It depends on the data, but all shapes are static: it is a
+tensor, and each of the k places looks up whether it is a winner's.
 
 This code differs from the paper in three ways:
 
@@ -42,9 +42,8 @@ from prac_fx.codecs.rounding import uniform
 from prac_fx.codecs.subspace import exact_dtype, working_dtype
 
 _INDEX_NBYTES = 4  # of int32
-_GRID = (
-    2.0**-16
-)  # of the numbers that `uniform` returns, which lie in the middle between its points
+# Of the numbers that `uniform` returns. They lie in the middle between the points of the grid.
+_GRID = 2.0**-16
 
 
 @dataclass(frozen=True)
@@ -113,10 +112,8 @@ class SampledRows(Codec):
         kept = self.kept(x.shape[-2])
         numbers = rows.view(x.shape[:-1]).narrow(-1, 0, kept)
         index, factor = drawn_rows(row_sizes(x), kept, _fine_uniform(numbers, columns))
-        scaled = _take(x, index).to(factor.dtype) * _times(factor, self._guard(x.dtype)).unsqueeze(
-            -1
-        )
-        return scaled.to(x.dtype), index.to(torch.int32)
+        factor = _times(factor, self._guard(x.dtype)).unsqueeze(-1)
+        return (_take(x, index) * factor).to(x.dtype), index.to(torch.int32)
 
     def decode(self, parts: Sequence[Tensor], dtype: torch.dtype, *basis: Tensor) -> Tensor:
         """Not possible."""
