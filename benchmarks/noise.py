@@ -68,6 +68,8 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "W: sampled .5": {**_EXACT, "weight_gradient": "sampled", "sampled": 0.5},
     "W: sampled .25": {**_EXACT, "weight_gradient": "sampled"},
     "W: sampled .1": {**_EXACT, "weight_gradient": "sampled", "sampled": 0.1},
+    "W: pamm .1": {**_EXACT, "weight_gradient": "pamm", "pamm": 0.1},
+    "W: pamm .002": {**_EXACT, "weight_gradient": "pamm"},
     "W: int8": {**_EXACT, "weight_gradient": "int8"},
     "W: int4": {**_EXACT, "weight_gradient": "int4"},
     "A: int8": {**_EXACT, "input_gradient": "int8"},

@@ -276,7 +276,7 @@ class Sites:
         if not isinstance(matrices, int):
             raise Keep("symbolic_size", f"{matrices} matrices")
         self.check_size(root)
-        codec = OF_WEIGHT_GRADIENTS[name](n, self._config.sampled, matrices)
+        codec = OF_WEIGHT_GRADIENTS[name](n, getattr(self._config, name), matrices)
         self._check_device(root, codec)
         nbytes = codec.stored_nbytes(size_hint(value.numel()) // n, value.itemsize)
         if nbytes >= role.value.nbytes:

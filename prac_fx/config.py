@@ -113,7 +113,9 @@ class PracConfig:
             0.95 of the estimated time, too. It stores nothing where the value follows from stored
             ones without a matmul. Else it does what `input_gradient` says. "sampled" keeps some of
             the tokens (`sampled`), the largest and a random part of the others, and makes unbiased
-            weight gradients of these alone (WTA-CRS, arXiv 2305.15265).
+            weight gradients of these alone (WTA-CRS, arXiv 2305.15265). "pamm" stores each token as
+            its projection on one of few tokens that are drawn in each step (PAMM, arXiv
+            2506.02939). It is biased and warns once.
         input_gradient: How to store a value that the input-gradient path reads (role A).
         attention: How to store the value and the result of attention.
         query_key: How to store the query and the key of attention. Backward takes the exponential
@@ -132,6 +134,8 @@ class PracConfig:
             Paths are relative to the compiled module.
         sampled: The share of the tokens that "sampled" keeps, a float above 0.0 and at most 1.0.
             Bytes and FLOPs shrink to it.
+        pamm: The share of the tokens that "pamm" draws, for all tokens to stand on, a float above
+            0.0 and at most 1.0.
         group_size: The largest number of features that share one scale in the quantised codecs.
         rounding: How the quantised codecs round. "stochastic" is unbiased, "nearest" is biased.
         zero_point: Whether the quantised codecs store an offset beside each scale.
@@ -188,6 +192,7 @@ class PracConfig:
     checkpoint_inputs: str | None = None
     rules: tuple[tuple[str, str], ...] = ()
     sampled: float = 0.25
+    pamm: float = 0.002
     group_size: int = 128
     rounding: Literal["stochastic", "nearest"] = "stochastic"
     zero_point: bool = False
@@ -213,7 +218,8 @@ class PracConfig:
         for part, allowed in PARTS.items():
             check_choice(part, getattr(self, part), allowed)
         object.__setattr__(self, "rules", rules(self.rules, RULE_CODECS))
-        check_share("sampled", self.sampled)
+        for name in SAMPLED:
+            check_share(name, getattr(self, name))
         check_int("group_size", self.group_size, minimum=8)
         check_choice("rounding", self.rounding, ("stochastic", "nearest"))
         check_choice("across_ranks", self.across_ranks, ("auto", "identical", "independent"))
@@ -243,13 +249,18 @@ class PracConfig:
 
     def _check_sampling(self) -> None:
         """Sampled rows cannot be decoded, which is what happens to them without `factor`."""
-        chosen = [self.weight_gradient, *(codec for _, codec in self.rules)]
-        undecodable = [codec for codec in chosen if codec in SAMPLED]
+        undecodable = [codec for codec in self._of_weight_gradients if codec in SAMPLED]
         if undecodable and "factor" in self.skip_passes:
             raise PracOptionError(
                 f"prac.skip_passes={self.skip_passes!r} contradicts the codec {undecodable[0]!r}: "
                 'weight gradients are made from its rows by the pass "factor"'
             )
+
+    @property
+    def _of_weight_gradients(self) -> tuple[str, ...]:
+        """The codecs that values of role W may have."""
+        assert self.weight_gradient is not None
+        return (self.weight_gradient, *(codec for _, codec in self.rules))
 
     def _check_projection(self) -> None:
         """Ranks, blocks and schedule of PRAC."""
@@ -283,6 +294,11 @@ class PracConfig:
         """Has PRAC no random part (PAC), so that its gradients are biased?"""
         has_no_tail = any(self.for_role("random", role) == 0 for role in PROJECTED_ROLES)
         return has_no_tail and not self.is_exact
+
+    @property
+    def uses_pamm(self) -> bool:
+        """May weight gradients be made by PAMM, which is biased?"""
+        return "pamm" in self._of_weight_gradients
 
     @property
     def is_exact(self) -> bool:

@@ -91,8 +91,7 @@ class SampledRows(Codec):
 
     def kept(self, rows: int) -> int:
         """k of m rows, at least one of any; both may be symbolic."""
-        share = Fraction(repr(self.share))  # 0.3 is 3 / 10 here, as its reader expects
-        return (rows * share.numerator + share.denominator - 1) // share.denominator
+        return share_of(rows, self.share)
 
     # -- tensors ----------------------------------------------------------------------------------
 
@@ -112,8 +111,8 @@ class SampledRows(Codec):
         kept = self.kept(x.shape[-2])
         numbers = rows.view(x.shape[:-1]).narrow(-1, 0, kept)
         index, factor = drawn_rows(row_sizes(x), kept, _fine_uniform(numbers, columns))
-        factor = _times(factor, self._guard(x.dtype)).unsqueeze(-1)
-        return (_take(x, index) * factor).to(x.dtype), index.to(torch.int32)
+        factor = times(factor, self._guard(x.dtype)).unsqueeze(-1)
+        return (rows_at(x, index) * factor).to(x.dtype), index.to(torch.int32)
 
     def decode(self, parts: Sequence[Tensor], dtype: torch.dtype, *basis: Tensor) -> Tensor:
         """Not possible."""
@@ -131,7 +130,7 @@ class SampledRows(Codec):
             (n, o), or (E, n, o); dtype of `dy`.
         """
         rows, index = parts
-        return _times(rows.mT @ _take(dy, index), 1 / self._guard(dy.dtype))
+        return times(rows.mT @ rows_at(dy, index), 1 / self._guard(dy.dtype))
 
     def weight_gradient_transposed(
         self, parts: Sequence[Tensor], dy_t: Tensor, *basis: Tensor
@@ -148,8 +147,8 @@ class SampledRows(Codec):
         """
         rows, index = parts
         # rows of dY lie in memory one by one, columns of dY^T do not
-        taken = _take(dy_t.mT, index).mT
-        return _times(taken @ rows, 1 / self._guard(dy_t.dtype))
+        taken = rows_at(dy_t.mT, index).mT
+        return times(taken @ rows, 1 / self._guard(dy_t.dtype))
 
     def _guard(self, dtype: torch.dtype) -> float:
         """The power of two that stored rows are multiplied with.
@@ -167,6 +166,12 @@ class SampledRows(Codec):
         """Bytes stored for this many rows of all matrices together."""
         kept = self.matrices * self.kept(rows // self.matrices)
         return kept * (self.features * itemsize + _INDEX_NBYTES)
+
+
+def share_of(rows: int, share: float) -> int:
+    """So many of some rows, rounded up; the number of rows may be symbolic."""
+    exact = Fraction(repr(share))  # 0.3 is 3 / 10 here, as its reader expects
+    return (rows * exact.numerator + exact.denominator - 1) // exact.denominator
 
 
 def row_sizes(x: Tensor) -> Tensor:
@@ -230,13 +235,13 @@ def _fine_uniform(rows: Tensor, columns: Tensor) -> Tensor:
     return coarse - _GRID / 2 + fine * _GRID
 
 
-def _take(x: Tensor, index: Tensor) -> Tensor:
+def rows_at(x: Tensor, index: Tensor) -> Tensor:
     """Rows of x, (m, n) or (E, m, n), at (k,) or (E, k) indices."""
     if x.dim() == 2:
         return x[index]
     return x.gather(-2, index.to(torch.int64).unsqueeze(-1).expand(-1, -1, x.shape[-1]))
 
 
-def _times(x: Tensor, factor: float) -> Tensor:
+def times(x: Tensor, factor: float) -> Tensor:
     """`x * factor`, without an operator in the graph when there is nothing to multiply."""
     return x if factor == 1.0 else x * factor

@@ -1,4 +1,4 @@
-"""Sampled rows in a graph: which values, what is stored and read, gradients, and sizes that change."""
+"""Sampled rows and representatives in a graph: which values, what is stored, gradients, sizes that change."""
 
 from __future__ import annotations
 
@@ -172,3 +172,33 @@ def test_a_batch_that_changes() -> None:
         assert distance(gradients(model), exact) < 1e-5
     traced = trace(Mlp(), inputs(), dynamic=True, **SAMPLED)
     assert " + 3)//4)x128" in traced.graphs["fw"]
+
+
+# -- representatives ------------------------------------------------------------------------------
+
+
+def test_representatives_are_stored_and_read() -> None:
+    traced = trace(Mlp(), inputs(), policy="linear", weight_gradient="pamm", pamm=0.01)
+    assert_expected_inline(
+        "\n".join(line for line in traced.graphs["fw"].split("\n") if "encode[" in line),
+        """stored, stored_1, stored_2 = encode[pamm 0.01](sin_1, view_2, slice_2) -> 6x128, 512, 512""",
+    )
+    assert (
+        "= weight_gradient[pamm 0.01](permute_1, stored, stored_1, stored_2)" in traced.graphs["bw"]
+    )
+    assert _saved_nbytes(traced) == traced.plan.nbytes_after
+
+
+@pytest.mark.filterwarnings("ignore::prac_fx.PracWarning")
+def test_representatives_of_a_batch_that_changes() -> None:
+    """Compiled code with a symbolic number of tokens, of which a quarter each is the same."""
+    model = Mlp()
+    compiled = compile_prac(model, policy="linear", weight_gradient="pamm", pamm=0.25)
+    for count in (512, 300, 44):
+        x = inputs(4).repeat_interleave(count // 4, 0)
+        step(model, model, x)
+        exact = gradients(model)
+        step(compiled, model, x)
+        assert distance(gradients(model), exact) < 1e-5
+    traced = trace(Mlp(), inputs(), dynamic=True, policy="linear", weight_gradient="pamm")
+    assert "encode[pamm 0.002]" in traced.graphs["fw"]
