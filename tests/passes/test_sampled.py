@@ -77,6 +77,9 @@ def test_a_rule_may_name_it() -> None:
         rows_of(traced.plan),
         """tanh.default                               512x128      W+A  keep      not_decodable""",
     )
+    rules = [("*.weight", "sampled")]  # matches the inputs of linear layers, not their results
+    traced = trace(Mlp(), inputs(), policy="balanced", rules=rules)
+    assert {v.stored_as for v in traced.plan.values if v.codec} == {"sampled 0.25", "int8/128"}
     traced = trace(Mlp(), inputs(), policy="linear", rules=[("*", "sampled")])
     assert traced.value("not_decodable").role == "A"
     assert traced.value("encode").stored_as == "sampled 0.25"
