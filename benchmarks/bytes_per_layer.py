@@ -13,7 +13,7 @@ AOTAutograd's, after partitioning. They run eagerly: nothing is timed.
 from __future__ import annotations
 
 import argparse
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -161,7 +161,9 @@ def _flops(node: fx.Node) -> int:
     return counter.get_total_flops()
 
 
-def measure(build: Callable[[int], Built], policy: str | None, budget: float) -> dict[str, float]:
+def measure(
+    build: Callable[[int], Built], options: Mapping[str, Any] | None, budget: float
+) -> dict[str, float]:
     """Bytes in N, state in N and FLOPs of one layer."""
     measured: list[tuple[int, int, int]] = []
     for layers in (1, 2):
@@ -169,7 +171,7 @@ def measure(build: Callable[[int], Built], policy: str | None, budget: float) ->
         torch._dynamo.reset()
         model, inputs = build(layers)
         model = model.bfloat16()
-        config = PracConfig(policy=policy, strict=True) if policy else None  # type: ignore[arg-type]
+        config = None if options is None else PracConfig(**options, strict=True)
         backend = CountedPartition(config)
         with functorch_config.patch(activation_memory_budget=budget, enable_autograd_cache=False):
             loss = torch.compile(model, backend=backend)(**inputs).loss
@@ -190,15 +192,18 @@ def main() -> None:
     )
     parser.add_argument("--model", nargs="*", choices=MODELS, default=list(MODELS))
     args = parser.parse_args()
-    methods: dict[str, tuple[str | None, float]] = {"plain Inductor": (None, 1.0)}
+    methods: dict[str, tuple[Mapping[str, Any] | None, float]] = {"plain Inductor": (None, 1.0)}
     methods |= {f"budget {budget}": (None, budget) for budget in BUDGETS}
-    methods |= {f"prac {policy}": (policy, 1.0) for policy in POLICIES}
-    methods |= {f"prac {policy}, budget 0.99": (policy, 0.99) for policy in ("balanced", "max")}
+    methods |= {f"prac {policy}": ({"policy": policy}, 1.0) for policy in POLICIES}
+    methods["prac linear, sampled"] = ({"policy": "linear", "weight_gradient": "sampled"}, 1.0)
+    methods |= {
+        f"prac {policy}, budget 0.99": ({"policy": policy}, 0.99) for policy in ("balanced", "max")
+    }
     rows = []
     for model in args.model:
-        for method, (policy, budget) in methods.items():
+        for method, (options, budget) in methods.items():
             rows.append(
-                {"model": model, "method": method, **measure(MODELS[model], policy, budget)}
+                {"model": model, "method": method, **measure(MODELS[model], options, budget)}
             )
             print(rows[-1], flush=True)
             write_record(args.output, "benchmarks.bytes_per_layer", {"shape": SHAPE, "rows": rows})

@@ -66,6 +66,12 @@ VARIANTS: dict[str, dict[str, Any] | None] = {
     "max, zero point": {"prac.policy": "max", "prac.zero_point": True},
     "max, attention int8": {"prac.policy": "max", "prac.attention": "int8"},
     "max, query and key int4": {"prac.policy": "max", "prac.query_key": "int4"},
+    "linear, sampled": {"prac.policy": "linear", "prac.weight_gradient": "sampled"},
+    "linear, sampled half": {
+        "prac.policy": "linear",
+        "prac.weight_gradient": "sampled",
+        "prac.sampled": 0.5,
+    },
     "linear, tail every step": {"prac.policy": "linear", "prac.tail_every": 1},
     "balanced, nearest": {"prac.policy": "balanced", "prac.rounding": "nearest"},
     "max, nearest": {"prac.policy": "max", "prac.rounding": "nearest"},

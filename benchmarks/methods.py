@@ -106,6 +106,7 @@ POLICIES = (
 ABLATIONS = (
     _prac("PAC", "biased", policy="linear", principal=0.6, random=0),
     _prac("RAC", policy="linear", principal=0, random=0.6),
+    _prac("sampled", policy="linear", weight_gradient="sampled"),
 )
 
 

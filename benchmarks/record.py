@@ -57,7 +57,9 @@ def commit() -> str:
     if shutil.which("git") is None:
         return ""
 
-    changed = git("status", "--porcelain", "--untracked-files=no", "--", ":!benchmarks/results")
+    changed = git(
+        "status", "--porcelain", "--untracked-files=no", "--", ":(top,exclude)benchmarks/results"
+    )
     return git("rev-parse", "--short", "HEAD") + ("+" if changed else "")
 
 

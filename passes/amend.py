@@ -33,6 +33,7 @@ _CODES: Mapping[Problem, str] = {
     "exponential": "ill_conditioned",
     "singular": "ill_conditioned",
     "discontinuous": "discontinuous",
+    "exact": "registered_exact",
     "unknown": "unknown_operator",
     "sentinel": "sentinel",
 }

@@ -15,11 +15,12 @@ operator passes that error on in one of these ways:
                     infinity
     discontinuous   a jump, a comparison, a rounding, an index: right or wrong, and averaging does
                     not help
+    exact           a user has registered the operator so: it gets no error
     size_only       reads the shape, not the elements
 
 An operator that is not here is *unknown*, and what it reads is kept exact. To add an operator, add
 its name to its group. `tests/passes/test_operators.py` then wants an example of it, and holds it to
-what its group says.
+what its group says. Users add the backward of their own operators with `register_backward`.
 """
 
 from __future__ import annotations
@@ -41,6 +42,7 @@ Response = Literal[
     "exponential",
     "singular",
     "discontinuous",
+    "exact",
     "unknown",
 ]
 
@@ -199,6 +201,9 @@ OPERATORS: Mapping[str, Operator] = {
 }
 
 _UNKNOWN = Operator(("unknown",))
+# What users have registered, by the operator with its overload. It has a response for each argument
+# of the operator's schema.
+_REGISTERED: dict[str, Operator] = {}
 
 
 # Products of an argument with itself.
@@ -228,17 +233,44 @@ def operator_name(node: fx.Node) -> str:
 
 
 def operator_of(node: fx.Node) -> Operator:
-    """The row of the table for a node."""
-    return OPERATORS.get(operator_name(node), _UNKNOWN)
+    """The row of the table for a node, or what a user has registered."""
+    registered = _REGISTERED.get(str(node.target))
+    return registered or OPERATORS.get(operator_name(node), _UNKNOWN)
+
+
+def register(operator: torch._ops.OpOverload, row: Operator) -> None:
+    """Have `operator_of` answer with a row; it has a response for each argument of the schema."""
+    _REGISTERED[str(operator)] = row
+
+
+def registrations() -> str:
+    """All that users have registered, as text that is the same for the same registrations."""
+    return repr(sorted(_REGISTERED.items(), key=lambda item: item[0]))
+
+
+def is_attention(node: fx.Node) -> bool:
+    """Is it attention of torch's own, or its backward? A user's may be called so, and do anything.
+
+    torch's reads its operands in a way that is known: see `soundness`.
+    """
+    target: Any = node.target
+    is_torchs = getattr(target, "namespace", "") in ("aten", "higher_order")
+    return is_torchs and "attention" in str(target)
 
 
 def positions(node: fx.Node, argument: fx.Node) -> Iterable[int]:
-    """The positions at which a node reads an argument.
+    """The positions at which a node reads an argument, in the order of the operator's schema.
 
-    A list counts as one argument, and keywords come last.
+    A list counts as one argument. Without a schema keywords come last.
     """
-    for position, given in enumerate((*node.args, *node.kwargs.values())):
-        if any(operand is argument for operand in _flat(given)):
+    target: Any = node.target
+    schema = getattr(target, "_schema", None)
+    names = [] if schema is None else [argument.name for argument in schema.arguments]
+    given = dict(enumerate(node.args))
+    for position, (name, value) in enumerate(node.kwargs.items(), start=len(node.args)):
+        given[names.index(name) if name in names else position] = value
+    for position, value in given.items():
+        if any(operand is argument for operand in _flat(value)):
             yield position
 
 

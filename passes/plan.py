@@ -13,7 +13,7 @@ from dataclasses import replace
 
 import torch.fx as fx
 
-from prac_fx.codecs import ELEMENTWISE
+from prac_fx.codecs import ELEMENTWISE, OF_WEIGHT_GRADIENTS
 from prac_fx.config import PracConfig
 from prac_fx.graph.graph_edit import allocating_node, tensor_value, without_views
 from prac_fx.graph.nbytes import is_symbolic, storage_nbytes
@@ -162,6 +162,8 @@ class _Planner:
             self._derive_or_encode(role, chosen, stored)
 
     def _encode(self, role: ValueRole, codec: str) -> Encoding:
+        if codec in OF_WEIGHT_GRADIENTS:
+            return self.sites.sample(role, codec)
         if codec != "prac":
             return self.sites.quantize(role, codec)
         if role.role == "W":

@@ -52,6 +52,8 @@ REASONS = {
     "rank_saves_nothing": "coordinates and state would take as many bytes as the value",
     "codec_saves_nothing": "the codec would take as many bytes as the value",
     "symbolic_size": "its size is symbolic, and too small or known only at run time",
+    "not_decodable": "more than weight gradients read it, and what a rule's codec stores cannot be "
+    "decoded",
     "layouts_differ": "its readers see it in different shapes",
     "other_device": "not on the device of the graph's other stochastically rounded values",
     "not_dense": "its elements do not fill its memory",
@@ -62,6 +64,7 @@ REASONS = {
     "of such results is wrong",
     "unknown_operator": "backward reads it with an operator of which we do not know what it makes "
     "of an error",
+    "registered_exact": "backward reads it with an operator that was registered to read it exact",
     "sentinel": "holds a constant of large magnitude, as masks do, beside which all else would "
     "decode to zero",
     "replaced": "backward needs it only for what is stored in its place",

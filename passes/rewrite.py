@@ -18,7 +18,7 @@ X~ = X P P^T). The next pass, `factor`, removes the decoded value again.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 
 import torch
 import torch.fx as fx
@@ -117,15 +117,18 @@ class _Editor:
         self.channels_last = WrittenChannelsLast(graph, {value.name for value in plan.values})
 
     def factored(self, site: FactoredSite, nodes: Mapping[str, fx.Node]) -> EncodedSite:
-        """Add what forward stores, and in backward the decoded value for the weight gradients."""
-        inline, state = self._inline, self._state.sites[site.value]
-        matrix = nodes[site.matrix]
-        anchor = self._after(matrix, state.basis)
+        """Add what forward stores, and in backward the decoded value for the weight gradients.
+
+        Without a decoded value, where there can be none, they read the exact one until `factor`.
+        """
+        inline, state = self._inline, self._state.sites.get(site.value)
+        matrix, basis = nodes[site.matrix], [state.basis] if state else []
+        anchor = self._after(matrix, *basis)
         if site.transposed:
             matrix = _transposed(inline, matrix, before=anchor, tag=_FORWARD)
         stored = inline(
             site.codec.encode,
-            [matrix, state.basis, *self._numbers.of(site, matrix, anchor)],
+            [matrix, *basis, *self._numbers.of(site, matrix, anchor)],
             before=anchor,
             tag=_FORWARD,
             like=matrix,
@@ -138,9 +141,25 @@ class _Editor:
         readers = tuple((nodes[name], side) for name, side in site.readers)
         first = min((reader for reader, _ in readers), key=self._position.__getitem__)
         parts = _unpacked(site, stored, first, inline)
+        decode_nodes: list[fx.Node] = []
+        if site.codec.is_decodable:
+            decode_nodes = self._decode_for(readers, site, basis, parts, first)
+        value = nodes[site.value]
+        return EncodedSite(site, state, value, matrix, stored, parts, tuple(decode_nodes), readers)
+
+    def _decode_for(
+        self,
+        readers: Sequence[tuple[fx.Node, int]],
+        site: FactoredSite,
+        basis: Sequence[fx.Node],
+        parts: Sequence[fx.Node],
+        first: fx.Node,
+    ) -> list[fx.Node]:
+        """Decode in front of the first reader, have all read that, and return what was added."""
+        inline, count = self._inline, len(basis)
         decode = inline(
-            lambda basis, *parts: site.codec.decode(parts, site.dtype, basis),
-            [state.basis, *parts],
+            lambda *args: site.codec.decode(args[count:], site.dtype, *args[:count]),
+            [*basis, *parts],
             before=first,
             tag=_BACKWARD,
             like=first,
@@ -148,15 +167,14 @@ class _Editor:
             name="decoded",
             label=f"decode[{site.codec.describe()}]",
         )
-        decode_nodes = list(decode.nodes)
+        nodes = list(decode.nodes)
         for reader, side in readers:
             operand = decode.result
             if side == 0:
                 operand = _transposed(inline, decode.result, before=reader, tag=_BACKWARD)
-                decode_nodes.append(operand)
+                nodes.append(operand)
             reader.update_arg(MATMULS[reader.target][side], operand)
-        value = nodes[site.value]
-        return EncodedSite(site, state, value, matrix, stored, parts, tuple(decode_nodes), readers)
+        return nodes
 
     def decoded(self, site: DecodedSite, value: fx.Node) -> EncodedSite:
         """Add what forward stores of a value that backward decodes as a whole."""

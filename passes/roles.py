@@ -27,7 +27,14 @@ import torch.fx as fx
 
 from prac_fx.graph.graph_edit import RESHAPING_VIEWS
 from prac_fx.passes.classify import Classification
-from prac_fx.passes.operators import POWERS, is_rounded, operator_name, operator_of, positions
+from prac_fx.passes.operators import (
+    POWERS,
+    is_attention,
+    is_rounded,
+    operator_name,
+    operator_of,
+    positions,
+)
 from prac_fx.passes.survey import SavedValue, Survey
 from prac_fx.torch_compat import gradient_argument_index
 
@@ -231,7 +238,7 @@ def _reader(
     classification: Classification,
     gradients: _Gradients,
 ) -> Reader:
-    kind = attention_kind(node, operand) if "attention" in str(node.target) else "other"
+    kind = attention_kind(node, operand) if is_attention(node) else "other"
     if kind in ("query_key", "attention") or (kind == "attention_statistic" and is_view):
         return Reader(node, kind, operand)
     if not is_view:

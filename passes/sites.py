@@ -9,7 +9,7 @@ from typing import Any
 import torch
 import torch.fx as fx
 
-from prac_fx.codecs import ELEMENTWISE, BitCodec, Codec
+from prac_fx.codecs import ELEMENTWISE, OF_WEIGHT_GRADIENTS, BitCodec, Codec
 from prac_fx.config import PracConfig
 from prac_fx.graph.graph_edit import allocating_node, last_two_swapped, tensor_value
 from prac_fx.graph.nbytes import is_symbolic, size_hint, value_nbytes
@@ -208,10 +208,7 @@ class Sites:
                 not worthwhile.
         """
         common = _common_matrix(role.readers)
-        value, root = common.value, allocating_node(role.value.node)
-        n = value.shape[-1]
-        if not isinstance(n, int):
-            raise Keep("symbolic_size", f"feature count {n}")
+        value, root, n = common.value, allocating_node(role.value.node), common.features
         matrix = Projected(
             self._sizes.at_hand(value.numel() // n),
             n,
@@ -224,14 +221,8 @@ class Sites:
         codec = self._projection(root, matrix)
         if only_if_worthwhile:
             check_worthwhile(matrix, codec)
-        site = FactoredSite(
-            **_common(root),
-            codec=codec,
-            owner=self._owner(min(reader.owner for reader in role.readers), matrix),
-            matrix=common.node.name,
-            transposed=common.transposed,
-            readers=tuple((reader.node.name, reader.side) for reader in role.readers),
-        )
+        owner = self._owner(min(reader.owner for reader in role.readers), matrix)
+        site = _factored_site(role, common, codec, owner)
         return self._add_projected(role, matrix, site, describe_cost(matrix, codec))
 
     def _projection(self, root: fx.Node, matrix: Projected) -> Codec:
@@ -264,6 +255,35 @@ class Sites:
             site.codec.state_nbytes(matrix.itemsize),
             detail,
         )
+
+    # -- other codecs of weight gradients ----------------------------------------------------------
+
+    def sample(self, role: ValueRole, name: str) -> Encoding:
+        """Store so much of a value that only weight gradients read that they can be estimated.
+
+        Args:
+            role: of the value.
+            name: of the codec, a key of `codecs.OF_WEIGHT_GRADIENTS`.
+
+        Raises:
+            Keep: something else reads it, too, or the value does not suit the codec.
+        """
+        if role.role != "W":
+            raise Keep("not_decodable", name)
+        common = _common_matrix(role.readers)
+        value, root, n = common.value, allocating_node(role.value.node), common.features
+        matrices = value.shape[0] if value.dim() > 2 else 1
+        if not isinstance(matrices, int):
+            raise Keep("symbolic_size", f"{matrices} matrices")
+        self.check_size(root)
+        codec = OF_WEIGHT_GRADIENTS[name](n, getattr(self._config, name), matrices)
+        self._check_device(root, codec)
+        nbytes = codec.stored_nbytes(size_hint(value.numel()) // n, value.itemsize)
+        if nbytes >= role.value.nbytes:
+            raise Keep("codec_saves_nothing", codec.describe())
+        self.by_root[root] = _factored_site(role, common, codec)
+        self.bound_by_nbytes(root)
+        return Encoding(codec, nbytes)
 
     # -- checks and bounds -------------------------------------------------------------------------
 
@@ -347,6 +367,18 @@ class _Matrix:
         value = _tensor(self.node)
         return value.mT if self.transposed else value
 
+    @property
+    def features(self) -> int:
+        """n.
+
+        Raises:
+            Keep: it is symbolic.
+        """
+        n = self.value.shape[-1]
+        if not isinstance(n, int):
+            raise Keep("symbolic_size", f"feature count {n}")
+        return n
+
 
 def _common_matrix(readers: Sequence[Reader]) -> _Matrix:
     """The (tokens, features) matrix that all weight-gradient readers share.
@@ -365,6 +397,19 @@ def _common_matrix(readers: Sequence[Reader]) -> _Matrix:
     if len(seen) != 1:
         raise Keep("layouts_differ")
     return _Matrix(*seen.pop())
+
+
+def _factored_site(
+    role: ValueRole, common: _Matrix, codec: Codec, owner: Owner | None = None
+) -> FactoredSite:
+    return FactoredSite(
+        **_common(allocating_node(role.value.node)),
+        codec=codec,
+        owner=owner,
+        matrix=common.node.name,
+        transposed=common.transposed,
+        readers=tuple((reader.node.name, reader.side) for reader in role.readers),
+    )
 
 
 def _outputs(reader: Reader) -> int:

@@ -50,6 +50,7 @@ from prac_fx.passes.operators import (
     POWERS,
     Operator,
     Response,
+    is_attention,
     is_rounded,
     operator_name,
     operator_of,
@@ -337,12 +338,12 @@ class _Walk:
             return "linear"
         if is_view(node):
             return "linear" if not _reads_bits(node) else "discontinuous"
-        if "attention" in str(node.target):
+        if is_attention(node):
             return self._attention(node, arg)
         row = operator_of(node)
         responses: list[Response] = [row.response(position) for position in positions(node, arg)]
         response = max(responses, key=_SEVERITY.__getitem__)
-        if response == "size_only":
+        if response in ("size_only", "exact"):
             return response
         if is_rounded(node):
             response = "discontinuous"

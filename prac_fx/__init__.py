@@ -22,12 +22,14 @@ if TYPE_CHECKING:
         PracError,
         PracOptionError,
         PracWarning,
+        RegistrationError,
         ReportError,
         StateError,
         VerifyError,
     )
     from prac_fx.noise.figures import NoiseReport, ParameterNoise, ValueNoise
     from prac_fx.noise.verify import verify
+    from prac_fx.passes.register import register_backward
     from prac_fx.report.explain import MemoryReport, explain
     from prac_fx.runtime.distributed_checkpoint import CheckpointState
     from prac_fx.runtime.state_dict import load_state_dict, state_dict
@@ -45,6 +47,7 @@ __all__ = [
     "PracError",
     "PracOptionError",
     "PracWarning",
+    "RegistrationError",
     "ReportError",
     "StateError",
     "Summary",
@@ -55,6 +58,7 @@ __all__ = [
     "check_plans",
     "explain",
     "load_state_dict",
+    "register_backward",
     "state_dict",
     "summary",
     "verify",
@@ -70,6 +74,7 @@ _HOMES = {
     "errors": tuple(name for name in __all__ if name.endswith(("Error", "Warning"))),
     "noise.figures": ("NoiseReport", "ParameterNoise", "ValueNoise"),
     "noise.verify": ("verify",),
+    "passes.register": ("register_backward",),
     "report.explain": ("MemoryReport", "explain"),
     "runtime.distributed_checkpoint": ("CheckpointState",),
     "runtime.state_dict": ("load_state_dict", "state_dict"),

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from prac_fx.codecs import ELEMENTWISE
+from prac_fx.codecs import ELEMENTWISE, OF_WEIGHT_GRADIENTS
 from prac_fx.errors import PracOptionError
 from prac_fx.option_checks import (
     PREFIX,
@@ -15,6 +15,7 @@ from prac_fx.option_checks import (
     check_int,
     check_rank,
     check_rank_sum,
+    check_share,
     globs,
     json_path,
     per_role,
@@ -24,15 +25,16 @@ from prac_fx.option_checks import (
 # How the saved values of each part may be stored. "auto" takes PRAC where it saves FLOPs. It
 # computes the value again from stored values where that is free.
 QUANTIZED = tuple(ELEMENTWISE)
+SAMPLED = tuple(OF_WEIGHT_GRADIENTS)
 PARTS: Mapping[str, tuple[str, ...]] = {
-    "weight_gradient": ("auto", "prac", "recompute", *QUANTIZED, "exact"),
+    "weight_gradient": ("auto", "prac", *SAMPLED, "recompute", *QUANTIZED, "exact"),
     "input_gradient": ("prac", *QUANTIZED, "exact"),
     "attention": (*QUANTIZED, "exact"),
     "query_key": (*QUANTIZED, "exact"),
     "coordinates": (*QUANTIZED, "exact"),
     "checkpoint_inputs": (*QUANTIZED, "exact"),
 }
-RULE_CODECS = ("prac", "recompute", *QUANTIZED, "exact")
+RULE_CODECS = ("prac", *SAMPLED, "recompute", *QUANTIZED, "exact")
 
 # What each policy sets wherever the user sets nothing.
 POLICIES: Mapping[str, Mapping[str, Any]] = {
@@ -109,7 +111,11 @@ class PracConfig:
             "auto" tries three ways in turn. It takes PRAC where that leaves at most 0.85 of the
             FLOPs and there are 32 features or more. On a GPU of known speed it has to leave at most
             0.95 of the estimated time, too. It stores nothing where the value follows from stored
-            ones without a matmul. Else it does what `input_gradient` says.
+            ones without a matmul. Else it does what `input_gradient` says. "sampled" keeps some of
+            the tokens (`sampled`), the largest and a random part of the others, and makes unbiased
+            weight gradients of these alone (WTA-CRS, arXiv 2305.15265). "pamm" stores each token as
+            its projection on one of few tokens that are drawn in each step (PAMM, arXiv
+            2506.02939). It is biased and warns once.
         input_gradient: How to store a value that the input-gradient path reads (role A).
         attention: How to store the value and the result of attention.
         query_key: How to store the query and the key of attention. Backward takes the exponential
@@ -126,6 +132,10 @@ class PracConfig:
         rules: How to store values of single modules: pairs of a glob on module paths and a codec,
             such as `("*.mlp.*", "int4")`. The first pair that matches wins over the parts above.
             Paths are relative to the compiled module.
+        sampled: The share of the tokens that "sampled" keeps, a float above 0.0 and at most 1.0.
+            Bytes and FLOPs shrink to it.
+        pamm: The share of the tokens that "pamm" draws, for all tokens to stand on, a float above
+            0.0 and at most 1.0.
         group_size: The largest number of features that share one scale in the quantised codecs.
         rounding: How the quantised codecs round. "stochastic" is unbiased, "nearest" is biased.
         zero_point: Whether the quantised codecs store an offset beside each scale.
@@ -181,6 +191,8 @@ class PracConfig:
     coordinates: str | None = None
     checkpoint_inputs: str | None = None
     rules: tuple[tuple[str, str], ...] = ()
+    sampled: float = 0.25
+    pamm: float = 0.002
     group_size: int = 128
     rounding: Literal["stochastic", "nearest"] = "stochastic"
     zero_point: bool = False
@@ -206,6 +218,8 @@ class PracConfig:
         for part, allowed in PARTS.items():
             check_choice(part, getattr(self, part), allowed)
         object.__setattr__(self, "rules", rules(self.rules, RULE_CODECS))
+        for name in SAMPLED:
+            check_share(name, getattr(self, name))
         check_int("group_size", self.group_size, minimum=8)
         check_choice("rounding", self.rounding, ("stochastic", "nearest"))
         check_choice("across_ranks", self.across_ranks, ("auto", "identical", "independent"))
@@ -226,11 +240,27 @@ class PracConfig:
         for name in skipped:
             check_choice("skip_passes", name, SKIPPABLE_PASSES)
         object.__setattr__(self, "skip_passes", skipped)
+        self._check_sampling()
         both = sorted(set(self.include) & set(self.exclude))
         if both:
             raise PracOptionError(
                 f"prac.include and prac.exclude contradict each other: both have {both[0]!r}"
             )
+
+    def _check_sampling(self) -> None:
+        """Sampled rows cannot be decoded, which is what happens to them without `factor`."""
+        undecodable = [codec for codec in self._of_weight_gradients if codec in SAMPLED]
+        if undecodable and "factor" in self.skip_passes:
+            raise PracOptionError(
+                f"prac.skip_passes={self.skip_passes!r} contradicts the codec {undecodable[0]!r}: "
+                'weight gradients are made from its rows by the pass "factor"'
+            )
+
+    @property
+    def _of_weight_gradients(self) -> tuple[str, ...]:
+        """The codecs that values of role W may have."""
+        assert self.weight_gradient is not None
+        return (self.weight_gradient, *(codec for _, codec in self.rules))
 
     def _check_projection(self) -> None:
         """Ranks, blocks and schedule of PRAC."""
@@ -264,6 +294,11 @@ class PracConfig:
         """Has PRAC no random part (PAC), so that its gradients are biased?"""
         has_no_tail = any(self.for_role("random", role) == 0 for role in PROJECTED_ROLES)
         return has_no_tail and not self.is_exact
+
+    @property
+    def uses_pamm(self) -> bool:
+        """May weight gradients be made by PAMM, which is biased?"""
+        return "pamm" in self._of_weight_gradients
 
     @property
     def is_exact(self) -> bool:

@@ -44,6 +44,10 @@ class CannotRewriteError(PracError):
         self.value = value
 
 
+class RegistrationError(PracError, ValueError):
+    """`register_backward` was told something that cannot be: nothing is registered then."""
+
+
 class NothingCompressedError(PracError):
     """With `prac.strict`: the first step of an optimizer is done, and nothing is compressed."""
 

@@ -94,6 +94,14 @@ def check_rank(name: str, value: object) -> None:
         raise PracOptionError(f"{PREFIX}{name}={value!r}: expected {allowed}")
 
 
+def check_share(name: str, value: object) -> None:
+    """Is it a fraction of which something is left?"""
+    if not isinstance(value, float) or not 0.0 < value <= 1.0:
+        raise PracOptionError(
+            f"{PREFIX}{name}={value!r}: expected a float above 0.0 and at most 1.0"
+        )
+
+
 def check_rank_sum(principal: float, random: float) -> None:
     """Are both ranks together above zero, and no more than all directions?"""
     both = f"prac.principal={principal!r} and prac.random={random!r}"

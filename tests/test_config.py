@@ -29,6 +29,7 @@ FIELDS = [field.name for field in dataclasses.fields(PracConfig)]
 RANK = "a fraction of the features in 0.0 .. 1.0 or a whole number of directions (int, at least 0)"
 GLOBS = "a glob on module paths or a list of them"
 POSITIVE = "an int of at least 1"
+SHARE = "a float above 0.0 and at most 1.0"
 
 # -- values ---------------------------------------------------------------------------------------
 
@@ -40,6 +41,9 @@ POSITIVE = "an int of at least 1"
         *((part, codec) for part, codecs in PARTS.items() for codec in codecs),
         ("rules", ()),
         ("rules", (("*.mlp.*", "int4"), ("*", "exact"))),
+        ("pamm", 0.001),
+        ("sampled", 0.01),
+        ("sampled", 1.0),
         ("group_size", 8),
         ("group_size", 1024),
         ("rounding", "stochastic"),
@@ -94,6 +98,8 @@ def test_accepted_values(field: str, value: Any) -> None:
         ("attention", "prac", "'int8'"),
         ("attention", "fp8_e4m3", "'int8', 'int4', 'exact'"),
         ("coordinates", "prac", "'int8'"),
+        *(("sampled", bad, SHARE) for bad in (0.0, -0.1, 1.01, NAN, INFINITY, 1, True, "0.3")),
+        *(("pamm", bad, SHARE) for bad in (0.0, 64)),
         ("group_size", 4, "an int of at least 8"),
         ("group_size", 64.0, "an int of at least 8"),
         ("rounding", "random", "'stochastic', 'nearest'"),
@@ -220,6 +226,15 @@ def test_the_tail_is_at_least_as_fresh_as_the_principal_basis() -> None:
     assert "at most refresh_every" in message
 
 
+@pytest.mark.parametrize("codec", ["sampled", "pamm"])
+def test_what_is_not_decoded_needs_the_pass_that_reads_it(codec: str) -> None:
+    for options in ({"weight_gradient": codec}, {"rules": (("*", codec),)}):
+        UNTYPED(skip_passes=("judge",), **options)
+        with pytest.raises(PracOptionError, match=rf"skip_passes=.* contradicts .*'{codec}'"):
+            UNTYPED(skip_passes=("factor",), **options)
+        assert UNTYPED(**options).uses_pamm == (codec == "pamm")
+
+
 @pytest.mark.parametrize("given", ["*.mlp.*", ["*.mlp.*"], ("*.mlp.*",)])
 @pytest.mark.parametrize("field", ["include", "exclude"])
 def test_globs_are_one_or_several(field: str, given: Any) -> None:
@@ -328,6 +343,8 @@ CHANGES: dict[str, Any] = {
     "coordinates": "exact",
     "checkpoint_inputs": "int8",
     "rules": (("*.mlp.*", "int4"),),
+    "sampled": 0.5,
+    "pamm": 0.01,
     "group_size": 64,
     "rounding": "nearest",
     "zero_point": True,
@@ -520,6 +537,14 @@ def test_pac_warns_of_its_bias(warnings_of: Callable[..., list[str]]) -> None:
     (text,) = warnings_of([4], random=0)
     assert "prac.random=0 (PAC)" in text
     assert "biased" in text
+
+
+def test_pamm_warns_of_its_bias(warnings_of: Callable[..., list[str]]) -> None:
+    for options in ({"weight_gradient": "pamm"}, {"rules": [("*", "pamm")]}):
+        torch._dynamo.reset()
+        (text,) = warnings_of([4], **options)
+        assert "'pamm'" in text.replace('"', "'")
+        assert "biased" in text
 
 
 def test_pac_warns_once_for_all_graphs(warnings_of: Callable[..., list[str]]) -> None:

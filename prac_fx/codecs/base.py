@@ -97,6 +97,11 @@ class Codec(ABC):
         return False
 
     @property
+    def is_decodable(self) -> bool:
+        """Can `decode` return the whole value? If not, only weight gradients may read it."""
+        return True
+
+    @property
     def is_coarse(self) -> bool:
         """Are its errors so large that a curved function of a decoded value has a notable bias?"""
         return False
@@ -151,13 +156,13 @@ class Codec(ABC):
         """
 
     def weight_gradient(self, parts: Sequence[Tensor], dy: Tensor, *basis: Tensor) -> Tensor:
-        """x^T dy, (n, o), without x; dy is (m, o). Only codecs with a subspace are asked."""
+        """x^T dy, (n, o), without x; dy is (m, o). Asked only where nothing else reads x."""
         raise NotImplementedError(f"{self.name} has to be decoded")
 
     def weight_gradient_transposed(
         self, parts: Sequence[Tensor], dy_t: Tensor, *basis: Tensor
     ) -> Tensor:
-        """dy^T x, (o, n), without x; dy^T is (o, m). Only codecs with a subspace are asked."""
+        """dy^T x, (o, n), without x; dy^T is (o, m). Asked only where nothing else reads x."""
         raise NotImplementedError(f"{self.name} has to be decoded")
 
     # -- bytes ------------------------------------------------------------------------------------

@@ -76,7 +76,7 @@ def orthonormalize(a: Tensor) -> Tensor:
     Returns:
         (..., n, r), dtype of `a`. NaN for a matrix whose columns depend on each other.
     """
-    q = a.to(_exact_dtype(a.device))
+    q = a.to(exact_dtype(a.device))
     q = q / torch.linalg.vector_norm(q, dim=-2, keepdim=True)
     failures = []
     for _ in range(2):
@@ -87,8 +87,8 @@ def orthonormalize(a: Tensor) -> Tensor:
     return torch.where(is_basis[..., None, None], q, math.nan).to(a.dtype)
 
 
-def _exact_dtype(device: torch.device) -> torch.dtype:
-    """That of Gram matrices: they square the condition number."""
+def exact_dtype(device: torch.device) -> torch.dtype:
+    """That of long sums, and of Gram matrices, which square the condition number."""
     return torch.float32 if device.type == "mps" else torch.float64  # which mps does not have
 
 

@@ -161,7 +161,7 @@ def _gradient(config: PracConfig) -> str:
     if config.is_exact:
         return "exact"
     # what the backend warns of: noise of PRAC in role A passes through what is not linear
-    if config.is_biased or config.input_gradient == "prac":
+    if config.is_biased or config.uses_pamm or config.input_gradient == "prac":
         return "biased"
     return "rounded" if config.rounding == "nearest" else "unbiased"
 

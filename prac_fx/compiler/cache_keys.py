@@ -13,6 +13,7 @@ import torch.fx as fx
 
 from prac_fx.compiler.dynamo_graph import DynamoGraph
 from prac_fx.config import PracConfig
+from prac_fx.passes.operators import registrations
 from prac_fx.passes.plan_data import Plan
 from prac_fx.torch_compat import graph_cache_key, inductor_config
 
@@ -25,7 +26,7 @@ _READ_OF_NODES = ("stack_trace", "custom", "recompute")
 def compiled_key(plan: Plan, config: PracConfig) -> str:
     """What a compiled graph depends on besides torch's own inputs: our part of torch's key."""
     identity = (plan.sites, plan.clones, plan.statistics, plan.fingerprint)
-    return _digest(config.cache_key(), repr(identity))
+    return _digest(config.cache_key(), registrations(), repr(identity))
 
 
 def plan_key(graph: DynamoGraph, config: PracConfig, patches: Mapping[str, Any]) -> str | None:
@@ -44,7 +45,7 @@ def plan_key(graph: DynamoGraph, config: PracConfig, patches: Mapping[str, Any])
     if key is None:
         return None
     try:
-        return _digest(key, config.cache_key(), *_known_of(graph))
+        return _digest(key, config.cache_key(), registrations(), *_known_of(graph))
     # annotations of nodes are the user's objects, and so is what describes them
     except Exception as error:
         log.debug("no key for a plan: %s", error)

@@ -167,6 +167,8 @@ def _checked_compile(
         check_report_path(config.report)
     if config.is_biased:
         warn(_BIASED, once_for=given)
+    if config.uses_pamm:
+        warn(_PAMM, once_for=given)
     if config.input_gradient == "prac":
         warn(_PROJECTED, once_for=given)
     return _compile(gm, example_inputs, config, patches)
@@ -175,6 +177,9 @@ def _checked_compile(
 _BIASED = (
     "prac.random=0 (PAC) gives biased gradients: the random part is what makes the estimator "
     "unbiased"
+)
+_PAMM = (
+    'the codec "pamm" gives biased weight gradients: each token counts by its projection on another'
 )
 _PROJECTED = (
     'prac.input_gradient="prac" (policy "paper") projects what the input gradient reads: that '

@@ -368,7 +368,8 @@ def _for_equalising_optimizers(plans: Sequence[Plan]) -> str:
     Muon gives all directions of an update the same length. A direction that a subspace leaves out
     until its next refresh is lost to it (docs/policies.md).
     """
-    count = sum(isinstance(site, FactoredSite) for plan in plans for site in plan.sites)
+    sites = [site for plan in plans for site in plan.sites if isinstance(site, FactoredSite)]
+    count = sum(site.codec.subspace is not None for site in sites)
     if not count:
         return ""
     return (

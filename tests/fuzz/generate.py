@@ -216,7 +216,7 @@ def _options(policy: str, rng: random.Random) -> tuple[tuple[str, Any], ...]:
     if rng.random() < (0.5 if policy in ("balanced", "max") else 0.9):
         options["tail_every"] = 1
     else:
-        options["weight_gradient"] = rng.choice(["recompute", "exact"])
+        options["weight_gradient"] = rng.choice(["recompute", "exact", "sampled"])
     if rng.random() < 0.6:
         # small ranks, with which coordinates and state are smaller than a value of few tokens
         options.update(principal=rng.choice([0.1, 2, 0]), random=rng.choice([0.1, 0.2, 3]))
