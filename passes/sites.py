@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -11,10 +10,11 @@ import torch.fx as fx
 
 from prac_fx.codecs import ELEMENTWISE, BitCodec, Codec
 from prac_fx.config import PracConfig
-from prac_fx.graph.graph_edit import allocating_node, last_two_swapped, tensor_value
+from prac_fx.graph.graph_edit import allocating_node, tensor_value
 from prac_fx.graph.nbytes import is_symbolic, size_hint, value_nbytes
 from prac_fx.graph.row_layout import Layout, layout_of
 from prac_fx.passes.choose import ENCODABLE_DTYPES, Chooser
+from prac_fx.passes.common_matrix import CommonMatrix, common_matrix
 from prac_fx.passes.joint_graph import JointGraph
 from prac_fx.passes.plan_data import (
     DecodedSite,
@@ -33,7 +33,7 @@ from prac_fx.passes.ranks import (
     least_tokens,
     with_coordinates,
 )
-from prac_fx.passes.roles import Reader, ValueRole
+from prac_fx.passes.roles import ValueRole
 from prac_fx.passes.sizes import Bound, Size, Sizes, is_guardable
 from prac_fx.passes.worthwhile import check_worthwhile, describe_cost
 
@@ -81,6 +81,7 @@ class Sites:
     def __init__(self, chooser: Chooser, sizes: Sizes) -> None:
         self._chooser, self._sizes = chooser, sizes
         self._slots: dict[int, int] = {}
+        self._shared: list[fx.Node] = []  # values whose readers take the coordinates of another
         self.by_root: dict[fx.Node, Site] = {}
         self.bounds: list[Bound] = []
 
@@ -100,7 +101,8 @@ class Sites:
     @property
     def factored(self) -> list[fx.Node]:
         """The roots of values that only weight gradients read, and that nothing decodes."""
-        return [n for n, site in self.by_root.items() if isinstance(site, FactoredSite)]
+        own = [n for n, site in self.by_root.items() if isinstance(site, FactoredSite)]
+        return own + self._shared
 
     # -- elementwise codecs ------------------------------------------------------------------------
 
@@ -207,7 +209,7 @@ class Sites:
             Keep: the readers see different matrices, the ranks do not suit the matrix, or PRAC is
                 not worthwhile.
         """
-        common = _common_matrix(role.readers)
+        common = common_matrix(role.readers)
         value, root = common.value, allocating_node(role.value.node)
         n = value.shape[-1]
         if not isinstance(n, int):
@@ -216,11 +218,16 @@ class Sites:
             self._sizes.at_hand(value.numel() // n),
             n,
             value.itemsize,
-            sum(_outputs(reader) for reader in role.readers),
+            common.outputs,
             "weight_gradient",
             value.device,
-            is_batch=value.dim() > 2,
+            is_batch=value.dim() > 2 or common.is_grouped,
+            products=common.products,
+            columns=common.columns,
         )
+        sharing = self._sharing(common)
+        if sharing is not None:
+            return self._share(role, common, matrix, sharing, only_if_worthwhile)
         codec = self._projection(root, matrix)
         if only_if_worthwhile:
             check_worthwhile(matrix, codec)
@@ -230,9 +237,44 @@ class Sites:
             owner=self._owner(min(reader.owner for reader in role.readers), matrix),
             matrix=common.node.name,
             transposed=common.transposed,
-            readers=tuple((reader.node.name, reader.side) for reader in role.readers),
+            readers=common.readers,
+            offsets=common.offsets,
         )
         return self._add_projected(role, matrix, site, describe_cost(matrix, codec))
+
+    def _sharing(self, common: CommonMatrix) -> FactoredSite | None:
+        """The site whose coordinates serve these readers, too; None when there is none.
+
+        The router and the shared experts of a layer read a value of which its experts read rows.
+        """
+        for site in self.by_root.values():
+            if (
+                isinstance(site, FactoredSite)
+                and (site.matrix, site.transposed) == (common.node.name, common.transposed)
+                and site.codec.subspace is not None
+                and (site.codec.subspace.blocks == 1 or not common.is_grouped)
+            ):
+                return site
+        return None
+
+    def _share(
+        self,
+        role: ValueRole,
+        common: CommonMatrix,
+        matrix: Projected,
+        site: FactoredSite,
+        only_if_worthwhile: bool,
+    ) -> Encoding:
+        """Make these weight gradients, too, from coordinates that are stored already."""
+        if only_if_worthwhile:
+            check_worthwhile(matrix, site.codec)
+        source = next(root for root, other in self.by_root.items() if other is site)
+        readers = (*site.readers, *common.readers)
+        offsets = site.offsets if site.offsets == common.offsets else ""
+        self.by_root[source] = replace(site, readers=readers, offsets=offsets)
+        self._shared.append(allocating_node(role.value.node))
+        cost = describe_cost(matrix, site.codec)
+        return Encoding(site.codec, 0, detail=f"shares the coordinates of {site.value}; {cost}")
 
     def _projection(self, root: fx.Node, matrix: Projected) -> Codec:
         """Ranks, blocks and coordinates."""
@@ -333,40 +375,3 @@ def _check_features(layout: Layout) -> None:
 
 def _stored_nbytes(codec: Codec, layout: Layout, value: torch.Tensor) -> int:
     return codec.stored_nbytes(size_hint(value.numel()) // layout.features, value.itemsize)
-
-
-@dataclass(frozen=True)
-class _Matrix:
-    """How all readers of a value see it: a node, (tokens, features) up to a transposition."""
-
-    node: fx.Node
-    transposed: bool
-
-    @property
-    def value(self) -> torch.Tensor:
-        value = _tensor(self.node)
-        return value.mT if self.transposed else value
-
-
-def _common_matrix(readers: Sequence[Reader]) -> _Matrix:
-    """The (tokens, features) matrix that all weight-gradient readers share.
-
-    A matmul contracts over tokens. As the right operand the value is (tokens, features) already. As
-    the left operand it is the transpose. Looking through a final transposition makes both the same
-    node.
-    """
-    seen = set()
-    for reader in readers:
-        node, transposed = reader.operand, reader.side == 0
-        inner = last_two_swapped(node)
-        if inner is not None:
-            node, transposed = inner, not transposed
-        seen.add((node, transposed))
-    if len(seen) != 1:
-        raise Keep("layouts_differ")
-    return _Matrix(*seen.pop())
-
-
-def _outputs(reader: Reader) -> int:
-    """o, the columns of the weight gradient that a matmul computes."""
-    return size_hint(reader.node.meta["val"].shape[-2 if reader.side == 1 else -1])
