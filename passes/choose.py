@@ -10,7 +10,7 @@ import torch
 import torch.fx as fx
 
 from prac_fx.config import PracConfig
-from prac_fx.graph.graph_edit import allocating_node, tensor_value
+from prac_fx.graph.graph_edit import allocating_node, row_gather, tensor_value
 from prac_fx.graph.nbytes import format_nbytes, storage_nbytes
 from prac_fx.passes.chains import Region, is_statistic, region_from
 from prac_fx.passes.draws import is_random
@@ -47,6 +47,8 @@ class Chooser:
         self._check_value(role, row)
         if row.dtype == "bool":
             return "bits"
+        if self._is_rows_of_a_weight(role):
+            return "recompute"
         region = self.region_from(allocating_node(role.value.node))
         if region is not None and role.role != "W":
             self.check_region(region)
@@ -93,6 +95,11 @@ class Chooser:
             raise Keep("not_an_activation", "random state" if is_random_state(saved.node) else "")
         self._check_noise(role, row, root)
 
+    def _is_rows_of_a_weight(self, role: ValueRole) -> bool:
+        """Are these the weights of the expert of each token? The weights are there anyway."""
+        gathered = row_gather(allocating_node(role.value.node))
+        return gathered is not None and gathered[0] not in self.joint.classification.activations
+
     def _check_mask(self, role: ValueRole, row: PlannedValue) -> None:
         if role.role == "-":
             raise Keep("not_read")
@@ -110,6 +117,8 @@ class Chooser:
             if value.dtype not in ENCODABLE_DTYPES:
                 raise Keep("not_floating_point", str(value.dtype))
         kinds = {reader.kind for reader in role.readers}
+        if root in self.joint.routing:
+            raise Keep("routing")
         if "attention_statistic" in kinds or is_statistic(root, classification):
             raise Keep("statistic")
         if role.role == "-":

@@ -99,7 +99,8 @@ def _seen(reader: Reader) -> _Seen:
     if inner is not None:
         node, transposed = inner, not transposed
     gathered = None if transposed else row_gather(node)
-    if gathered is None:
+    matrix = None if gathered is None else tensor_value(gathered[0])
+    if gathered is None or matrix is None or matrix.dim() != 2:
         return _Seen(node, transposed, None)
     source, rows = gathered
     return _Seen(source, transposed, rows)

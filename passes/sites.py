@@ -196,7 +196,7 @@ class Sites:
         codec = self._projection(root, matrix)
         owner = self._owner(self._joint.owner, matrix)
         site = DecodedSite(**_common(root), codec=codec, owner=owner, layout=layout)
-        return self._add_projected(role, matrix, site)
+        return self._add_projected(role, root, matrix, site)
 
     def factor(self, role: ValueRole, *, only_if_worthwhile: bool = False) -> Encoding:
         """Store as coordinates a value that only weight gradients read; they are made from these.
@@ -240,7 +240,7 @@ class Sites:
             readers=common.readers,
             offsets=common.offsets,
         )
-        return self._add_projected(role, matrix, site, describe_cost(matrix, codec))
+        return self._add_projected(role, common.node, matrix, site, describe_cost(matrix, codec))
 
     def _sharing(self, common: CommonMatrix) -> FactoredSite | None:
         """The site whose coordinates serve these readers, too; None when there is none.
@@ -290,15 +290,16 @@ class Sites:
         return Owner(argument, self._joint.name_of(argument), slot, matrix.role)
 
     def _add_projected(
-        self, role: ValueRole, matrix: Projected, site: Site, detail: str = ""
+        self, role: ValueRole, node: fx.Node, matrix: Projected, site: Site, detail: str = ""
     ) -> Encoding:
+        """Note the site of a value, of which `node` has the matrix."""
         assert site.owner is not None
         assert site.codec.subspace is not None
         self._slots[site.owner.argument] = site.owner.slot + 1
         rank = site.codec.subspace.rank
         least = least_tokens(matrix, rank, site.codec, self._config)
         runs_from, made_from = (matrix.features * tokens for tokens in least)
-        self._bound(role.value.node, runs_from, made_from, has_state=True)
+        self._bound(node, runs_from, made_from, has_state=True)
         self.by_root[allocating_node(role.value.node)] = site
         return Encoding(
             site.codec,

@@ -25,6 +25,12 @@ from prac_fx.passes.operators import operator_name
 _aten = torch.ops.aten
 
 EXPERTS_BACKWARD = "transformers.grouped_mm_fallback_backward"
+# where grouped matmuls of forward have the ends of the groups
+FORWARD_OFFSETS = {
+    "aten._grouped_mm": 2,
+    "aten._scaled_grouped_mm": 4,
+    "transformers.grouped_mm_fallback": 2,
+}
 
 
 @dataclass(frozen=True)

@@ -158,9 +158,10 @@ def last_two_swapped(node: fx.Node) -> fx.Node | None:
 
 
 def row_gather(node: fx.Node) -> tuple[fx.Node, fx.Node] | None:
-    """A matrix and the numbers of those of its rows that `node` consists of.
+    """A tensor and the numbers of those of its rows that `node` consists of.
 
-    None if it does something else. Experts read such rows: those of their tokens.
+    None if it does something else. Experts read such rows: those of their tokens. A row is what one
+    number chooses, such as the weight of an expert.
     """
     if node.op != "call_function" or node.target is not _aten.index.Tensor:
         return None
@@ -171,6 +172,6 @@ def row_gather(node: fx.Node) -> tuple[fx.Node, fx.Node] | None:
     if len(indices) != 1 or not isinstance(rows, fx.Node):
         return None
     matrix, numbers = tensor_value(source), tensor_value(rows)
-    if matrix is None or numbers is None or matrix.dim() != 2 or numbers.dim() != 1:
+    if matrix is None or numbers is None or matrix.dim() < 2 or numbers.dim() != 1:
         return None
     return (source, rows) if numbers.dtype in (torch.int64, torch.int32) else None

@@ -1,0 +1,225 @@
+"""Mixtures of experts: gradients of grouped weights, what is stored, and tokens of any number."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from prac_fx import verify
+from prac_fx.passes.plan_data import FactoredSite, Plan
+from prac_fx.runtime.subspace_state import subspaces_of
+from tests.compiling import SMALL, compile_prac, distance, gradients, projection, step, subspace_of
+from tests.experts import EXPERTS, TOP, Model, Multiply, grouped, looped, model
+from tests.models import rows
+from tests.uncompiled import compile_plain, no_code_generation
+
+TOKENS = 512
+# relative: bfloat16 has 8 bits, and gradients are sums of many products
+CLOSE = {grouped: 2e-2, looped: 1e-5}
+both = pytest.mark.parametrize("multiply", [grouped, looped])
+
+
+def _inputs(net: Model, count: int = TOKENS) -> Tensor:
+    return rows(count).to(net.enter.weight.dtype)
+
+
+def _of_both(net: Model, *args: Tensor, **options: object) -> tuple[dict, dict, Plan]:
+    """Gradients of plain graphs, ours, and our plan."""
+    torch._dynamo.reset()
+    loss = step(compile_plain(net), net, *args)
+    exact = gradients(net)
+    torch._dynamo.reset()
+    with no_code_generation() as plans:
+        assert torch.equal(loss, step(compile_prac(net, **options), net, *args))
+    return exact, gradients(net), plans[0]
+
+
+def _check_projected(net: Model, exact: dict[str, Tensor], ours: dict[str, Tensor]) -> None:
+    """Each weight gradient is the exact one, projected; all else is exact."""
+    close = CLOSE[net.layers[0].multiply]
+    for number, layer in enumerate(net.layers):
+        shared = projection(subspace_of(layer.router.weight))  # one value, read by three weights
+        down = projection(subspace_of(layer.down))
+        products = {"router.weight": shared, "gate": shared, "up": shared, "down": down}
+        for name, product in products.items():
+            found = ours.pop(f"layers.{number}.{name}").double()
+            expected = exact[f"layers.{number}.{name}"].double() @ product
+            assert float((found - expected).norm()) <= close * float(expected.norm()), name
+        assert not subspaces_of(layer.gate) and not subspaces_of(layer.up)
+    leaving = ours.pop("leave.weight").double()
+    assert float(leaving.norm()) > 0
+    assert distance(ours, {name: exact[name] for name in ours}) < close
+
+
+CHOICES = {
+    "even": lambda count: torch.arange(count * TOP).view(count, TOP) % EXPERTS,
+    "an expert without tokens": lambda count: torch.arange(count * TOP).view(count, TOP) % 2 * 3,
+    "one expert for all": lambda count: torch.full((count, 1), 2),
+    "the first expert for one token": lambda count: (torch.arange(count) > 0).long().view(-1, 1),
+}
+
+
+@both
+@pytest.mark.parametrize("choice", CHOICES)
+def test_gradients_are_projected_expert_by_expert(multiply: Multiply, choice: str) -> None:
+    net = model(multiply)
+    chosen = CHOICES[choice](TOKENS)
+    exact, ours, _ = _of_both(net, _inputs(net), chosen)
+    without = set(range(EXPERTS)) - set(chosen.unique().tolist())
+    for name in ("gate", "up", "down"):
+        assert all(not ours[f"layers.0.{name}"][expert].any() for expert in without)
+    _check_projected(net, exact, ours)
+
+
+@both
+def test_layers_route_by_themselves_and_have_bases_of_their_own(multiply: Multiply) -> None:
+    net = model(multiply, layers=2)
+    exact, ours, plan = _of_both(net, _inputs(net))
+    _check_projected(net, exact, ours)
+    routed = [value for value in plan.values if value.reason == "routing"]
+    assert {value.origin.module.rpartition("layers.")[2][0] for value in routed} == {"0", "1"}
+
+
+@both
+def test_ranks_that_do_not_fill_16_bytes(multiply: Multiply) -> None:
+    net = model(multiply)
+    exact, ours, plan = _of_both(net, _inputs(net), principal=11, random=10)
+    assert {site.codec.subspace.rank for site in plan.sites if site.codec.subspace} == {21}
+    _check_projected(net, exact, ours)
+
+
+@both
+def test_tokens_that_are_dropped_are_neither_read_nor_sampled(multiply: Multiply) -> None:
+    """Rows behind the last group hold what memory held: here NaN."""
+    net = model(multiply, capacity=150)
+    layer = net.layers[0]
+    torch.use_deterministic_algorithms(True)  # fills new memory with NaN
+    try:
+        exact, ours, plan = _of_both(net, _inputs(net))
+    finally:
+        torch.use_deterministic_algorithms(False)
+    grouped_sites = [s for s in plan.sites if isinstance(s, FactoredSite) and s.offsets]
+    assert [s.owner.name for s in grouped_sites if s.owner] == ["layers.0.gate", "layers.0.down"]
+    for name in ("gate", "down"):
+        sampled = subspace_of(layer.get_parameter(name)).rows
+        assert bool(sampled.isfinite().all())
+        assert bool(sampled.any())
+    for name, owner in (("gate", layer.gate), ("up", layer.gate), ("down", layer.down)):
+        expected = exact[f"layers.0.{name}"].double() @ projection(subspace_of(owner))
+        found = ours[f"layers.0.{name}"].double()
+        assert float((found - expected).norm()) <= CLOSE[multiply] * float(expected.norm()), name
+
+
+def _of_float64(net: Model, x: Tensor, chosen: Tensor) -> dict[str, Tensor]:
+    """Gradients in float64, each expert for itself."""
+    double = Model(_one_by_one).double()
+    double.load_state_dict(net.state_dict())
+    step(double, double, x.double(), chosen)
+    return gradients(double)
+
+
+def _one_by_one(x: Tensor, weight: Tensor, offs: Tensor) -> Tensor:
+    sizes = offs.diff(prepend=offs.new_zeros(1)).tolist()
+    return torch.cat([part @ w for part, w in zip(x.split(sizes), weight, strict=True)])
+
+
+def test_full_rank_gives_the_gradients_of_float64() -> None:
+    net = model(looped)
+    x, chosen = _inputs(net), CHOICES["an expert without tokens"](TOKENS)
+    _, ours, plan = _of_both(net, x, chosen, principal=1.0, random=0.0, coordinates="int8")
+    assert any(isinstance(site, FactoredSite) for site in plan.sites)
+    exact = _of_float64(net, x, chosen)
+    # the basis of a first step is random, and of full rank: coordinates lose no more than 8 bits do
+    assert distance(ours, exact) < 2e-2
+
+
+def test_the_mean_of_many_draws_is_the_exact_gradient() -> None:
+    net = model(looped)
+    chosen = CHOICES["an expert without tokens"](TOKENS)
+    report = verify(
+        net,
+        _inputs(net),
+        chosen,
+        loss_fn=lambda out: out.square().mean(),
+        options={**SMALL, "prac.policy": "balanced", "prac.weight_gradient": "prac"},
+    )
+    found = {one.name: one for one in report.parameters}
+    for name in ("gate", "up", "down", "router.weight"):
+        one = found[f"layers.0.{name}"]
+        assert 0 < one.error < 1, name
+        assert abs(one.bias) <= 2 * one.bias_margin, name
+        assert one.bias_norm < 0.5 * one.error, name
+    assert abs(report.total.bias) <= 2 * report.total.bias_margin
+
+
+@both
+def test_one_token_in_all_is_computed_as_without_us(multiply: Multiply) -> None:
+    net = model(multiply)
+    torch._dynamo.reset()
+    step(compile_plain(net), net, _inputs(net, 1))
+    exact = gradients(net)
+    torch._dynamo.reset()
+    with no_code_generation() as plans:
+        step(compile_prac(net, strict=False), net, _inputs(net, 1))
+    assert not any(isinstance(site, FactoredSite) for site in plans[0].sites)
+    assert distance(gradients(net), exact) == 0
+
+
+@both
+def test_frozen_experts_need_no_coordinates(multiply: Multiply) -> None:
+    net = model(multiply)
+    layer = net.layers[0]
+    for weight in (layer.gate, layer.up, layer.down):
+        weight.requires_grad_(False)
+    exact, ours, plan = _of_both(net, _inputs(net))
+    assert not [s for s in plan.sites if s.owner is not None and s.owner.name.endswith("down")]
+    shared = ours.pop("layers.0.router.weight").double()
+    expected = exact["layers.0.router.weight"].double()
+    expected = expected @ projection(subspace_of(layer.router.weight))
+    assert float((shared - expected).norm()) <= CLOSE[multiply] * float(expected.norm())
+    ours.pop("leave.weight")
+    assert distance(ours, {name: exact[name] for name in ours}) < CLOSE[multiply]
+
+
+@both
+def test_a_batch_that_changes_has_one_graph(multiply: Multiply) -> None:
+    net = model(multiply)
+    with no_code_generation() as plans:
+        compiled = compile_prac(net)
+        for count in (512, 384, 777):
+            x = _inputs(net, count)
+            torch._dynamo.mark_dynamic(x, 0)
+            step(compiled, net, x)
+            ours = gradients(net)
+            step(net, net, x)
+            _check_projected(net, gradients(net), ours)
+    assert len(plans) == 1
+
+
+class Dropping(nn.Module):
+    """Tokens of low score go to no expert, so how many go is known at run time only."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.score, self.expert = nn.Linear(64, 1), nn.Linear(64, 64)
+        self.leave = nn.Linear(64, 64)
+
+    def forward(self, x: Tensor) -> Tensor:
+        score = self.score(x).squeeze(-1)
+        (kept,) = torch.where(score > 0)
+        out = torch.tanh(self.expert(torch.sin(x[kept]))) * score[kept].unsqueeze(-1)
+        return self.leave(x.index_add(0, kept, out))
+
+
+def test_a_number_of_tokens_that_only_the_data_tells_is_kept_exact() -> None:
+    net, x = Dropping(), rows()
+    with torch._dynamo.config.patch(capture_dynamic_output_shape_ops=True):
+        exact, ours, plan = _of_both(net, x)
+        noisy = {"leave.weight"}
+        exact_ones = {name: g for name, g in exact.items() if name not in noisy}
+        assert distance(ours, exact_ones) < 1e-6
+    counted = {value.reason for value in plan.values if any("u" in n for n in value.shape)}
+    assert counted <= {"symbolic_size", "input_gradient_reads_it", "not_floating_point"}
+    assert "symbolic_size" in counted
