@@ -205,7 +205,10 @@ def derivation(
             return None
         chain[current] = None
         for source in current.all_input_nodes:
-            if source.op != "placeholder" and allocating_node(source) not in stored:
+            is_there = source.op == "placeholder" or allocating_node(source) in stored
+            # an index that backward reads anyway, saved or computed again, is exact
+            is_read = source in classification.crossing and _is_whole_numbers(source)
+            if not is_there and not is_read:
                 pending.append(source)
     return tuple(chain)
 

@@ -44,11 +44,12 @@ class Chooser:
         Raises:
             Keep: it stays exact.
         """
+        if self._is_rows_of_a_weight(role):
+            self._check_lossless(role, row)
+            return "recompute"
         self._check_value(role, row)
         if row.dtype == "bool":
             return "bits"
-        if self._is_rows_of_a_weight(role):
-            return "recompute"
         region = self.region_from(allocating_node(role.value.node))
         if region is not None and role.role != "W":
             self.check_region(region)
@@ -86,11 +87,11 @@ class Chooser:
         saved = role.value
         value, root = tensor_value(saved.node), allocating_node(saved.node)
         assert value is not None
-        _check_storage(role, value)
         is_mask = value.dtype == torch.bool and self.config.input_gradient != "exact"
         if is_mask:  # packing it loses nothing
-            self._check_mask(role, row)
+            self._check_lossless(role, row)
             return
+        _check_storage(role, value)
         if root not in self.joint.classification.activations:
             raise Keep("not_an_activation", "random state" if is_random_state(saved.node) else "")
         self._check_noise(role, row, root)
@@ -100,7 +101,11 @@ class Chooser:
         gathered = row_gather(allocating_node(role.value.node))
         return gathered is not None and gathered[0] not in self.joint.classification.activations
 
-    def _check_mask(self, role: ValueRole, row: PlannedValue) -> None:
+    def _check_lossless(self, role: ValueRole, row: PlannedValue) -> None:
+        """May a value be stored otherwise, or not at all, without a loss?"""
+        value = tensor_value(role.value.node)
+        assert value is not None
+        _check_storage(role, value)
         if role.role == "-":
             raise Keep("not_read")
         if not _selected(row, self.config):

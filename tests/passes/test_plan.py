@@ -165,6 +165,7 @@ def test_every_reason_has_a_meaning_and_a_test() -> None:
     elsewhere |= {"draws_random_numbers", "memory_budget", "offloaded"}  # test_regions.py
     elsewhere |= {"ill_conditioned", "discontinuous", "unknown_operator"}  # test_soundness.py
     elsewhere |= {"sentinel", "replaced", "stored_instead"}  # test_soundness.py
+    elsewhere |= {"routing"}  # test_experts.py
     elsewhere |= {"layout_copy"}  # test_step_memory.py
     elsewhere |= {"between_graphs", "no_parameter"}  # test_between_graphs.py
     assert set(REASONS) == tested | elsewhere
