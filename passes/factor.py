@@ -53,7 +53,9 @@ def _factor_reader(encoded: EncodedSite, read: FactoredReader, inline: Inliner) 
 
     def made(dy: Tensor, *args: Tensor) -> Tensor:
         parts, basis, offsets = args[:count], args[count : count + 1], args[count + 1 :]
-        return gradient(parts, dy, *basis, outer=partial(outer, offs=offsets[0]) if offsets else None)
+        return gradient(
+            parts, dy, *basis, outer=partial(outer, offs=offsets[0]) if offsets else None
+        )
 
     result = inline(
         made,
@@ -88,7 +90,7 @@ def _replace_experts_backward(reader: fx.Node, dy: fx.Node, inline: Inliner) -> 
     weight, offsets = reader.args[1:3]
     for user in list(reader.users):
         transposed = inline.operator(
-            _aten.transpose.int, (weight, -2, -1), before=reader, tag=_BACKWARD, like=reader
+            _aten.permute.default, (weight, [0, 2, 1]), before=reader, tag=_BACKWARD, like=reader
         )
         result = inline.operator(
             torch.ops.transformers.grouped_mm_fallback.default,

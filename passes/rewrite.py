@@ -14,7 +14,8 @@ A value that backward multiplies into something else, stored as int8:
 `s` is a *clone*: backward computes it from x, so it has to compute it from what stands for x. Where
 only weight gradients read a value, it is decoded for them alone (source: arXiv 2602.23111,
 X~ = X P P^T). Experts read rows of a value, those of their tokens in their order: the coordinates
-of the value itself are stored, and backward takes the rows of these. The next pass, `factor`, removes the decoded value again.
+of the value itself are stored, and backward takes the rows of these. The next pass, `factor`,
+removes the decoded value again.
 """
 
 from __future__ import annotations

@@ -67,7 +67,7 @@ def relative_seconds(matrix: Projected, codec: Codec, rates: DeviceRates) -> flo
     assert subspace is not None
     m, n, o = size_hint(matrix.tokens), matrix.features, matrix.outputs
     r, blocks, itemsize = subspace.rank, subspace.blocks, matrix.itemsize
-    # of experts: the rows that they read, which may be several times m, and the columns of all of them
+    # of experts: the rows that they read, maybe several times m, and the columns of all of them
     mo, eo = matrix.products or m * o, matrix.columns or o
     rows = mo / max(1, o)
     exact = rates.matmul_s(2 * n * mo, rows * n + mo + n * eo, itemsize)

@@ -1,4 +1,4 @@
-"""Grouped experts as torchtitan and transformers write them: tokens sorted by expert, and offsets."""
+"""Grouped experts as torchtitan and transformers write them: tokens sorted by expert."""
 
 from __future__ import annotations
 

@@ -5,13 +5,23 @@ from __future__ import annotations
 import pytest
 import torch
 from torch import Tensor, nn
+from transformers import AutoConfig, AutoModelForCausalLM
 
 from prac_fx import verify
 from prac_fx.passes.plan_data import FactoredSite, Plan
 from prac_fx.runtime.subspace_state import subspaces_of
-from tests.compiling import SMALL, compile_prac, distance, gradients, projection, step, subspace_of
+from tests.compiling import (
+    PLAIN,
+    SMALL,
+    compile_prac,
+    distance,
+    gradients,
+    projection,
+    step,
+    subspace_of,
+)
 from tests.experts import EXPERTS, TOP, Model, Multiply, grouped, looped, model
-from tests.models import rows
+from tests.models import VOCABULARY, rows
 from tests.uncompiled import compile_plain, no_code_generation
 
 TOKENS = 512
@@ -46,7 +56,8 @@ def _check_projected(net: Model, exact: dict[str, Tensor], ours: dict[str, Tenso
             found = ours.pop(f"layers.{number}.{name}").double()
             expected = exact[f"layers.{number}.{name}"].double() @ product
             assert float((found - expected).norm()) <= close * float(expected.norm()), name
-        assert not subspaces_of(layer.gate) and not subspaces_of(layer.up)
+        assert not subspaces_of(layer.gate)
+        assert not subspaces_of(layer.up)
     leaving = ours.pop("leave.weight").double()
     assert float(leaving.norm()) > 0
     assert distance(ours, {name: exact[name] for name in ours}) < close
@@ -197,6 +208,17 @@ def test_a_batch_that_changes_has_one_graph(multiply: Multiply) -> None:
     assert len(plans) == 1
 
 
+@both
+def test_compiled_code_does_the_same(multiply: Multiply) -> None:
+    net = model(multiply)
+    x = _inputs(net)
+    step(net, net, x)
+    exact = gradients(net)
+    options = {**SMALL, **PLAIN["options"]}
+    step(torch.compile(net, backend="prac", options=options), net, x)
+    _check_projected(net, exact, gradients(net))
+
+
 class Dropping(nn.Module):
     """Tokens of low score go to no expert, so how many go is known at run time only."""
 
@@ -223,3 +245,79 @@ def test_a_number_of_tokens_that_only_the_data_tells_is_kept_exact() -> None:
     counted = {value.reason for value in plan.values if any("u" in n for n in value.shape)}
     assert counted <= {"symbolic_size", "input_gradient_reads_it", "not_floating_point"}
     assert "symbolic_size" in counted
+
+
+# -- transformers -------------------------------------------------------------------------------------
+
+SMALL_MODEL = {
+    "vocab_size": VOCABULARY,
+    "hidden_size": 64,
+    "intermediate_size": 96,
+    "num_hidden_layers": 1,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 16,
+    "num_experts_per_tok": 2,
+    "max_position_embeddings": 64,
+    "use_cache": False,
+}
+MIXTURES: dict[str, dict[str, object]] = {
+    "mixtral": {"num_local_experts": 4},
+    "qwen3_moe": {"num_experts": 4, "moe_intermediate_size": 48},
+    "granitemoe": {"num_local_experts": 4},
+    "gpt_oss": {"num_local_experts": 4, "sliding_window": 16},
+}
+
+
+def _mixture(family: str, implementation: str, dtype: torch.dtype) -> nn.Module:
+    torch.manual_seed(0)
+    config = AutoConfig.for_model(family, **SMALL_MODEL, **MIXTURES[family])
+    config._experts_implementation = implementation
+    net: nn.Module = AutoModelForCausalLM.from_config(config)
+    return net.to(dtype).train()
+
+
+@pytest.mark.parametrize(
+    ("family", "implementation", "dtype"),
+    [
+        ("mixtral", "grouped_mm", torch.bfloat16),
+        ("mixtral", "batched_mm", torch.float32),
+        ("qwen3_moe", "grouped_mm", torch.float32),
+        ("granitemoe", "grouped_mm", torch.float32),
+        ("gpt_oss", "grouped_mm", torch.float32),
+    ],
+)
+def test_mixtures_of_transformers_train(
+    family: str, implementation: str, dtype: torch.dtype
+) -> None:
+    tokens = torch.randint(2, VOCABULARY, (4, 32), generator=torch.Generator().manual_seed(1))
+    inputs = {"input_ids": tokens, "labels": tokens}
+    net = _mixture(family, implementation, dtype)
+    loss = step(compile_plain(net), net, **inputs)
+    exact = gradients(net)
+    torch._dynamo.reset()
+    with no_code_generation() as plans:
+        compiled = compile_prac(net, policy="balanced", weight_gradient="recompute")
+        assert torch.equal(loss, step(compiled, net, **inputs))
+    assert len(plans) == 1
+    assert distance(gradients(net), exact) < 0.05
+    of_experts = [v for v in plans[0].values if v.origin.module.endswith("experts")]
+    exact_ones = {v.reason for v in of_experts if v.decision == "keep"}
+    assert exact_ones <= {"not_floating_point", "routing", "ill_conditioned", "shared_storage"}
+    if implementation == "batched_mm":
+        weights = [v for v in of_experts if len(v.shape) == 3 and v.shape[-1] != "1"]
+        assert weights
+        assert all(value.nbytes_after == 0 for value in weights)
+
+
+def test_experts_in_a_python_loop_break_the_graph_and_the_rest_is_compressed() -> None:
+    tokens = torch.randint(2, VOCABULARY, (4, 32), generator=torch.Generator().manual_seed(1))
+    net = _mixture("mixtral", "eager", torch.float32)
+    step(net, net, input_ids=tokens, labels=tokens)
+    exact = gradients(net)
+    with no_code_generation() as plans:
+        compiled = compile_prac(net, policy="balanced", weight_gradient="recompute", strict=False)
+        step(compiled, net, input_ids=tokens, labels=tokens)
+    assert len(plans) > 1
+    assert any(plan.sites for plan in plans)
+    assert distance(gradients(net), exact) < 0.05

@@ -8,8 +8,8 @@ behind the last group are not read.
 from __future__ import annotations
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
+from torch.nn.functional import pad
 
 _ALIGNMENT_NBYTES = 16
 
@@ -37,7 +37,7 @@ def _aligned(x: Tensor) -> Tensor:
     unit = _ALIGNMENT_NBYTES // x.itemsize
     missing = -x.shape[1] % unit
     if missing:
-        return F.pad(x, (0, missing))
+        return pad(x, (0, missing))
     return x
 
 
@@ -69,4 +69,5 @@ def looped_outer(a: Tensor, b: Tensor, *, offs: Tensor) -> Tensor:
     Returns:
         (E, p, o), dtype of `a`.
     """
-    return torch.ops.prac_fx.looped_outer(a, b, offs)
+    product: Tensor = torch.ops.prac_fx.looped_outer(a, b, offs)
+    return product

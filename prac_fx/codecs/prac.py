@@ -114,7 +114,7 @@ class PracCodec(SubspaceShape, Codec):
         return self._gradient(dy, *parts, *basis, outer=outer)
 
     def _gradient(
-        self, dy: Tensor, coordinates: Tensor, basis: Tensor, outer: Outer | None = None
+        self, dy: Tensor, coordinates: Tensor, basis: Tensor, *, outer: Outer | None = None
     ) -> Tensor:
         unguard = self._unguard(dy.dtype)
         if outer is not None:
@@ -146,7 +146,7 @@ class PracCodec(SubspaceShape, Codec):
         return self._gradient_transposed(dy_t, *parts, *basis, outer=outer)
 
     def _gradient_transposed(
-        self, dy_t: Tensor, coordinates: Tensor, basis: Tensor, outer: Outer | None = None
+        self, dy_t: Tensor, coordinates: Tensor, basis: Tensor, *, outer: Outer | None = None
     ) -> Tensor:
         if outer is not None:
             small = _times(outer(dy_t.mT, coordinates), self._unguard(dy_t.dtype))

@@ -27,7 +27,9 @@ def _lines(text: str, *words: str) -> str:
 
 
 def test_plan_of_exact_and_projected_values() -> None:
-    assert_expected_inline(rows_of(_trace(grouped).plan), """\
+    assert_expected_inline(
+        rows_of(_trace(grouped).plan),
+        """\
 enter                                      512x64       A    keep      input_gradient_reads_it
 layers.0.norm                              512x1        A    keep      statistic
 layers.0.norm                              512x64       W    encode    prac 19+19/64
@@ -43,11 +45,14 @@ layers.0                                   1024x96      W    encode    prac 28+2
 layers.0                                   1024x64      A    keep      input_gradient_reads_it
 layers.0                                   1024x1       A    keep      routing
 layers.0                                   512x64       A    keep      not_an_activation
-layers.0                                   512x64       W    encode    prac 19+19/64""")
+layers.0                                   512x64       W    encode    prac 19+19/64""",
+    )
 
 
 def test_plan_of_balanced_values() -> None:
-    assert_expected_inline(rows_of(_trace(grouped, policy="balanced").plan), """\
+    assert_expected_inline(
+        rows_of(_trace(grouped, policy="balanced").plan),
+        """\
 enter                                      512x64       A    encode    int8/128
 layers.0.norm                              512x1        A    keep      statistic
 layers.0.norm                              512x64       W    recompute derived
@@ -63,12 +68,15 @@ layers.0                                   1024x96      W    recompute derived
 layers.0                                   1024x64      A    encode    int8/128
 layers.0                                   1024x1       A    keep      routing
 layers.0                                   512x64       A    keep      not_an_activation
-layers.0                                   512x64       W    encode    int8/128""")
+layers.0                                   512x64       W    encode    int8/128""",
+    )
 
 
 def test_experts_take_rows_of_the_coordinates_that_the_router_reads_whole() -> None:
     graphs = _trace(grouped).graphs
-    assert_expected_inline(_lines(graphs["fw"], "encode", "sample"), """\
+    assert_expected_inline(
+        _lines(graphs["fw"], "encode", "sample"),
+        """\
 stored = encode[prac 19+19/64](convert_element_type_2, primals_11) -> 512x38
 stored_1 = encode[prac 28+28/96](mul_3, primals_13) -> 1024x56
 stored_2 = encode[prac 19+19/64](add_3, primals_15) -> 512x38
@@ -77,45 +85,52 @@ copy__1 = copy_(primals_12, sampled_rows) -> 38x64
 sampled_rows_1 = sample(mul_3, primals_14, convert_element_type_5) -> 56x96
 copy__2 = copy_(primals_14, sampled_rows_1) -> 56x96
 sampled_rows_2 = sample(add_3, primals_16) -> 38x64
-copy__3 = copy_(primals_16, sampled_rows_2) -> 38x64""")
-    assert_expected_inline(_lines(graphs["bw"], "rows", "weight_gradient"), """\
+copy__3 = copy_(primals_16, sampled_rows_2) -> 38x64""",
+    )
+    assert_expected_inline(
+        _lines(graphs["bw"], "rows", "weight_gradient"),
+        """\
 weight_gradient_4 = weight_gradient[prac 19+19/64](permute_3, stored_2, primals_15) -> 64x64  # backward
 weight_gradient_3 = weight_gradient[prac 28+28/96](permute_4, stored_1, primals_13, convert_element_type_4) -> 4x64x96  # backward
 rows = rows(div_1, stored) -> 1024x38  # backward
 weight_gradient = weight_gradient[prac 19+19/64](permute_7, rows, primals_11, convert_element_type_4) -> 4x96x64  # backward
 weight_gradient_1 = weight_gradient[prac 19+19/64](permute_10, rows, primals_11, convert_element_type_4) -> 4x96x64  # backward
 weight_gradient_2 = weight_gradient[prac 19+19/64](permute_13, stored, primals_11) -> 4x64  # backward
-return mm_3, view_4, None, convert_element_type_12, weight_gradient_2, weight_gradient_1, weight_gradient, weight_gradient_3, weight_gradient_4, view_1, None, None, None, None, None, None""")
+return mm_3, view_4, None, convert_element_type_12, weight_gradient_2, weight_gradient_1, weight_gradient, weight_gradient_3, weight_gradient_4, view_1, None, None, None, None, None, None""",
+    )
 
 
 def test_the_other_gradient_of_the_looped_operator_is_computed_without_the_value() -> None:
     graphs = _trace(looped).graphs
     found = _lines(graphs["bw"], "rows", "weight_gradient", "grouped_mm_fallback")
-    assert_expected_inline(found, """\
+    assert_expected_inline(
+        found,
+        """\
 grouped_mm_fallback: 1024x96
 grouped_mm_fallback_1: 1024x96
 grouped_mm_fallback_2: 1024x64
 weight_gradient_4 = weight_gradient[prac 19+19/64](permute_3, stored_2, primals_15) -> 64x64  # backward
 mul_1 = mul(expand_1, grouped_mm_fallback_2) -> 1024x64
 weight_gradient_3 = weight_gradient[prac 28+28/96](mul_2, stored_1, primals_13, convert_element_type_1) -> 4x96x64  # backward
-grouped_mm_fallback_1 = grouped_mm_fallback(mul_2, transpose_1, convert_element_type_1) -> 1024x96  # backward
-permute_5 = permute(weight_gradient_3, [0, 2, 1]) -> 4x64x96
+grouped_mm_fallback_1 = grouped_mm_fallback(mul_2, permute_5, convert_element_type_1) -> 1024x96  # backward
+permute_6 = permute(weight_gradient_3, [0, 2, 1]) -> 4x64x96
 neg_1 = neg(grouped_mm_fallback) -> 1024x96
 div_1 = div(grouped_mm_fallback, add_1) -> 1024x96
 mul_3 = mul(grouped_mm_fallback_1, div_1) -> 1024x96
 mul_4 = mul(grouped_mm_fallback_1, grouped_mm_fallback_1) -> 1024x96
 rows = rows(div_1, stored) -> 1024x38  # backward
 weight_gradient = weight_gradient[prac 19+19/64](mul_3, rows, primals_11, convert_element_type_1) -> 4x64x96  # backward
-grouped_mm_fallback_2 = grouped_mm_fallback(mul_3, transpose_2, convert_element_type_1) -> 1024x64  # backward
-permute_7 = permute(weight_gradient, [0, 2, 1]) -> 4x96x64
+grouped_mm_fallback_2 = grouped_mm_fallback(mul_3, permute_8, convert_element_type_1) -> 1024x64  # backward
+permute_9 = permute(weight_gradient, [0, 2, 1]) -> 4x96x64
 sigmoid_1 = sigmoid(grouped_mm_fallback) -> 1024x96
 mul_6 = mul(grouped_mm_fallback, sub_1) -> 1024x96
 weight_gradient_1 = weight_gradient[prac 19+19/64](mul_7, rows, primals_11, convert_element_type_1) -> 4x64x96  # backward
-grouped_mm_fallback_3 = grouped_mm_fallback(mul_7, transpose_3, convert_element_type_1) -> 1024x64  # backward
+grouped_mm_fallback_3 = grouped_mm_fallback(mul_7, permute_11, convert_element_type_1) -> 1024x64  # backward
 add_3 = add(grouped_mm_fallback_2, grouped_mm_fallback_3) -> 1024x64
-permute_9 = permute(weight_gradient_1, [0, 2, 1]) -> 4x96x64
-weight_gradient_2 = weight_gradient[prac 19+19/64](permute_10, stored, primals_11) -> 4x64  # backward
-return mm_3, view_4, None, view_3, weight_gradient_2, permute_9, permute_7, permute_5, weight_gradient_4, view_1, None, None, None, None, None, None""")
+permute_12 = permute(weight_gradient_1, [0, 2, 1]) -> 4x96x64
+weight_gradient_2 = weight_gradient[prac 19+19/64](permute_13, stored, primals_11) -> 4x64  # backward
+return mm_3, view_4, None, view_3, weight_gradient_2, permute_12, permute_9, permute_6, weight_gradient_4, view_1, None, None, None, None, None, None""",
+    )
 
 
 @pytest.mark.parametrize("policy", ["linear", "balanced", "max"])
@@ -164,7 +179,11 @@ class OfEachToken(nn.Module):
 def test_weights_of_each_token_are_taken_again(policy: str) -> None:
     plan = trace(OfEachToken(), inputs(TOKENS).requires_grad_(), policy=policy).plan
     (gathered,) = [v for v in plan.values if v.shape == (str(TOKENS), "64", "64")]
-    assert (gathered.decision, gathered.reason, gathered.nbytes_after) == ("recompute", "derived", 0)
+    assert (gathered.decision, gathered.reason, gathered.nbytes_after) == (
+        "recompute",
+        "derived",
+        0,
+    )
 
 
 def test_a_product_of_groups_that_is_no_gradient_of_a_weight_stays_role_a() -> None:
