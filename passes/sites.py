@@ -50,15 +50,21 @@ class Encoding:
         nbytes: bytes that stay stored.
         state_nbytes: bytes of its basis and its sampled rows.
         detail: for the reader of the report.
+        is_shared: nothing is stored for it: what is stored for another value serves its readers.
     """
 
     codec: Codec
     nbytes: int
     state_nbytes: int = 0
     detail: str = ""
+    is_shared: bool = False
 
     def row(self, row: PlannedValue) -> PlannedValue:
         """The row of the value as encoded, made of the row that says it is kept."""
+        if self.is_shared:
+            return replace(
+                row, decision="recompute", reason="derived", detail=self.detail, nbytes_after=0
+            )
         return replace(
             row,
             decision="encode",
@@ -274,7 +280,8 @@ class Sites:
         self.by_root[source] = replace(site, readers=readers, offsets=offsets)
         self._shared.append(allocating_node(role.value.node))
         cost = describe_cost(matrix, site.codec)
-        return Encoding(site.codec, 0, detail=f"shares the coordinates of {site.value}; {cost}")
+        detail = f"from the coordinates of {site.value}; {cost}"
+        return Encoding(site.codec, 0, detail=detail, is_shared=True)
 
     def _projection(self, root: fx.Node, matrix: Projected) -> Codec:
         """Ranks, blocks and coordinates."""

@@ -38,7 +38,7 @@ layers.0                                   512x2        A    keep      not_float
 layers.0                                   1024         A    keep      not_floating_point
 layers.0                                   4            A    keep      not_floating_point
 layers.0                                   1024         A    keep      not_floating_point
-layers.0                                   1024x64      W    encode    prac 19+19/64
+layers.0                                   1024x64      W    recompute derived
 layers.0                                   1024x96      A    keep      input_gradient_reads_it
 layers.0                                   1024x96      A    keep      input_gradient_reads_it
 layers.0                                   1024x96      W    encode    prac 28+28/96
