@@ -7,7 +7,8 @@ import torch
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from prac_fx import verify
+from prac_fx import explain, verify
+from prac_fx.compare.allocator import step_allocations
 from prac_fx.passes.plan_data import FactoredSite, Plan
 from prac_fx.runtime.subspace_state import subspaces_of
 from tests.compiling import (
@@ -245,6 +246,45 @@ def test_a_number_of_tokens_that_only_the_data_tells_is_kept_exact() -> None:
     counted = {value.reason for value in plan.values if any("u" in n for n in value.shape)}
     assert counted <= {"symbolic_size", "input_gradient_reads_it", "not_floating_point"}
     assert "symbolic_size" in counted
+
+
+# -- bytes --------------------------------------------------------------------------------------------
+
+
+def _square(out: Tensor) -> Tensor:
+    return out.float().square().mean()
+
+
+@pytest.mark.parametrize(
+    ("multiply", "saved", "peak"), [(grouped, 0.38, 0.60), (looped, 0.24, 0.50)]
+)
+def test_bytes_of_four_layers(multiply: Multiply, saved: float, peak: float) -> None:
+    """What experts multiply is neither stored whole nor once for each expert."""
+    net = model(multiply, layers=4)
+    report = explain(net, _inputs(net, 8192), loss_fn=_square)
+    assert report.saved_after_nbytes <= saved * report.saved_before_nbytes
+    assert report.after.peak.total <= peak * report.before.peak.total
+    of_experts = [v for v in report.values if v.origin.module.startswith("layers")]
+    inputs = [v for v in of_experts if v.role == "W" and v.shape == ("16384", "96")]
+    rows_read = [v for v in of_experts if v.role == "W" and v.origin.op == "index.Tensor"]
+    assert len(inputs) == len(rows_read) == 4
+    assert all(value.nbytes_after == 0 for value in inputs)
+    # coordinates of the tokens, a byte each: experts read each token twice
+    assert all(value.nbytes_after <= 8192 * 0.7 * 64 for value in rows_read)
+
+
+def test_saved_bytes_are_those_of_a_real_step() -> None:
+    net = model(looped)
+    x = _inputs(net, 2048)
+    options = {**SMALL, "prac.policy": "balanced", **PLAIN["options"]}
+    report = explain(net, x, loss_fn=_square, options=options)
+    compiled = torch.compile(net, backend="prac", options=options)
+    for _ in range(2):
+        net.zero_grad()
+        _square(compiled(x)).backward()
+    net.zero_grad()
+    found = step_allocations(lambda: _square(compiled(x)), torch.device("cpu"))
+    assert found.saved_nbytes == pytest.approx(report.saved_after_nbytes, abs=4096)
 
 
 # -- transformers -------------------------------------------------------------------------------------
