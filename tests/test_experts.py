@@ -256,7 +256,7 @@ def _square(out: Tensor) -> Tensor:
 
 
 @pytest.mark.parametrize(
-    ("multiply", "saved", "peak"), [(grouped, 0.38, 0.60), (looped, 0.24, 0.50)]
+    ("multiply", "saved", "peak"), [(grouped, 0.38, 0.62), (looped, 0.24, 0.50)]
 )
 def test_bytes_of_four_layers(multiply: Multiply, saved: float, peak: float) -> None:
     """What experts multiply is neither stored whole nor once for each expert."""
@@ -345,7 +345,7 @@ def test_mixtures_of_transformers_train(
     exact_ones = {v.reason for v in of_experts if v.decision == "keep"}
     assert exact_ones <= {"not_floating_point", "routing", "ill_conditioned", "shared_storage"}
     if implementation == "batched_mm":
-        weights = [v for v in of_experts if len(v.shape) == 3 and v.shape[-1] != "1"]
+        weights = [v for v in of_experts if len(v.shape) == 3 and "1" not in v.shape]
         assert weights
         assert all(value.nbytes_after == 0 for value in weights)
 
