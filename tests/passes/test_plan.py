@@ -299,7 +299,7 @@ def test_a_weight_gradient_that_meets_an_activation_again_is_role_a() -> None:
 
     plan = trace(Hyper(), inputs().requires_grad_()).plan
     assert all(site.owner.name == "generate.weight" for site in plan.sites)
-    readers = {name for site in plan.sites for name, _ in site.readers}
+    readers = {reader.name for site in plan.sites for reader in site.readers}
     assert len(readers) <= 1
 
 
