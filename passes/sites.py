@@ -50,18 +50,19 @@ class Encoding:
         nbytes: bytes that stay stored.
         state_nbytes: bytes of its basis and its sampled rows.
         detail: for the reader of the report.
-        is_shared: nothing is stored for it: what is stored for another value serves its readers.
+        shares: name of the node that allocates another value, if what is stored for that serves the
+            readers of this one, too. Then nothing is stored for this.
     """
 
     codec: Codec
     nbytes: int
     state_nbytes: int = 0
     detail: str = ""
-    is_shared: bool = False
+    shares: str = ""
 
     def row(self, row: PlannedValue) -> PlannedValue:
         """The row of the value as encoded, made of the row that says it is kept."""
-        if self.is_shared:
+        if self.shares:
             return replace(
                 row, decision="recompute", reason="derived", detail=self.detail, nbytes_after=0
             )
@@ -281,7 +282,7 @@ class Sites:
         self._shared.append(allocating_node(role.value.node))
         cost = describe_cost(matrix, site.codec)
         detail = f"from the coordinates of {site.value}; {cost}"
-        return Encoding(site.codec, 0, detail=detail, is_shared=True)
+        return Encoding(site.codec, 0, detail=detail, shares=site.value)
 
     def _projection(self, root: fx.Node, matrix: Projected) -> Codec:
         """Ranks, blocks and coordinates."""

@@ -75,7 +75,11 @@ layers.0                                   512x64       W    encode    int8/128"
 
 
 def test_experts_take_rows_of_the_coordinates_that_the_router_reads_whole() -> None:
-    graphs = _trace(grouped).graphs
+    traced = _trace(grouped)
+    graphs = traced.graphs
+    (stored,) = [v for v in traced.plan.values if "layers.0.router.weight" in v.read_by and v.codec]
+    noisy = ["router.weight", "up", "gate"]  # the row names all that the noise reaches
+    assert list(stored.read_by) == [f"layers.0.{name}" for name in noisy]
     assert_expected_inline(
         _lines(graphs["fw"], "encode", "sample"),
         """\
