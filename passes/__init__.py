@@ -32,11 +32,12 @@ The other files are parts of a pass, or data that passes share:
 - of the whole: `joint_graph` is the graph with what is known of it. `plan_data` is the plan.
   `encoded` is what `rewrite` has put into a graph. `draws` tells what draws random numbers.
 - of `plan`, a draft: `choose` finds the codec that the options choose. `sites` makes the site of a
-  value. `rows` makes the rows of the report. `ranks` are PRAC's. `worthwhile`
-  tells whether PRAC costs less than exact weight gradients. `quantizer` is the codec in few
-  bits. `sizes` tells which symbolic sizes are large enough, with one guard for a graph. `chains`
-  tells what lies between a stored value and its readers. `masks` are what backward may not compute
-  from a decoded value.
+  value. `common_matrix` is what all weight gradients of a value read, `weight_products` are the
+  operators that compute them. `routing` finds the routers of experts. `rows` makes the rows of the
+  report. `ranks` are PRAC's. `worthwhile` tells whether PRAC costs less than exact weight
+  gradients. `quantizer` is the codec in few bits. `sizes` tells which symbolic sizes are large
+  enough, with one guard for a graph. `chains` tells what lies between a stored value and its
+  readers. `masks` are what backward may not compute from a decoded value.
 - of `plan`, the judgement: `soundness` follows the errors of a draft's decoded values through
   backward. It uses the table in `operators`, with `ranges`, `exponentials` and `sentinels`. `amend`
   changes what is at fault.

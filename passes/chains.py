@@ -26,7 +26,7 @@ from dataclasses import dataclass
 import torch
 import torch.fx as fx
 
-from prac_fx.graph.graph_edit import RESHAPING_VIEWS, allocating_node, tensor_value
+from prac_fx.graph.graph_edit import RESHAPING_VIEWS, allocating_node, row_gather, tensor_value
 from prac_fx.graph.nbytes import size_hint
 from prac_fx.passes.classify import Classification
 from prac_fx.passes.draws import is_random
@@ -74,10 +74,13 @@ def is_view(node: fx.Node) -> bool:
 
 
 def is_cheap(node: fx.Node) -> bool:
-    """Is it what Inductor fuses into its readers: an elementwise operator, a view or a constant?"""
+    """Is it what Inductor fuses into its readers?
+
+    That is an elementwise operator, a view, a constant, or rows of a matrix.
+    """
     if node.op != "call_function":
         return False
-    if node.target in _CHEAP or is_view(node):
+    if node.target in _CHEAP or is_view(node) or row_gather(node) is not None:
         return True
     tags = getattr(node.target, "tags", ())
     return torch.Tag.pointwise in tags and torch.Tag.nondeterministic_seeded not in tags
@@ -202,7 +205,10 @@ def derivation(
             return None
         chain[current] = None
         for source in current.all_input_nodes:
-            if source.op != "placeholder" and allocating_node(source) not in stored:
+            is_there = source.op == "placeholder" or allocating_node(source) in stored
+            # an index that backward reads anyway, saved or computed again, is exact
+            is_read = source in classification.crossing and _is_whole_numbers(source)
+            if not is_there and not is_read:
                 pending.append(source)
     return tuple(chain)
 

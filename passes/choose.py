@@ -10,7 +10,7 @@ import torch
 import torch.fx as fx
 
 from prac_fx.config import PracConfig
-from prac_fx.graph.graph_edit import allocating_node, tensor_value
+from prac_fx.graph.graph_edit import allocating_node, row_gather, tensor_value
 from prac_fx.graph.nbytes import format_nbytes, storage_nbytes
 from prac_fx.passes.chains import Region, is_statistic, region_from
 from prac_fx.passes.draws import is_random
@@ -44,6 +44,9 @@ class Chooser:
         Raises:
             Keep: it stays exact.
         """
+        if self._is_rows_of_a_weight(role):
+            self._check_lossless(role, row)
+            return "recompute"
         self._check_value(role, row)
         if row.dtype == "bool":
             return "bits"
@@ -84,16 +87,25 @@ class Chooser:
         saved = role.value
         value, root = tensor_value(saved.node), allocating_node(saved.node)
         assert value is not None
-        _check_storage(role, value)
         is_mask = value.dtype == torch.bool and self.config.input_gradient != "exact"
         if is_mask:  # packing it loses nothing
-            self._check_mask(role, row)
+            self._check_lossless(role, row)
             return
+        _check_storage(role, value)
         if root not in self.joint.classification.activations:
             raise Keep("not_an_activation", "random state" if is_random_state(saved.node) else "")
         self._check_noise(role, row, root)
 
-    def _check_mask(self, role: ValueRole, row: PlannedValue) -> None:
+    def _is_rows_of_a_weight(self, role: ValueRole) -> bool:
+        """Are these the weights of the expert of each token? The weights are there anyway."""
+        gathered = row_gather(allocating_node(role.value.node))
+        return gathered is not None and gathered[0] not in self.joint.classification.activations
+
+    def _check_lossless(self, role: ValueRole, row: PlannedValue) -> None:
+        """May a value be stored otherwise, or not at all, without a loss?"""
+        value = tensor_value(role.value.node)
+        assert value is not None
+        _check_storage(role, value)
         if role.role == "-":
             raise Keep("not_read")
         if not _selected(row, self.config):
@@ -110,6 +122,8 @@ class Chooser:
             if value.dtype not in ENCODABLE_DTYPES:
                 raise Keep("not_floating_point", str(value.dtype))
         kinds = {reader.kind for reader in role.readers}
+        if root in self.joint.routing:
+            raise Keep("routing")
         if "attention_statistic" in kinds or is_statistic(root, classification):
             raise Keep("statistic")
         if role.role == "-":

@@ -35,6 +35,21 @@ class State:
 
 
 @dataclass(frozen=True)
+class FactoredReader:
+    """A weight-gradient matmul that reads a decoded value, until `factor` replaces it.
+
+    Attributes:
+        node: the matmul.
+        side: on which the value stands there.
+        parts: what `Codec.unpack` makes of what is stored; of the rows that the matmul reads.
+    """
+
+    node: fx.Node
+    side: int
+    parts: tuple[fx.Node, ...]
+
+
+@dataclass(frozen=True)
 class EncodedSite:
     """What `rewrite` put into the graph for one site.
 
@@ -45,9 +60,9 @@ class EncodedSite:
         matrix: the node that is encoded, as rows of features; (m, n) or (E, m, n) where there is a
             basis.
         stored: the nodes that are saved instead.
-        parts: factored: what `Codec.unpack` makes of those.
         decode_nodes: factored: all nodes of the decoded value, in graph order.
-        readers: factored: the weight-gradient matmuls with the side on which they read the value.
+        readers: factored: the weight-gradient matmuls.
+        offsets: factored: the ends of the groups of rows; None where all rows count.
     """
 
     site: Site
@@ -55,9 +70,9 @@ class EncodedSite:
     value: fx.Node
     matrix: fx.Node
     stored: tuple[fx.Node, ...]
-    parts: tuple[fx.Node, ...] = ()
     decode_nodes: tuple[fx.Node, ...] = ()
-    readers: tuple[tuple[fx.Node, int], ...] = ()
+    readers: tuple[FactoredReader, ...] = ()
+    offsets: fx.Node | None = None
 
     @property
     def basis(self) -> tuple[fx.Node, ...]:

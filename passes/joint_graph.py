@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -13,6 +14,7 @@ import torch.fx as fx
 from prac_fx.graph.graph_edit import tensor_value
 from prac_fx.passes.classify import Classification
 from prac_fx.passes.roles import ValueRole
+from prac_fx.passes.routing import routing
 from prac_fx.passes.survey import Survey
 
 
@@ -40,6 +42,11 @@ class JointGraph:
     owner: int
     trains: bool
     sentinels: Mapping[fx.Node, fx.Node]
+
+    @cached_property
+    def routing(self) -> frozenset[fx.Node]:
+        """Scores and weights of routers."""
+        return routing(self.graph, self.classification.activations)
 
     def name_of(self, argument: int) -> str:
         """Name of an argument."""

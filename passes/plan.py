@@ -221,7 +221,13 @@ class _Planner:
     # -- rows --------------------------------------------------------------------------------------
 
     def _encoded(self, node: fx.Node, encoding: Encoding) -> None:
-        self.rows[node] = encoding.row(self.rows[node])
+        self.rows[node] = row = encoding.row(self.rows[node])
+        if not encoding.shares:
+            return
+        for other, stored in self.rows.items():
+            if stored.allocated_by == encoding.shares and stored.codec is not None:
+                readers = dict.fromkeys((*stored.read_by, *row.read_by))
+                self.rows[other] = replace(stored, read_by=tuple(readers))
 
     def _keep(self, node: fx.Node, reason: Reason) -> None:
         self.rows[node] = replace(

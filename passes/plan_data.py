@@ -31,6 +31,7 @@ REASONS = {
     "weight",
     "not_floating_point": "not a floating-point tensor (or one of 8 bits, or complex, or a view "
     "of such)",
+    "routing": "a score or weight of a router: it chooses or scales experts, and is small",
     "statistic": "a statistic of each token, or what else attention reads: small, and everything "
     "depends on it",
     "loss_intermediate": "after the last parameter, such as logits: noise would enter every "
@@ -139,6 +140,22 @@ class _Site:
         return self.codec.rounding
 
 
+@dataclass(frozen=True)
+class PlannedReader:
+    """A weight gradient that is to be made from coordinates.
+
+    Attributes:
+        name: of the node of its matmul.
+        side: on which the value stands there: 0 for the left matrix, 1 for the right.
+        rows: name of the node with the rows that the matmul reads, whole numbers, in that order;
+            empty when it reads all rows as they are. Experts read the rows of their tokens.
+    """
+
+    name: str
+    side: int
+    rows: str = ""
+
+
 @dataclass(frozen=True, kw_only=True)
 class FactoredSite(_Site):
     """A value that only weight gradients read.
@@ -148,13 +165,15 @@ class FactoredSite(_Site):
     Attributes:
         matrix: name of the node that readers see, (m, n) or (E, m, n), up to `transposed`.
         transposed: True when that node is the matrix transposed.
-        readers: names of the weight-gradient matmuls, each with the side on which the value
-            stands: 0 for the left matrix (transposed), 1 for the right matrix.
+        readers: the weight gradients.
+        offsets: name of the node with the ends of the groups of rows; empty where all rows count.
+            Nothing reads the rows behind the last group, and they may hold anything.
     """
 
     matrix: str
     transposed: bool
-    readers: tuple[tuple[str, int], ...]
+    readers: tuple[PlannedReader, ...]
+    offsets: str = ""
 
 
 @dataclass(frozen=True, kw_only=True)

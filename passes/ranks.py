@@ -22,7 +22,7 @@ _MAX_BLOCKS = 16
 # than 1.
 _MAX_STATE_SHARE = 0.5
 _MAX_RELATIVE_FLOPS = 1.1
-_GPU_ROW_NBYTES = 16
+_ROW_NBYTES = 16
 
 
 @dataclass(frozen=True)
@@ -36,7 +36,11 @@ class Projected:
         outputs: o, columns of all weight gradients that read it; 0 when it is decoded instead.
         role: selects ranks and schedule.
         device: where it lives.
-        is_batch: it is a batch of independent matrices, which share one undivided basis.
+        is_batch: it is a batch of independent matrices, or experts read groups of its rows; all
+            share one undivided basis.
+        products: rows that each weight gradient reads times its columns, over all; 0 means
+            `tokens * outputs`. Experts may read a row several times.
+        columns: `outputs` with the columns of each expert counted; 0 means `outputs`.
     """
 
     tokens: int | torch.SymInt
@@ -46,16 +50,23 @@ class Projected:
     role: ProjectedRole
     device: torch.device
     is_batch: bool = False
+    products: int = 0
+    columns: int = 0
 
     @property
     def exact_flops(self) -> int:
         """FLOPs of the exact weight gradients."""
-        return 2 * size_hint(self.tokens) * self.features * self.outputs
+        return 2 * self.features * (self.products or size_hint(self.tokens) * self.outputs)
+
+    def flops(self, subspace: SubspaceShape) -> int:
+        """FLOPs of encoding it and of the factored weight gradients."""
+        tokens = size_hint(self.tokens)
+        return subspace.flops(tokens, self.outputs, self.products, self.columns)
 
 
 def relative_flops(matrix: Projected, subspace: SubspaceShape) -> float:
     """FLOPs of encoding and of the factored weight gradients, over those of the exact ones."""
-    return subspace.flops(size_hint(matrix.tokens), matrix.outputs) / max(1, matrix.exact_flops)
+    return matrix.flops(subspace) / max(1, matrix.exact_flops)
 
 
 def check_rank(matrix: Projected, config: PracConfig) -> None:
@@ -163,7 +174,7 @@ def choose_codec(matrix: Projected, config: PracConfig) -> PracCodec:
         small_state = codec.state_nbytes(matrix.itemsize) <= _MAX_STATE_SHARE * saved
         if small_state and relative_flops(matrix, codec) <= _MAX_RELATIVE_FLOPS:
             return codec
-    return min(candidates, key=lambda codec: codec.flops(tokens, matrix.outputs))
+    return min(candidates, key=matrix.flops)
 
 
 def _candidates(matrix: Projected, config: PracConfig) -> list[PracCodec]:
@@ -191,9 +202,11 @@ def _candidates(matrix: Projected, config: PracConfig) -> list[PracCodec]:
 def _rank_unit(matrix: Projected) -> int:
     """The multiple that a rank should be of.
 
-    On a GPU rows of a basis fill whole 16 bytes: matmuls take slower kernels otherwise.
+    On a GPU rows of a basis fill whole 16 bytes: matmuls take slower kernels otherwise. Grouped
+    matmuls take no other rows anywhere.
     """
-    return 1 if matrix.device.type == "cpu" else _GPU_ROW_NBYTES // matrix.itemsize
+    is_free = matrix.device.type == "cpu" and not matrix.columns
+    return 1 if is_free else _ROW_NBYTES // matrix.itemsize
 
 
 def _codec(n: int, principal: int, random: int, blocks: int, unit: int) -> PracCodec:

@@ -13,7 +13,9 @@ A value that backward multiplies into something else, stored as int8:
 
 `s` is a *clone*: backward computes it from x, so it has to compute it from what stands for x. Where
 only weight gradients read a value, it is decoded for them alone (source: arXiv 2602.23111,
-X~ = X P P^T). The next pass, `factor`, removes the decoded value again.
+X~ = X P P^T). Experts read rows of a value, those of their tokens in their order: the coordinates
+of the value itself are stored, and backward takes the rows of these. The next pass, `factor`,
+removes the decoded value again.
 """
 
 from __future__ import annotations
@@ -31,15 +33,15 @@ from prac_fx.graph.graph_edit import (
     tensor_value,
     without_views,
 )
-from prac_fx.graph.inliner import Inliner
+from prac_fx.graph.inliner import Inlined, Inliner
 from prac_fx.graph.nbytes import size_hint
 from prac_fx.graph.written import WrittenChannelsLast
 from prac_fx.passes.classify import classify
-from prac_fx.passes.encoded import EncodedSite, State
+from prac_fx.passes.encoded import EncodedSite, FactoredReader, State
 from prac_fx.passes.plan_data import DecodedSite, FactoredSite, Plan
 from prac_fx.passes.redirect import Redirection
-from prac_fx.passes.roles import MATMULS
 from prac_fx.passes.rounding_numbers import RoundingNumbers
+from prac_fx.passes.weight_products import product_of
 from prac_fx.torch_compat import CheckpointPolicy
 
 _aten = torch.ops.aten
@@ -84,7 +86,8 @@ def _check_names(plan: Plan, nodes: Mapping[str, fx.Node]) -> None:
     for site in plan.sites:
         names.append(site.value)
         if isinstance(site, FactoredSite):
-            names += [site.matrix, *(name for name, _ in site.readers)]
+            names += [site.matrix, *(reader.name for reader in site.readers)]
+            names += filter(None, [site.offsets, *(reader.rows for reader in site.readers)])
     missing = [name for name in names if name not in nodes]
     if missing:
         raise CannotRewriteError(f"the joint graph has no node {missing[0]!r} any more")
@@ -138,43 +141,44 @@ class _Editor:
         ).results
         for node in stored:
             tag_must_save(without_views(node))
-        readers = tuple((nodes[name], side) for name, side in site.readers)
-        first = min((reader for reader, _ in readers), key=self._position.__getitem__)
-        parts = _unpacked(site, stored, first, inline)
-        decode_nodes: list[fx.Node] = []
-        if site.codec.is_decodable:
-            decode_nodes = self._decode_for(readers, site, basis, parts, first)
-        value = nodes[site.value]
-        return EncodedSite(site, state, value, matrix, stored, parts, tuple(decode_nodes), readers)
+        readers, decode_nodes = self._decoded_for_readers(site, nodes, basis, stored)
+        value, offsets = nodes[site.value], nodes.get(site.offsets)
+        return EncodedSite(site, state, value, matrix, stored, decode_nodes, readers, offsets)
 
-    def _decode_for(
+    def _decoded_for_readers(
         self,
-        readers: Sequence[tuple[fx.Node, int]],
         site: FactoredSite,
+        nodes: Mapping[str, fx.Node],
         basis: Sequence[fx.Node],
-        parts: Sequence[fx.Node],
-        first: fx.Node,
-    ) -> list[fx.Node]:
-        """Decode in front of the first reader, have all read that, and return what was added."""
-        inline, count = self._inline, len(basis)
-        decode = inline(
-            lambda *args: site.codec.decode(args[count:], site.dtype, *args[:count]),
-            [*basis, *parts],
-            before=first,
-            tag=_BACKWARD,
-            like=first,
-            key=("decode", site.codec, site.dtype),
-            name="decoded",
-            label=f"decode[{site.codec.describe()}]",
-        )
-        nodes = list(decode.nodes)
-        for reader, side in readers:
-            operand = decode.result
-            if side == 0:
-                operand = _transposed(inline, decode.result, before=reader, tag=_BACKWARD)
-                nodes.append(operand)
-            reader.update_arg(MATMULS[reader.target][side], operand)
-        return nodes
+        stored: tuple[fx.Node, ...],
+    ) -> tuple[tuple[FactoredReader, ...], tuple[fx.Node, ...]]:
+        """Have weight gradients read the decoded value, or its rows; and all nodes of decoding.
+
+        What cannot be decoded they read as it is, until `factor`.
+        """
+        inline, decode_nodes = self._inline, list[fx.Node]()
+        planned = sorted(site.readers, key=lambda reader: self._position[nodes[reader.name]])
+        parts = {"": _unpacked(site, stored, nodes[planned[0].name], inline)}
+        decoded: dict[str, fx.Node] = {}
+        readers = []
+        for reader in planned:
+            node, rows, side = nodes[reader.name], reader.rows, reader.side
+            if rows not in parts:
+                parts[rows] = _rows(parts[""], nodes[rows], node, inline)
+            readers.append(FactoredReader(node, side, parts[rows]))
+            if not site.codec.is_decodable:
+                continue
+            if rows not in decoded:
+                decode = _decode_matrix(site, basis, parts[rows], node, inline)
+                decoded[rows] = decode.result
+                decode_nodes += decode.nodes
+            operand, product = decoded[rows], product_of(node)
+            assert product is not None
+            if product.transposes(side):
+                operand = _transposed(inline, operand, before=node, tag=_BACKWARD)
+                decode_nodes.append(operand)
+            node.update_arg(product.positions[side], operand)
+        return tuple(readers), tuple(decode_nodes)
 
     def decoded(self, site: DecodedSite, value: fx.Node) -> EncodedSite:
         """Add what forward stores of a value that backward decodes as a whole."""
@@ -242,6 +246,41 @@ def _transposed(inline: Inliner, node: fx.Node, *, before: fx.Node, tag: str) ->
         key="transpose",
         name=f"{node.name}_t",
     ).result
+
+
+def _decode_matrix(
+    site: FactoredSite,
+    basis: Sequence[fx.Node],
+    parts: tuple[fx.Node, ...],
+    before: fx.Node,
+    inline: Inliner,
+) -> Inlined:
+    count = len(basis)
+    return inline(
+        lambda *args: site.codec.decode(args[count:], site.dtype, *args[:count]),
+        [*basis, *parts],
+        before=before,
+        tag=_BACKWARD,
+        like=before,
+        key=("decode", site.codec, site.dtype),
+        name="decoded",
+        label=f"decode[{site.codec.describe()}]",
+    )
+
+
+def _rows(
+    parts: tuple[fx.Node, ...], rows: fx.Node, before: fx.Node, inline: Inliner
+) -> tuple[fx.Node, ...]:
+    """The rows of coordinates that experts read: those of their tokens."""
+    return inline(
+        lambda rows, *parts: tuple(part[rows] for part in parts),
+        [rows, *parts],
+        before=before,
+        tag=_BACKWARD,
+        like=before,
+        key="rows of coordinates",
+        name="rows",
+    ).results
 
 
 def _unpacked(

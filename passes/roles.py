@@ -7,7 +7,8 @@
 
 A matmul in backward is a *weight gradient* when all of this holds:
 
-- one operand is the saved value (or a reshaping view of it), and the other depends on the tangents;
+- one operand is the saved value (or a reshaping view of it), and the other depends on the tangents.
+  `weight_products` lists the operators, those of grouped experts among them;
 - its result reaches nothing but gradients of trainable leaves;
 - it meets no other activation on its way: nothing that multiplies it again depends on the step's
   data;
@@ -25,7 +26,7 @@ from typing import Literal
 import torch
 import torch.fx as fx
 
-from prac_fx.graph.graph_edit import RESHAPING_VIEWS
+from prac_fx.graph.graph_edit import RESHAPING_VIEWS, row_gather
 from prac_fx.passes.classify import Classification
 from prac_fx.passes.operators import (
     POWERS,
@@ -36,17 +37,8 @@ from prac_fx.passes.operators import (
     positions,
 )
 from prac_fx.passes.survey import SavedValue, Survey
+from prac_fx.passes.weight_products import product_of
 from prac_fx.torch_compat import gradient_argument_index
-
-_aten = torch.ops.aten
-
-# position of the two matrices among the operator's arguments
-MATMULS: dict[object, tuple[int, int]] = {
-    _aten.mm.default: (0, 1),
-    _aten.bmm.default: (0, 1),
-    _aten.addmm.default: (1, 2),
-    _aten.baddbmm.default: (1, 2),
-}
 
 # What an attention backward may read as an estimate; all else it reads (logsumexp, bias, seeds) is
 # exact. Names of the aten operators' arguments, and their positions in flex_attention_backward.
@@ -69,8 +61,8 @@ class Reader:
             value or result, "attention_statistic" for what else it reads. "derived" when the node
             reads something that backward first computes again from the value. "other".
         operand: the node that it reads: the value or a view of it.
-        side: for a weight gradient, which matrix of the matmul the value is: 0 (left, the value
-            transposed) or 1 (right).
+        side: for a weight gradient, which matrix of the matmul the value is: 0 (left, as a rule
+            the value transposed) or 1 (right).
         owner: for a weight gradient, the argument index of the first leaf whose gradient it is.
     """
 
@@ -141,24 +133,23 @@ def _weight_gradient_reader(
     node: fx.Node, operand: fx.Node, classification: Classification, gradients: _Gradients
 ) -> Reader | None:
     """The record of a weight-gradient matmul; None when `node` is no such matmul of `operand`."""
-    positions = MATMULS.get(node.target)
-    if positions is None or node in gradients.impure or node not in gradients.owner:
+    product = product_of(node)
+    gradient = None if product is None else product.gradient(node)
+    if product is None or gradient is None:
         return None
-    left, right = node.args[positions[0]], node.args[positions[1]]
-    if left is right or (left is not operand and right is not operand):
+    if gradient in gradients.impure or gradient not in gradients.owner:
         return None
-    other = right if left is operand else left
-    if other not in classification.backward:
+    if node.args.count(operand) != 1:  # it may be the summand, or both matrices
         return None
-    # addmm and baddbmm also read a summand, which may not be the value
-    if positions[0] == 1 and node.args[0] is operand:
+    side = next((side for side in (0, 1) if product.operand(node, side) is operand), None)
+    if side is None or product.operand(node, 1 - side) not in classification.backward:
         return None
     return Reader(
         node=node,
         kind="weight_gradient",
         operand=operand,
-        side=0 if left is operand else 1,
-        owner=gradients.owner[node],
+        side=side,
+        owner=gradients.owner[gradient],
     )
 
 
@@ -227,7 +218,8 @@ def _readers(
                 readers.append(_reader(user, node, is_view, classification, gradients))
             elif user.name in survey.recomputed and user not in seen:
                 seen.add(user)
-                pending.append((user, is_view and user.target in RESHAPING_VIEWS))
+                shows_rows = user.target in RESHAPING_VIEWS or row_gather(user) is not None
+                pending.append((user, is_view and shows_rows))
     return readers
 
 

@@ -8,6 +8,9 @@ The refresh of a basis then needs no extra forward pass and no side channel. Eac
 has one position, at a fraction of the stratum that follows the golden ratio. The positions spread
 evenly for every number of tokens m, symbolic ones included. They are not in step with the sequence
 length, as a fixed stride would be.
+
+Experts leave rows behind the last group as they are in memory: nothing reads them. There m is the
+end of the last group, which only the device knows, and a position behind it gives zeros.
 """
 
 from __future__ import annotations
@@ -25,7 +28,9 @@ _BITS = 16
 _STEP = 40503  # odd, and about 2**16 times the golden ratio's fraction
 
 
-def sample_positions(count: int, tokens: int | torch.SymInt, device: torch.device) -> Tensor:
+def sample_positions(
+    count: int, tokens: int | torch.SymInt | Tensor, device: torch.device
+) -> Tensor:
     """Token positions below `tokens`, one in each of `count` equal strata; int64, (count,)."""
     number = torch.arange(count, device=device)
     place = (number << _BITS) + number * _STEP % (1 << _BITS)
@@ -38,6 +43,19 @@ def sample_matrix(x: Tensor, buffer: Tensor) -> Tensor:
     return tokens[sample_positions(buffer.shape[0], tokens.shape[0], x.device)]
 
 
+def sample_groups(x: Tensor, buffer: Tensor, offsets: Tensor) -> Tensor:
+    """The same of the rows of `x`, (m, n), that lie in a group; zeros when none do.
+
+    Args:
+        x: rows that are sorted by group.
+        buffer: as in `sample_matrix`.
+        offsets: (E,), whole numbers, the ends of the groups.
+    """
+    end = offsets[-1].to(torch.int64).clamp(0, x.shape[0])
+    rows = x[sample_positions(buffer.shape[0], end, x.device)]
+    return rows.where(end > 0, 0)
+
+
 def sample(fw: fx.GraphModule, encoded: Sequence[EncodedSite]) -> None:
     """Append the copies to a partitioned forward graph; edits it."""
     graph = fw.graph
@@ -48,13 +66,14 @@ def sample(fw: fx.GraphModule, encoded: Sequence[EncodedSite]) -> None:
         if site.state is None or site.state.rows is None:
             continue
         matrix, buffer = nodes[site.matrix.name], nodes[site.state.rows.name]
+        offsets = [] if site.offsets is None else [nodes[site.offsets.name]]
         rows = inline(
-            sample_matrix,
-            [matrix, buffer],
+            sample_groups if offsets else sample_matrix,
+            [matrix, buffer, *offsets],
             before=output,
             tag="is_forward",
             like=matrix,
-            key="sample",
+            key="sample groups" if offsets else "sample",
             name="sampled_rows",
             label="sample",
         ).result

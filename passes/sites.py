@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -11,10 +10,11 @@ import torch.fx as fx
 
 from prac_fx.codecs import ELEMENTWISE, OF_WEIGHT_GRADIENTS, BitCodec, Codec
 from prac_fx.config import PracConfig
-from prac_fx.graph.graph_edit import allocating_node, last_two_swapped, tensor_value
+from prac_fx.graph.graph_edit import allocating_node, tensor_value
 from prac_fx.graph.nbytes import is_symbolic, size_hint, value_nbytes
 from prac_fx.graph.row_layout import Layout, layout_of
 from prac_fx.passes.choose import ENCODABLE_DTYPES, Chooser
+from prac_fx.passes.common_matrix import CommonMatrix, common_matrix
 from prac_fx.passes.joint_graph import JointGraph
 from prac_fx.passes.plan_data import (
     DecodedSite,
@@ -33,7 +33,7 @@ from prac_fx.passes.ranks import (
     least_tokens,
     with_coordinates,
 )
-from prac_fx.passes.roles import Reader, ValueRole
+from prac_fx.passes.roles import ValueRole
 from prac_fx.passes.sizes import Bound, Size, Sizes, is_guardable
 from prac_fx.passes.worthwhile import check_worthwhile, describe_cost
 
@@ -50,15 +50,22 @@ class Encoding:
         nbytes: bytes that stay stored.
         state_nbytes: bytes of its basis and its sampled rows.
         detail: for the reader of the report.
+        shares: name of the node that allocates another value, if what is stored for that serves the
+            readers of this one, too. Then nothing is stored for this.
     """
 
     codec: Codec
     nbytes: int
     state_nbytes: int = 0
     detail: str = ""
+    shares: str = ""
 
     def row(self, row: PlannedValue) -> PlannedValue:
         """The row of the value as encoded, made of the row that says it is kept."""
+        if self.shares:
+            return replace(
+                row, decision="recompute", reason="derived", detail=self.detail, nbytes_after=0
+            )
         return replace(
             row,
             decision="encode",
@@ -81,6 +88,7 @@ class Sites:
     def __init__(self, chooser: Chooser, sizes: Sizes) -> None:
         self._chooser, self._sizes = chooser, sizes
         self._slots: dict[int, int] = {}
+        self._shared: list[fx.Node] = []  # values whose readers take the coordinates of another
         self.by_root: dict[fx.Node, Site] = {}
         self.bounds: list[Bound] = []
 
@@ -100,7 +108,8 @@ class Sites:
     @property
     def factored(self) -> list[fx.Node]:
         """The roots of values that only weight gradients read, and that nothing decodes."""
-        return [n for n, site in self.by_root.items() if isinstance(site, FactoredSite)]
+        own = [n for n, site in self.by_root.items() if isinstance(site, FactoredSite)]
+        return own + self._shared
 
     # -- elementwise codecs ------------------------------------------------------------------------
 
@@ -194,7 +203,7 @@ class Sites:
         codec = self._projection(root, matrix)
         owner = self._owner(self._joint.owner, matrix)
         site = DecodedSite(**_common(root), codec=codec, owner=owner, layout=layout)
-        return self._add_projected(role, matrix, site)
+        return self._add_projected(role, root, matrix, site)
 
     def factor(self, role: ValueRole, *, only_if_worthwhile: bool = False) -> Encoding:
         """Store as coordinates a value that only weight gradients read; they are made from these.
@@ -207,23 +216,63 @@ class Sites:
             Keep: the readers see different matrices, the ranks do not suit the matrix, or PRAC is
                 not worthwhile.
         """
-        common = _common_matrix(role.readers)
+        common = common_matrix(role.readers)
         value, root, n = common.value, allocating_node(role.value.node), common.features
         matrix = Projected(
             self._sizes.at_hand(value.numel() // n),
             n,
             value.itemsize,
-            sum(_outputs(reader) for reader in role.readers),
+            common.outputs,
             "weight_gradient",
             value.device,
-            is_batch=value.dim() > 2,
+            is_batch=value.dim() > 2 or common.is_grouped,
+            products=common.products,
+            columns=common.columns,
         )
+        sharing = self._sharing(common)
+        if sharing is not None:
+            return self._share(role, common, matrix, sharing, only_if_worthwhile)
         codec = self._projection(root, matrix)
         if only_if_worthwhile:
             check_worthwhile(matrix, codec)
         owner = self._owner(min(reader.owner for reader in role.readers), matrix)
-        site = _factored_site(role, common, codec, owner)
-        return self._add_projected(role, matrix, site, describe_cost(matrix, codec))
+        site = _factored_site(root, common, codec, owner)
+        return self._add_projected(role, common.node, matrix, site, describe_cost(matrix, codec))
+
+    def _sharing(self, common: CommonMatrix) -> FactoredSite | None:
+        """The site whose coordinates serve these readers, too; None when there is none.
+
+        The router and the shared experts of a layer read a value of which its experts read rows.
+        """
+        for site in self.by_root.values():
+            if (
+                isinstance(site, FactoredSite)
+                and (site.matrix, site.transposed) == (common.node.name, common.transposed)
+                and site.codec.subspace is not None
+                and (site.codec.subspace.blocks == 1 or not common.is_grouped)
+            ):
+                return site
+        return None
+
+    def _share(
+        self,
+        role: ValueRole,
+        common: CommonMatrix,
+        matrix: Projected,
+        site: FactoredSite,
+        only_if_worthwhile: bool,
+    ) -> Encoding:
+        """Make these weight gradients, too, from coordinates that are stored already."""
+        if only_if_worthwhile:
+            check_worthwhile(matrix, site.codec)
+        source = next(root for root, other in self.by_root.items() if other is site)
+        readers = (*site.readers, *common.readers)
+        offsets = site.offsets if site.offsets == common.offsets else ""
+        self.by_root[source] = replace(site, readers=readers, offsets=offsets)
+        self._shared.append(allocating_node(role.value.node))
+        cost = describe_cost(matrix, site.codec)
+        detail = f"from the coordinates of {site.value}; {cost}"
+        return Encoding(site.codec, 0, detail=detail, shares=site.value)
 
     def _projection(self, root: fx.Node, matrix: Projected) -> Codec:
         """Ranks, blocks and coordinates."""
@@ -239,15 +288,16 @@ class Sites:
         return Owner(argument, self._joint.name_of(argument), slot, matrix.role)
 
     def _add_projected(
-        self, role: ValueRole, matrix: Projected, site: Site, detail: str = ""
+        self, role: ValueRole, node: fx.Node, matrix: Projected, site: Site, detail: str = ""
     ) -> Encoding:
+        """Note the site of a value, of which `node` has the matrix."""
         assert site.owner is not None
         assert site.codec.subspace is not None
         self._slots[site.owner.argument] = site.owner.slot + 1
         rank = site.codec.subspace.rank
         least = least_tokens(matrix, rank, site.codec, self._config)
         runs_from, made_from = (matrix.features * tokens for tokens in least)
-        self._bound(role.value.node, runs_from, made_from, has_state=True)
+        self._bound(node, runs_from, made_from, has_state=True)
         self.by_root[allocating_node(role.value.node)] = site
         return Encoding(
             site.codec,
@@ -270,7 +320,9 @@ class Sites:
         """
         if role.role != "W":
             raise Keep("not_decodable", name)
-        common = _common_matrix(role.readers)
+        common = common_matrix(role.readers)
+        if common.is_grouped:
+            raise Keep("layouts_differ", "experts read groups of its rows")
         value, root, n = common.value, allocating_node(role.value.node), common.features
         matrices = value.shape[0] if value.dim() > 2 else 1
         if not isinstance(matrices, int):
@@ -281,7 +333,7 @@ class Sites:
         nbytes = codec.stored_nbytes(size_hint(value.numel()) // n, value.itemsize)
         if nbytes >= role.value.nbytes:
             raise Keep("codec_saves_nothing", codec.describe())
-        self.by_root[root] = _factored_site(role, common, codec)
+        self.by_root[root] = _factored_site(root, common, codec)
         self.bound_by_nbytes(root)
         return Encoding(codec, nbytes)
 
@@ -355,63 +407,15 @@ def _stored_nbytes(codec: Codec, layout: Layout, value: torch.Tensor) -> int:
     return codec.stored_nbytes(size_hint(value.numel()) // layout.features, value.itemsize)
 
 
-@dataclass(frozen=True)
-class _Matrix:
-    """How all readers of a value see it: a node, (tokens, features) up to a transposition."""
-
-    node: fx.Node
-    transposed: bool
-
-    @property
-    def value(self) -> torch.Tensor:
-        value = _tensor(self.node)
-        return value.mT if self.transposed else value
-
-    @property
-    def features(self) -> int:
-        """n.
-
-        Raises:
-            Keep: it is symbolic.
-        """
-        n = self.value.shape[-1]
-        if not isinstance(n, int):
-            raise Keep("symbolic_size", f"feature count {n}")
-        return n
-
-
-def _common_matrix(readers: Sequence[Reader]) -> _Matrix:
-    """The (tokens, features) matrix that all weight-gradient readers share.
-
-    A matmul contracts over tokens. As the right operand the value is (tokens, features) already. As
-    the left operand it is the transpose. Looking through a final transposition makes both the same
-    node.
-    """
-    seen = set()
-    for reader in readers:
-        node, transposed = reader.operand, reader.side == 0
-        inner = last_two_swapped(node)
-        if inner is not None:
-            node, transposed = inner, not transposed
-        seen.add((node, transposed))
-    if len(seen) != 1:
-        raise Keep("layouts_differ")
-    return _Matrix(*seen.pop())
-
-
 def _factored_site(
-    role: ValueRole, common: _Matrix, codec: Codec, owner: Owner | None = None
+    root: fx.Node, common: CommonMatrix, codec: Codec, owner: Owner | None = None
 ) -> FactoredSite:
     return FactoredSite(
-        **_common(allocating_node(role.value.node)),
+        **_common(root),
         codec=codec,
         owner=owner,
         matrix=common.node.name,
         transposed=common.transposed,
-        readers=tuple((reader.node.name, reader.side) for reader in role.readers),
+        readers=common.readers,
+        offsets=common.offsets,
     )
-
-
-def _outputs(reader: Reader) -> int:
-    """o, the columns of the weight gradient that a matmul computes."""
-    return size_hint(reader.node.meta["val"].shape[-2 if reader.side == 1 else -1])

@@ -67,11 +67,14 @@ def relative_seconds(matrix: Projected, codec: Codec, rates: DeviceRates) -> flo
     assert subspace is not None
     m, n, o = size_hint(matrix.tokens), matrix.features, matrix.outputs
     r, blocks, itemsize = subspace.rank, subspace.blocks, matrix.itemsize
-    exact = rates.matmul_s(2 * m * n * o, m * n + m * o + n * o, itemsize)
+    # of experts: the rows that they read, maybe several times m, and the columns of all of them
+    mo, eo = matrix.products or m * o, matrix.columns or o
+    rows = mo / max(1, o)
+    exact = rates.matmul_s(2 * n * mo, rows * n + mo + n * eo, itemsize)
     ours = (
         rates.matmul_s(2 * m * n * r / blocks, m * n + m * r, itemsize)
-        + rates.matmul_s(2 * m * r * o, m * r + m * o + r * o, itemsize)
-        + rates.matmul_s(2 * n * r * o / blocks, n * r / blocks + r * o + n * o, itemsize)
+        + rates.matmul_s(2 * r * mo, rows * r + mo + r * eo, itemsize)
+        + rates.matmul_s(2 * n * r * eo / blocks, n * r / blocks + r * eo + n * eo, itemsize)
     )
     if codec.coordinates is not None:  # encoded after the first matmul, decoded before the second
         ours += 2 * rates.pass_s(m * r * itemsize + codec.stored_nbytes(m, itemsize))

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
+
+# products of the rows of each group of two matrices, (m, p) and (m, o): (E, p, o), see `grouped`
+Outer = Callable[[Tensor, Tensor], Tensor]
 
 
 @dataclass(frozen=True)
@@ -54,11 +57,18 @@ class SubspaceShape:
             return (self.features, self.rank)
         return (self.blocks, self.features // self.blocks, self.rank // self.blocks)
 
-    def flops(self, tokens: int, outputs: int) -> int:
-        """FLOPs of encoding a matrix once and of weight gradients with `outputs` columns in all."""
+    def flops(self, tokens: int, outputs: int, products: int = 0, columns: int = 0) -> int:
+        """FLOPs of encoding a matrix once and of its weight gradients.
+
+        Args:
+            tokens: m, rows that are encoded.
+            outputs: o, columns of all weight gradients.
+            products: rows that each reads times its columns, over all; 0 means m o.
+            columns: o, with those of each expert; 0 means o.
+        """
         encode = 2 * tokens * self.features * self.rank // self.blocks
-        small = 2 * tokens * self.rank * outputs
-        project = 2 * self.features * self.rank * outputs // self.blocks
+        small = 2 * self.rank * (products or tokens * outputs)
+        project = 2 * self.features * self.rank * (columns or outputs) // self.blocks
         return encode + small + project
 
 
@@ -155,14 +165,24 @@ class Codec(ABC):
             *basis: the basis that x was encoded with, if any.
         """
 
-    def weight_gradient(self, parts: Sequence[Tensor], dy: Tensor, *basis: Tensor) -> Tensor:
-        """x^T dy, (n, o), without x; dy is (m, o). Asked only where nothing else reads x."""
+    def weight_gradient(
+        self, parts: Sequence[Tensor], dy: Tensor, *basis: Tensor, outer: Outer | None = None
+    ) -> Tensor:
+        """x^T dy, (n, o), without x; dy is (m, o). Asked only where nothing else reads x.
+
+        With `outer`, x_e^T dy_e of each group of rows, (E, n, o). Only codecs with a subspace are
+        asked for that.
+        """
         raise NotImplementedError(f"{self.name} has to be decoded")
 
     def weight_gradient_transposed(
-        self, parts: Sequence[Tensor], dy_t: Tensor, *basis: Tensor
+        self, parts: Sequence[Tensor], dy_t: Tensor, *basis: Tensor, outer: Outer | None = None
     ) -> Tensor:
-        """dy^T x, (o, n), without x; dy^T is (o, m). Asked only where nothing else reads x."""
+        """dy^T x, (o, n), without x; dy^T is (o, m). Asked only where nothing else reads x.
+
+        With `outer`, dy_e^T x_e of each group of rows, (E, o, n). Only codecs with a subspace are
+        asked for that.
+        """
         raise NotImplementedError(f"{self.name} has to be decoded")
 
     # -- bytes ------------------------------------------------------------------------------------

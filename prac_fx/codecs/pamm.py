@@ -30,7 +30,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from prac_fx.codecs.base import Codec, Rounding
+from prac_fx.codecs.base import Codec, Outer, Rounding
 from prac_fx.codecs.rounding import uniform
 from prac_fx.codecs.sampled import rows_at, share_of, times
 from prac_fx.codecs.subspace import exact_dtype, working_dtype
@@ -115,13 +115,16 @@ class PammCodec(Codec):
         """Not done: see `is_decodable`."""
         raise NotImplementedError("of representatives weight gradients are made, and nothing else")
 
-    def weight_gradient(self, parts: Sequence[Tensor], dy: Tensor, *basis: Tensor) -> Tensor:
+    def weight_gradient(
+        self, parts: Sequence[Tensor], dy: Tensor, *basis: Tensor, outer: Outer | None = None
+    ) -> Tensor:
         """X~^T dY = C^T (A^T dY).
 
         Args:
             parts: what `encode` returned.
             dy: (m, o), or (E, m, o).
             *basis: there is none.
+            outer: None; groups of rows are not stored so.
 
         Returns:
             (n, o), or (E, n, o); dtype of `dy`.
@@ -131,7 +134,7 @@ class PammCodec(Codec):
         return times(directions.mT @ small, self._guard(dy.dtype) ** -2)
 
     def weight_gradient_transposed(
-        self, parts: Sequence[Tensor], dy_t: Tensor, *basis: Tensor
+        self, parts: Sequence[Tensor], dy_t: Tensor, *basis: Tensor, outer: Outer | None = None
     ) -> Tensor:
         """dY^T X~ = (dY^T A) C, the form that `F.linear` needs.
 
@@ -139,6 +142,7 @@ class PammCodec(Codec):
             parts: what `encode` returned.
             dy_t: (o, m), or (E, o, m).
             *basis: there is none.
+            outer: None; groups of rows are not stored so.
 
         Returns:
             (o, n), or (E, o, n); dtype of `dy_t`.

@@ -22,7 +22,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from prac_fx.codecs.base import Codec, SubspaceShape
+from prac_fx.codecs.base import Codec, Outer, SubspaceShape
 from prac_fx.codecs.subspace import tail_scale
 
 
@@ -97,21 +97,29 @@ class PracCodec(SubspaceShape, Codec):
         per_block = _times(basis.bmm(coordinates), self._unguard(basis.dtype))  # (B, n / B, m)
         return per_block.permute(2, 0, 1).reshape(-1, self.features)
 
-    def weight_gradient(self, parts: Sequence[Tensor], dy: Tensor, *basis: Tensor) -> Tensor:
+    def weight_gradient(
+        self, parts: Sequence[Tensor], dy: Tensor, *basis: Tensor, outer: Outer | None = None
+    ) -> Tensor:
         """X~^T dY without X~: P (C^T dY), 2 m r o + 2 n r o FLOPs instead of 2 m n o.
 
         Args:
             parts: what `encode` returned.
             dy: (m, o), or (E, m, o).
             *basis: the basis it was encoded with.
+            outer: of grouped rows: gives C_e^T dY_e of each group e. There is one block then.
 
         Returns:
             (n, o), or (E, n, o); dtype of `dy`.
         """
-        return self._gradient(dy, *parts, *basis)
+        return self._gradient(dy, *parts, *basis, outer=outer)
 
-    def _gradient(self, dy: Tensor, coordinates: Tensor, basis: Tensor) -> Tensor:
+    def _gradient(
+        self, dy: Tensor, coordinates: Tensor, basis: Tensor, *, outer: Outer | None = None
+    ) -> Tensor:
         unguard = self._unguard(dy.dtype)
+        if outer is not None:
+            small = _times(outer(coordinates, dy), unguard)
+            return basis.expand(small.shape[0], -1, -1).bmm(small)
         if self.blocks == 1:
             if dy.dim() == 2:
                 return basis.mm(_times(coordinates.mT.mm(dy), unguard))
@@ -122,7 +130,7 @@ class PracCodec(SubspaceShape, Codec):
         return basis.bmm(per_block).view(self.features, -1)
 
     def weight_gradient_transposed(
-        self, parts: Sequence[Tensor], dy_t: Tensor, *basis: Tensor
+        self, parts: Sequence[Tensor], dy_t: Tensor, *basis: Tensor, outer: Outer | None = None
     ) -> Tensor:
         """dY^T X~ without X~: (dY^T C) P^T, the form that `F.linear` needs.
 
@@ -130,13 +138,20 @@ class PracCodec(SubspaceShape, Codec):
             parts: what `encode` returned.
             dy_t: (o, m), or (E, o, m).
             *basis: the basis it was encoded with.
+            outer: of grouped rows: gives dY_e^T C_e of each group e. There is one block then.
 
         Returns:
             (o, n), or (E, o, n); dtype of `dy_t`.
         """
-        return self._gradient_transposed(dy_t, *parts, *basis)
+        return self._gradient_transposed(dy_t, *parts, *basis, outer=outer)
 
-    def _gradient_transposed(self, dy_t: Tensor, coordinates: Tensor, basis: Tensor) -> Tensor:
+    def _gradient_transposed(
+        self, dy_t: Tensor, coordinates: Tensor, basis: Tensor, *, outer: Outer | None = None
+    ) -> Tensor:
+        if outer is not None:
+            small = _times(outer(dy_t.mT, coordinates), self._unguard(dy_t.dtype))
+            flat = small.reshape(-1, self.rank).mm(basis.mT)
+            return flat.view(*small.shape[:-1], self.features)
         if self.blocks > 1:
             # the blocks of this result lie where they belong, without a copy
             return self._gradient(dy_t.mT, coordinates, basis).mT

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from prac_fx.codecs.base import Codec, Rounding, SubspaceShape
+from prac_fx.codecs.base import Codec, Outer, Rounding, SubspaceShape
 from prac_fx.codecs.prac import PracCodec
 
 
@@ -78,15 +78,17 @@ class QuantizedCoordinates(Codec):
         """As the projection does."""
         return self.projection.decode(parts, dtype, *basis)
 
-    def weight_gradient(self, parts: Sequence[Tensor], dy: Tensor, *basis: Tensor) -> Tensor:
-        """As the projection does."""
-        return self.projection.weight_gradient(parts, dy, *basis)
-
-    def weight_gradient_transposed(
-        self, parts: Sequence[Tensor], dy_t: Tensor, *basis: Tensor
+    def weight_gradient(
+        self, parts: Sequence[Tensor], dy: Tensor, *basis: Tensor, outer: Outer | None = None
     ) -> Tensor:
         """As the projection does."""
-        return self.projection.weight_gradient_transposed(parts, dy_t, *basis)
+        return self.projection.weight_gradient(parts, dy, *basis, outer=outer)
+
+    def weight_gradient_transposed(
+        self, parts: Sequence[Tensor], dy_t: Tensor, *basis: Tensor, outer: Outer | None = None
+    ) -> Tensor:
+        """As the projection does."""
+        return self.projection.weight_gradient_transposed(parts, dy_t, *basis, outer=outer)
 
     def stored_nbytes(self, rows: int, itemsize: int) -> int:
         """Codes and scales."""

@@ -37,7 +37,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from prac_fx.codecs.base import Codec, Rounding
+from prac_fx.codecs.base import Codec, Outer, Rounding
 from prac_fx.codecs.rounding import uniform
 from prac_fx.codecs.subspace import exact_dtype, working_dtype
 
@@ -118,13 +118,16 @@ class SampledRows(Codec):
         """Not possible."""
         raise NotImplementedError("of sampled rows weight gradients are made, and nothing else")
 
-    def weight_gradient(self, parts: Sequence[Tensor], dy: Tensor, *basis: Tensor) -> Tensor:
+    def weight_gradient(
+        self, parts: Sequence[Tensor], dy: Tensor, *basis: Tensor, outer: Outer | None = None
+    ) -> Tensor:
         """The estimate of X^T dY.
 
         Args:
             parts: what `encode` returned.
             dy: (m, o), or (E, m, o).
             *basis: there is none.
+            outer: None; groups of rows are not stored so.
 
         Returns:
             (n, o), or (E, n, o); dtype of `dy`.
@@ -133,7 +136,7 @@ class SampledRows(Codec):
         return times(rows.mT @ rows_at(dy, index), 1 / self._guard(dy.dtype))
 
     def weight_gradient_transposed(
-        self, parts: Sequence[Tensor], dy_t: Tensor, *basis: Tensor
+        self, parts: Sequence[Tensor], dy_t: Tensor, *basis: Tensor, outer: Outer | None = None
     ) -> Tensor:
         """The estimate of dY^T X, the form that `F.linear` needs.
 
@@ -141,6 +144,7 @@ class SampledRows(Codec):
             parts: what `encode` returned.
             dy_t: (o, m), or (E, o, m).
             *basis: there is none.
+            outer: None; groups of rows are not stored so.
 
         Returns:
             (o, n), or (E, o, n); dtype of `dy_t`.

@@ -261,11 +261,8 @@ def without_values(step: Step) -> Step:
         )
     except Exception:  # a model that cannot be copied is analysed as it is
         return step
-    return replace(
-        step,
-        **{"model": model, "args": args, "kwargs": kwargs, "loss_fn": loss_fn},
-        **{"fake_mode": mode, "captured": captured},
-    )
+    step = replace(step, model=model, args=args, kwargs=kwargs, loss_fn=loss_fn)
+    return replace(step, fake_mode=mode, captured=captured)
 
 
 def checkpointed(step: Step) -> Step:

@@ -29,15 +29,39 @@ _CPU_ATTENTION: dict[Any, tuple[Any, int]] = {
 }
 
 
+def _grouped(a: Tensor, b: Tensor, *_: Any, **__: Any) -> int:
+    """Of a grouped matmul: with offsets, each row of a two-dimensional matrix is in one group."""
+    batch = a.shape[0] if a.dim() == b.dim() == 3 else 1
+    return 2 * batch * a.shape[-2] * a.shape[-1] * b.shape[-1]
+
+
+def _looped_backward(x: Tensor, weight: Tensor, *_: Any, **__: Any) -> int:
+    return 2 * _grouped(x, weight)
+
+
+def _looped_outer(a: Tensor, b: Tensor, *_: Any, **__: Any) -> int:
+    return _grouped(a.mT, b)
+
+
+# matmuls of experts, which torch does not count: operators of torch, of transformers and ours
+_EXPERTS: dict[str, Callable[..., int]] = {
+    "aten._grouped_mm": _grouped,
+    "aten._scaled_grouped_mm": _grouped,
+    "transformers.grouped_mm_fallback": _grouped,
+    "transformers.grouped_mm_fallback_backward": _looped_backward,
+    "prac_fx.looped_outer": _looped_outer,
+}
+
+
 @dataclass(frozen=True)
 class CountedOperator:
-    """An operator of a graph whose FLOPs torch.utils.flop_counter counts.
+    """An operator of a graph whose FLOPs are counted, by torch.utils.flop_counter or here.
 
     A multiplication with an addition counts as two.
 
     Attributes:
         module: path of its module.
-        formula: of the counter.
+        formula: of the operator.
         args: what the formula takes, with fake tensors.
         kwargs: likewise.
     """
@@ -104,6 +128,8 @@ def _counted_operators(graph: fx.Graph) -> Iterator[CountedOperator]:
         elif packet in flop_registry:
             kwargs = {**kwargs, "out_val": _value(node)}
             yield CountedOperator(_module_of(node), flop_registry[packet], args, kwargs)
+        elif str(packet) in _EXPERTS:
+            yield CountedOperator(_module_of(node), _EXPERTS[str(packet)], args, {})
 
 
 def _value(node: fx.Node) -> Any:

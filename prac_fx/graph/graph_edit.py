@@ -155,3 +155,23 @@ def last_two_swapped(node: fx.Node) -> fx.Node | None:
     if node.target is _aten.t.default and rank == 2:
         return node.args[0]
     return None
+
+
+def row_gather(node: fx.Node) -> tuple[fx.Node, fx.Node] | None:
+    """A tensor and the numbers of those of its rows that `node` consists of.
+
+    None if it does something else. Experts read such rows: those of their tokens. A row is what one
+    number chooses, such as the weight of an expert.
+    """
+    if node.op != "call_function" or node.target is not _aten.index.Tensor:
+        return None
+    source, indices = node.args
+    if not isinstance(source, fx.Node) or not isinstance(indices, list | tuple):
+        return None
+    rows = indices[0]
+    if len(indices) != 1 or not isinstance(rows, fx.Node):
+        return None
+    matrix, numbers = tensor_value(source), tensor_value(rows)
+    if matrix is None or numbers is None or matrix.dim() < 2 or numbers.dim() != 1:
+        return None
+    return (source, rows) if numbers.dtype in (torch.int64, torch.int32) else None

@@ -128,19 +128,16 @@ def as_one_of(step: Step, ranks: Ranks | None) -> Iterator[Step]:
             (step.model, step.args, dict(step.kwargs), step.loss_fn), mode
         )
         shard(model, ranks, mode)
-        yield replace(
-            step,
-            **{"model": model, "args": args, "kwargs": kwargs, "loss_fn": loss_fn},
-            **{"fake_mode": mode, "sharded": True},
-        )
+        step = replace(step, model=model, args=args, kwargs=kwargs, loss_fn=loss_fn)
+        yield replace(step, fake_mode=mode, sharded=True)
 
 
 def _mesh_of(model: Any) -> dict[str, int]:
     """Ranks of each dimension of the meshes of a model that is sharded in a fake process group."""
     if not (dist.is_initialized() and dist.get_backend() == "fake"):
         return {}
-    parameters = model.parameters() if isinstance(model, nn.Module) else ()
-    meshes = [one.device_mesh for one in parameters if is_distributed(one)]
+    parameters: Any = model.parameters() if isinstance(model, nn.Module) else ()
+    meshes: list[DeviceMesh] = [one.device_mesh for one in parameters if is_distributed(one)]
     return {
         name: mesh.size(position)
         for mesh in meshes

@@ -322,7 +322,7 @@ def recorded_noise() -> Iterator[set[str]]:
     def record(done: Pass, work: Work) -> None:
         if done.name == "plan" and work.plan is not None and work.arguments is not None:
             factored = [site for site in work.plan.sites if isinstance(site, FactoredSite)]
-            readers = {name for site in factored for name, _ in site.readers}
+            readers = {reader.name for site in factored for reader in site.readers}
             noisy.update(_fed_by(work.gm.graph, readers, work.arguments.names))
 
     with observed(record):
