@@ -22,12 +22,13 @@ from prac_fx.compare.gpu_table import shipped_gpus
 from prac_fx.errors import ReportError
 from prac_fx.memory import analysis
 from prac_fx.memory.fake_model import build_model
+from prac_fx.memory.ranks import Ranks
 from prac_fx.options import split_options
 from prac_fx.passes.plan_data import REASONS
 from prac_fx.passes.ranks import sample_rows
 from prac_fx.report import analyse_file, check_document, explain, main
 from prac_fx.report.arguments import parse_arguments
-from prac_fx.report.model_file import call_build, import_build
+from prac_fx.report.model_file import call_build, load_model_file
 
 FOLDER = Path(__file__).parent.parent / "examples"
 # model files; the folder also has scripts
@@ -155,7 +156,6 @@ def test_flags_reach_the_analysis(
     monkeypatch.setattr(analyse_file, "report_step", stop)
     flags = (
         "--fits=1GiB",
-        "--measure",
         "--batch=4",
         "--seq=8",
         "--dtype=bfloat16",
@@ -163,17 +163,23 @@ def test_flags_reach_the_analysis(
         "--processes=2",
         "--all-blocks",
         "--allocator=cuda-expandable",
+        "--fsdp=4",
+        "--pp=2",
         "--gpus",
     )
     assert main([encodable, "prac.seed=3", *flags]) == 2
     assert capsys.readouterr().err == "prac_fx.report: enough\n"
     expected = {
-        "options": {"prac.seed": 3}, "loss_fn": None, "fits": 2**30, "measure": True, "batch": 4, "seq": 8,
+        "options": {"prac.seed": 3}, "loss_fn": None, "fits": 2**30, "measure": False, "batch": 4, "seq": 8,
         "dtype": "bfloat16", "optimizer": "sgd", "alternatives": True, "processes": 2,
         "all_blocks": True, "allocator": "cuda-expandable", "gpus": shipped_gpus(),
+        "ranks": Ranks(fsdp=4, pp=2),
     }  # fmt: skip
     assert callable(seen.pop("progress"))
     assert seen == expected
+    assert main([encodable, "--measure"]) == 2
+    assert seen["measure"] is True
+    assert seen["ranks"] is None
 
 
 def test_table_explains_the_reasons_it_shows(
@@ -747,8 +753,8 @@ def test_there_are_examples() -> None:
 
 @pytest.mark.parametrize("path", EXAMPLES, ids=lambda path: path.stem)
 def test_examples_build_what_the_report_takes(path: Path) -> None:
-    build = import_build(path)
-    built = call_build(lambda: build_model(build, fake=True), path)
+    file = load_model_file(path)
+    built = call_build(lambda: build_model(file.build, fake=True), path)
     assert isinstance(built.model, nn.Module)
     assert any(parameter.requires_grad for parameter in built.model.parameters())
     tensors = [*built.args, *built.kwargs.values()]

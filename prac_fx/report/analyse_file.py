@@ -28,7 +28,7 @@ from prac_fx.report.model_file import (
     UserCodeError,
     arguments_of_its_own,
     call_build,
-    import_build,
+    load_model_file,
     own_traceback,
     user_code_error,
 )
@@ -104,7 +104,7 @@ def analyse(path: Path, options: dict[str, Any], analysis: Analysis) -> Document
     """
     with ExitStack() as mesh:
         with arguments_of_its_own(path):
-            file = import_build(path)
+            file = load_model_file(path)
             if file.mesh is None:
                 built = call_build(lambda: build_model(file.build, analysis.fake), path)
             else:

@@ -54,7 +54,7 @@ class ModelFile:
     mesh: Mapping[str, int] | None = None
 
 
-def import_build(path: Path) -> ModelFile:
+def load_model_file(path: Path) -> ModelFile:
     """Import the file and find its `build`, and its `MESH` if it has one.
 
     Raises:
