@@ -81,8 +81,10 @@ def common_matrix(readers: Sequence[Reader]) -> CommonMatrix:
     node. Looking through a choice of rows gives what experts choose from: X[t] P is (X P)[t].
 
     Raises:
-        Keep: the readers see different matrices.
+        Keep: the readers see different matrices, or one is no matmul.
     """
+    if any(reader.kind != "weight_gradient" for reader in readers):
+        raise Keep("not_a_matmul", "convolution_backward reads it")
     seen = [_seen(reader) for reader in readers]
     if len({(one.node, one.transposed) for one in seen}) != 1:
         raise Keep("layouts_differ")

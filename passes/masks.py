@@ -42,7 +42,7 @@ def without_masks(role: ValueRole) -> ValueRole:
     """
     if role.role != "W+A":
         return role
-    weight = tuple(reader for reader in role.readers if reader.kind == "weight_gradient")
+    weight = tuple(reader for reader in role.readers if reader.is_of_weight)
     if not all(is_mask(reader.operand) for reader in role.readers if reader not in weight):
         return role
     return replace(role, role="W", readers=weight)

@@ -166,6 +166,8 @@ class _Planner:
             return self.sites.sample(role, codec)
         if codec != "prac":
             return self.sites.quantize(role, codec)
+        if role.role == "W" and _reads_convolution(role):
+            return self.sites.quantize(role, "int8", "a convolution reads it, which is no matmul")
         if role.role == "W":
             return self.sites.factor(role)
         if self.joint.trains:
@@ -197,12 +199,14 @@ class _Planner:
         if node not in self.amendments.underivable:
             chain = derivation(node, stored, self.joint.classification)
         small = self._why_small(node)
+        if chain is not None and _reads_convolution(role) and self._is_derived(chain):
+            chain = None
         if chain is not None and small is None:
             self.derivations[node] = tuple(chain)
             self.sites.bound_by_nbytes(node)
             self._store_nothing(node, "derived", refused.detail)
             return
-        codec = self.config.input_gradient
+        codec = self._codec_instead(role)
         try:
             if chosen != "auto" or codec is None or codec not in ELEMENTWISE:
                 raise Keep(*refused)
@@ -210,6 +214,23 @@ class _Planner:
         except Keep:
             self._keep(node, small or refused)
         stored.add(allocating_node(node))
+
+    def _codec_instead(self, role: ValueRole) -> str | None:
+        """The codec where PRAC cannot be.
+
+        What a convolution reads for its weight gradient has 8 bits also where the input gradient
+        stays exact: the noise stays in the gradient of the weight, as PRAC's would.
+        """
+        codec = self.config.input_gradient
+        return "int8" if codec == "exact" and _reads_convolution(role) else codec
+
+    def _is_derived(self, chain: Collection[fx.Node]) -> bool:
+        """Does a chain go through another value that is computed again?
+
+        Residual blocks of convolutions are such a chain through the whole net. Backward would begin
+        with the first of them, and hold them all.
+        """
+        return any(node in chain for node in self.derivations)
 
     def _why_small(self, node: fx.Node) -> Reason | None:
         try:
@@ -262,7 +283,8 @@ class _Planner:
 
     def _save_masks(self) -> list[fx.Node]:
         """Pack the masks of encoded values, and return those that have to be saved as they are."""
-        clones = set(self._clones(self.sites.by_root).nodes)
+        # in order: a set of nodes has another one in each process, and so would the plan
+        clones = dict.fromkeys(self._clones(self.sites.by_root).nodes)
         masks = masks_of(tuple(self.sites.by_root), clones, self.joint.classification)
         return [mask for mask in masks if not self._pack(mask)]
 
@@ -330,3 +352,8 @@ class _Planner:
                 fresh = [arg for arg in node.all_input_nodes if arg not in seen]
                 seen.update(fresh)
                 pending += fresh
+
+
+def _reads_convolution(role: ValueRole) -> bool:
+    """Does a convolution read a value for the gradient of its weight?"""
+    return any(reader.kind == "convolution" for reader in role.readers)

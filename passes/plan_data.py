@@ -55,6 +55,7 @@ REASONS = {
     "symbolic_size": "its size is symbolic, and too small or known only at run time",
     "not_decodable": "more than weight gradients read it, and what a rule's codec stores cannot be "
     "decoded",
+    "not_a_matmul": "a convolution reads it for a weight gradient, which needs the value itself",
     "layouts_differ": "its readers see it in different shapes",
     "other_device": "not on the device of the graph's other stochastically rounded values",
     "not_dense": "its elements do not fill its memory",

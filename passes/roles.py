@@ -46,8 +46,16 @@ _QUERY_KEY = ("query", "key")
 _ATTENTION_OPERANDS = (*_QUERY_KEY, "value", "out")
 
 Kind = Literal[
-    "weight_gradient", "query_key", "attention", "attention_statistic", "derived", "other"
+    "weight_gradient",
+    "convolution",
+    "query_key",
+    "attention",
+    "attention_statistic",
+    "derived",
+    "other",
 ]
+# noise stays in the gradient of a weight
+_OF_WEIGHTS = ("weight_gradient", "convolution")
 Role = Literal["W", "A", "W+A", "-"]
 
 
@@ -57,13 +65,15 @@ class Reader:
 
     Attributes:
         node: the backward node.
-        kind: "weight_gradient". "query_key" for the query or key of attention, "attention" for its
-            value or result, "attention_statistic" for what else it reads. "derived" when the node
-            reads something that backward first computes again from the value. "other".
+        kind: "weight_gradient" for a matmul that computes one. "convolution" for the backward of a
+            convolution, which reads its input for the weight gradient alone. "query_key" for the
+            query or key of attention, "attention" for its value or result, "attention_statistic"
+            for what else it reads. "derived" when the node reads something that backward first
+            computes again from the value. "other".
         operand: the node that it reads: the value or a view of it.
         side: for a weight gradient, which matrix of the matmul the value is: 0 (left, as a rule
             the value transposed) or 1 (right).
-        owner: for a weight gradient, the argument index of the first leaf whose gradient it is.
+        owner: for these two, the argument index of the first leaf whose gradient it is.
     """
 
     node: fx.Node
@@ -71,6 +81,11 @@ class Reader:
     operand: fx.Node
     side: int = -1
     owner: int = -1
+
+    @property
+    def is_of_weight(self) -> bool:
+        """Does what it reads go into the gradient of a weight, and nowhere else?"""
+        return self.kind in _OF_WEIGHTS
 
 
 @dataclass(frozen=True)
@@ -151,6 +166,25 @@ def _weight_gradient_reader(
         side=side,
         owner=gradients.owner[gradient],
     )
+
+
+def _convolution_reader(node: fx.Node, operand: fx.Node, gradients: _Gradients) -> Reader | None:
+    """The record of a convolution's backward that reads its input; None when it is none.
+
+    Of its results (dx, dw, db) only dw depends on the input. Source: `convolution_backward`
+    (aten/src/ATen/native/Convolution.cpp).
+    """
+    if (
+        node.target is not torch.ops.aten.convolution_backward.default
+        or node.args[1] is not operand
+    ):
+        return None
+    if node.args.count(operand) != 1:
+        return None
+    found = [user for user in node.users if user.target is operator.getitem and user.args[1] == 1]
+    if len(found) != 1 or found[0] in gradients.impure or found[0] not in gradients.owner:
+        return None
+    return Reader(node, "convolution", operand, owner=gradients.owner[found[0]])
 
 
 def _trace_gradients(
@@ -236,6 +270,7 @@ def _reader(
     if not is_view:
         return Reader(node, "derived", operand)
     reader = _weight_gradient_reader(node, operand, classification, gradients)
+    reader = reader or _convolution_reader(node, operand, gradients)
     return reader if reader is not None else Reader(node, "other", operand)
 
 
@@ -258,7 +293,7 @@ def attention_kind(node: fx.Node, operand: fx.Node) -> Kind:
 def _role(readers: list[Reader]) -> Role:
     if not readers:
         return "-"
-    weight = [reader.kind == "weight_gradient" for reader in readers]
+    weight = [reader.is_of_weight for reader in readers]
     if all(weight):
         return "W"
     return "W+A" if any(weight) else "A"
