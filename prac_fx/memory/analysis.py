@@ -48,6 +48,11 @@ NO_BACKWARD = (
     "on one, or Dynamo does not trace the model (nn.LSTM, for one)"
 )
 
+_OF_TORCH = (
+    ". Under fully_shard Dynamo compiles each block by itself, and leaves one whose class is "
+    "torch.nn's own, such as nn.TransformerEncoderLayer, to Python"
+)
+
 
 @dataclass(frozen=True, repr=False)
 class AnalysedStep:
@@ -235,7 +240,7 @@ def _analysed(
 ) -> AnalysedStep:
     calls = traced.calls
     if not calls:
-        raise ReportError(NO_BACKWARD)
+        raise ReportError(NO_BACKWARD + (_OF_TORCH if step.sharded else ""))
     tensors = tensors_of(step)
     optimizer = optimizer_memory(optimizer_name, tensors.trained)
     if repeated is not None:
