@@ -106,7 +106,7 @@ class OutsideObserver(TorchDispatchMode):  # type: ignore[no-untyped-call]
         tensors = tensors_of(step)
         self._trained = tensors.trained
         own = (one for tensor in tensors.all for one in inner_tensors(tensor))
-        self._known = set(map(storage_key, own))
+        self._known = frozenset(map(storage_key, own))
         self._storages: list[_Storage] = []
         self._by_key: dict[int, _Storage] = {}
         self._managed: frozenset[int] = frozenset()
@@ -145,17 +145,13 @@ class OutsideObserver(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self._look()
 
     def count_elsewhere(self, values: Iterable[Any]) -> None:
-        """What a graph makes, and the tangents it reads, count there, whatever views exist of them.
-
-        What a graph makes has to stay alive, so that no other storage gets its address.
-        """
+        """What a graph makes, and the tangents it reads, count there, whatever views exist."""
         for value in values:
-            for tensor in inner_tensors(value) if isinstance(value, Tensor) else ():
-                one = self._by_key.get(storage_key(tensor))
-                if one is None or one.reference() is None:
-                    self._known.add(storage_key(tensor))
-                else:
-                    one.counts = False
+            if isinstance(value, Tensor):
+                self._note(value, "of a graph")
+                for tensor in inner_tensors(value):
+                    if storage_key(tensor) in self._by_key:
+                        self._by_key[storage_key(tensor)].counts = False
 
     def at(self, which: str, number: int) -> None:
         """A graph begins: `which` pass, number of the run."""
@@ -220,19 +216,16 @@ class OutsideObserver(TorchDispatchMode):  # type: ignore[no-untyped-call]
             known = self._by_key.get(key)
             if key in self._known or (known and known.reference() is not None):
                 continue
-            category: Category = "temporary"
-            if not what and is_sharding_code():
-                category, what = "unsharded", "gathered or about to be reduced"
-            elif what:
-                category = "unsharded"
-            one = _Storage(
-                weakref.ref(inner.untyped_storage()), key, category, what or "eager code"
-            )
+            is_sharded = bool(what) or is_sharding_code()
+            category: Category = "unsharded" if is_sharded else "temporary"
+            name = what or ("gathered or about to be reduced" if is_sharded else "eager code")
+            one = _Storage(weakref.ref(inner.untyped_storage()), key, category, name)
             self._by_key[key] = one
             self._storages.append(one)
 
     def _now(self) -> _Seen:
-        held = ((number, one.nbytes()) for number, one in enumerate(self._storages))
+        counted = ((number, one) for number, one in enumerate(self._storages) if one.counts)
+        held = ((number, one.nbytes()) for number, one in counted)
         return _Seen({number: nbytes for number, nbytes in held if nbytes})
 
     def _look(self) -> None:
