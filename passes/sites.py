@@ -218,15 +218,18 @@ class Sites:
         """
         common = common_matrix(role.readers)
         value, root, n = common.value, allocating_node(role.value.node), common.features
+        tokens = self._sizes.at_hand(value.numel() // n)
+        # of as many tokens as the decision is about, which may be more than there are
+        share = size_hint(tokens) / max(1, size_hint(value.numel()) // n)
         matrix = Projected(
-            self._sizes.at_hand(value.numel() // n),
+            tokens,
             n,
             value.itemsize,
             common.outputs,
             "weight_gradient",
             value.device,
             is_batch=value.dim() > 2 or common.is_grouped,
-            products=common.products,
+            products=round(share * common.products) if common.is_grouped else 0,
             columns=common.columns,
         )
         sharing = self._sharing(common)

@@ -135,7 +135,7 @@ def test_the_report_drops_the_same_value(monkeypatch: pytest.MonkeyPatch) -> Non
     config = prac_fx.PracConfig(min_nbytes=0, policy="balanced", weight_gradient="recompute")
     model, found = Mlp(), list[Plan]()
     for _ in range(2):
-        (call,) = trace(Step(model, (inputs(),), {}), config)
+        (call,) = trace(Step(model, (inputs(),), {}), config).calls
         assert call.after.plan is not None
         found.append(call.after.plan)
         _misjudge_all_of(monkeypatch, len(found[0].sites))

@@ -1,6 +1,6 @@
 """The only folder that imports private parts of torch.
 
-The test-suite has run every name below with torch 2.11.0 and 2.13.0 (CPU builds). Nothing else in
+The test-suite runs every name below with torch 2.11.0, 2.13.0, 2.14.1 and 2.15.0. Nothing else in
 prac_fx or passes may import from a module whose path has a leading underscore. `patches` has all
 changes of torch's behaviour.
 """
