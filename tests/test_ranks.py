@@ -25,7 +25,7 @@ from prac_fx.memory.timeline import StepMemory
 from prac_fx.report.cli import main
 from prac_fx.report.explain import MemoryReport, report_step
 from tests import ranks_workers as workers
-from tests.ranks_workers import BLOCKS, FEATURES, KINDS, TOKENS, Net
+from tests.ranks_workers import ALSO_PLAIN, BLOCKS, FEATURES, KINDS, TOKENS, Net
 from tests.uncompiled import without_schedules
 
 WORLD = 2
@@ -85,11 +85,14 @@ def test_saved_bytes_and_peak_are_those_of_real_processes(
     measured: dict[str, dict[str, int]], kind: str
 ) -> None:
     report = _report(**{kind: WORLD})
-    assert report.saved_before_nbytes == measured[f"{kind} before"]["saved"]
     assert report.saved_after_nbytes == measured[f"{kind} after"]["saved"]
+    if kind in ALSO_PLAIN:
+        assert report.saved_before_nbytes == measured[f"{kind} before"]["saved"]
     # buckets are there before the step
     more = ("gradients",) if kind == "ddp" else ()
     for memory, name in ((report.before, "before"), (report.after, "after")):
+        if f"{kind} {name}" not in measured:
+            continue
         peak = measured[f"{kind} {name}"]["peak"]
         assert _of_the_step(memory, *more) == pytest.approx(peak, rel=0.05), name
 
