@@ -30,50 +30,26 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from prac_fx.codecs.base import Codec, Outer, Rounding
+from prac_fx.codecs.base import Outer, Rounding, times
 from prac_fx.codecs.rounding import uniform
-from prac_fx.codecs.sampled import rows_at, share_of, times
+from prac_fx.codecs.row_share import INDEX_NBYTES, RowShare, rows_at
 from prac_fx.codecs.subspace import exact_dtype, working_dtype
-
-_INDEX_NBYTES = 4  # of int32
 
 
 @dataclass(frozen=True)
-class PammCodec(Codec):
-    """A value as its rows' projections on a share of them.
+class PammCodec(RowShare):
+    """A value as its rows' projections on a share of them. Attributes are those of `RowShare`."""
 
-    Attributes:
-        features: n.
-        share: k / m, above 0 and at most 1; k is rounded up.
-        matrices: E.
-    """
-
-    features: int
-    share: float
-    matrices: int = 1
-
-    def __post_init__(self) -> None:
-        """Reject a share that gives no representative, or more than there are rows."""
-        if not 0 < self.share <= 1:
-            raise ValueError(f"share must be above 0 and at most 1, not {self.share}")
+    kept_as = "representatives"
 
     @property
     def name(self) -> str:
         """Always `pamm`."""
         return "pamm"
 
-    def describe(self) -> str:
-        """Short text for tables, such as `pamm 0.002`."""
-        return f"{self.name} {self.share:g}"
-
     @property
     def is_unbiased(self) -> bool:
         """What lies across of a representative is lost."""
-        return False
-
-    @property
-    def is_decodable(self) -> bool:
-        """Rows could be rebuilt, but with errors that only a weight gradient should see."""
         return False
 
     @property
@@ -95,7 +71,7 @@ class PammCodec(Codec):
             finite has no finite a.
         """
         m = x.shape[-2]
-        kept = share_of(m, self.share)
+        kept = self.kept(m)
         numbers = uniform(rows.view(x.shape[:-1]).narrow(-1, 0, kept), columns)
         directions = self._directions(rows_at(x, _one_of_each_stratum(numbers, m)))
         products = x @ directions.mT
@@ -110,10 +86,6 @@ class PammCodec(Codec):
         rows = torch.where(largest == 0, rows, rows / largest)  # so that squares stay in range
         length = rows.square().sum(-1, keepdim=True).sqrt().clamp_min(0.5)
         return (rows * (self._guard(representatives.dtype) / length)).to(representatives.dtype)
-
-    def decode(self, parts: Sequence[Tensor], dtype: torch.dtype, *basis: Tensor) -> Tensor:
-        """Not done: see `is_decodable`."""
-        raise NotImplementedError("of representatives weight gradients are made, and nothing else")
 
     def weight_gradient(
         self, parts: Sequence[Tensor], dy: Tensor, *basis: Tensor, outer: Outer | None = None
@@ -162,8 +134,7 @@ class PammCodec(Codec):
 
     def stored_nbytes(self, rows: int, itemsize: int) -> int:
         """Bytes stored for this many rows of all matrices together."""
-        representatives = self.matrices * share_of(rows // self.matrices, self.share)
-        return representatives * self.features * itemsize + rows * (itemsize + _INDEX_NBYTES)
+        return self.kept_of_all(rows) * self.features * itemsize + rows * (itemsize + INDEX_NBYTES)
 
 
 def _one_of_each_stratum(numbers: Tensor, m: int) -> Tensor:

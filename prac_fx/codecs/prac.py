@@ -22,7 +22,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from prac_fx.codecs.base import Codec, Outer, SubspaceShape
+from prac_fx.codecs.base import Codec, Outer, SubspaceShape, times
 from prac_fx.codecs.subspace import tail_scale
 
 
@@ -90,11 +90,11 @@ class PracCodec(SubspaceShape, Codec):
     def _decoded(self, coordinates: Tensor, basis: Tensor) -> Tensor:
         if self.blocks == 1:
             flat = coordinates if coordinates.dim() == 2 else coordinates.reshape(-1, self.rank)
-            decoded = _times(flat.mm(basis.mT), self._unguard(basis.dtype))
+            decoded = times(flat.mm(basis.mT), self._unguard(basis.dtype))
             if coordinates.dim() == 2:
                 return decoded
             return decoded.view(*coordinates.shape[:-1], self.features)
-        per_block = _times(basis.bmm(coordinates), self._unguard(basis.dtype))  # (B, n / B, m)
+        per_block = times(basis.bmm(coordinates), self._unguard(basis.dtype))  # (B, n / B, m)
         return per_block.permute(2, 0, 1).reshape(-1, self.features)
 
     def weight_gradient(
@@ -118,14 +118,14 @@ class PracCodec(SubspaceShape, Codec):
     ) -> Tensor:
         unguard = self._unguard(dy.dtype)
         if outer is not None:
-            small = _times(outer(coordinates, dy), unguard)
+            small = times(outer(coordinates, dy), unguard)
             return basis.expand(small.shape[0], -1, -1).bmm(small)
         if self.blocks == 1:
             if dy.dim() == 2:
-                return basis.mm(_times(coordinates.mT.mm(dy), unguard))
-            small = _times(coordinates.mT.bmm(dy), unguard)
+                return basis.mm(times(coordinates.mT.mm(dy), unguard))
+            small = times(coordinates.mT.bmm(dy), unguard)
             return basis.expand(dy.shape[0], -1, -1).bmm(small)
-        small = _times(coordinates.view(self.rank, -1).mm(dy), unguard)
+        small = times(coordinates.view(self.rank, -1).mm(dy), unguard)
         per_block = small.view(self.blocks, self.rank // self.blocks, -1)
         return basis.bmm(per_block).view(self.features, -1)
 
@@ -149,7 +149,7 @@ class PracCodec(SubspaceShape, Codec):
         self, dy_t: Tensor, coordinates: Tensor, basis: Tensor, *, outer: Outer | None = None
     ) -> Tensor:
         if outer is not None:
-            small = _times(outer(dy_t.mT, coordinates), self._unguard(dy_t.dtype))
+            small = times(outer(dy_t.mT, coordinates), self._unguard(dy_t.dtype))
             flat = small.reshape(-1, self.rank).mm(basis.mT)
             return flat.view(*small.shape[:-1], self.features)
         if self.blocks > 1:
@@ -157,8 +157,8 @@ class PracCodec(SubspaceShape, Codec):
             return self._gradient(dy_t.mT, coordinates, basis).mT
         unguard = self._unguard(dy_t.dtype)
         if dy_t.dim() == 2:
-            return _times(dy_t.mm(coordinates), unguard).mm(basis.mT)
-        small = _times(dy_t.bmm(coordinates), unguard)
+            return times(dy_t.mm(coordinates), unguard).mm(basis.mT)
+        small = times(dy_t.bmm(coordinates), unguard)
         return small.bmm(basis.mT.expand(dy_t.shape[0], -1, -1))
 
     def _guarded(self, basis: Tensor) -> Tensor:
@@ -186,8 +186,3 @@ class PracCodec(SubspaceShape, Codec):
         """Bytes that live as long as the parameter: the basis and the sampled rows."""
         basis = self.features * self.rank // self.blocks
         return (basis + self.sample_rows * self.features) * itemsize
-
-
-def _times(x: Tensor, factor: float) -> Tensor:
-    """`x * factor`, without an operator in the graph when there is nothing to multiply."""
-    return x if factor == 1.0 else x * factor

@@ -31,48 +31,30 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from fractions import Fraction
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from prac_fx.codecs.base import Codec, Outer, Rounding
+from prac_fx.codecs.base import Outer, Rounding, times
 from prac_fx.codecs.rounding import uniform
+from prac_fx.codecs.row_share import INDEX_NBYTES, RowShare, rows_at
 from prac_fx.codecs.subspace import exact_dtype, working_dtype
 
-_INDEX_NBYTES = 4  # of int32
 # Of the numbers that `uniform` returns. They lie in the middle between the points of the grid.
 _GRID = 2.0**-16
 
 
 @dataclass(frozen=True)
-class SampledRows(Codec):
-    """A share of the rows of a value.
+class SampledRows(RowShare):
+    """A share of the rows of a value. Attributes are those of `RowShare`."""
 
-    Attributes:
-        features: n.
-        share: k / m, above 0 and at most 1; k is rounded up.
-        matrices: E.
-    """
-
-    features: int
-    share: float
-    matrices: int = 1
-
-    def __post_init__(self) -> None:
-        """Reject what keeps nothing, or more than there is."""
-        if not 0 < self.share <= 1:
-            raise ValueError(f"share must be above 0 and at most 1, not {self.share}")
+    kept_as = "sampled rows"
 
     @property
     def name(self) -> str:
         """Always `sampled`."""
         return "sampled"
-
-    def describe(self) -> str:
-        """Short text for tables, such as `sampled 0.25`."""
-        return f"{self.name} {self.share:g}"
 
     @property
     def is_unbiased(self) -> bool:
@@ -80,18 +62,9 @@ class SampledRows(Codec):
         return True
 
     @property
-    def is_decodable(self) -> bool:
-        """Most rows are gone."""
-        return False
-
-    @property
     def rounding(self) -> Rounding:
         """A number for each row, of which the first k are used, and two for columns."""
         return Rounding(1, 2)
-
-    def kept(self, rows: int) -> int:
-        """k of m rows, at least one of any; both may be symbolic."""
-        return share_of(rows, self.share)
 
     # -- tensors ----------------------------------------------------------------------------------
 
@@ -113,10 +86,6 @@ class SampledRows(Codec):
         index, factor = drawn_rows(row_sizes(x), kept, _fine_uniform(numbers, columns))
         factor = times(factor, self._guard(x.dtype)).unsqueeze(-1)
         return (rows_at(x, index) * factor).to(x.dtype), index.to(torch.int32)
-
-    def decode(self, parts: Sequence[Tensor], dtype: torch.dtype, *basis: Tensor) -> Tensor:
-        """Not possible."""
-        raise NotImplementedError("of sampled rows weight gradients are made, and nothing else")
 
     def weight_gradient(
         self, parts: Sequence[Tensor], dy: Tensor, *basis: Tensor, outer: Outer | None = None
@@ -168,14 +137,7 @@ class SampledRows(Codec):
 
     def stored_nbytes(self, rows: int, itemsize: int) -> int:
         """Bytes stored for this many rows of all matrices together."""
-        kept = self.matrices * self.kept(rows // self.matrices)
-        return kept * (self.features * itemsize + _INDEX_NBYTES)
-
-
-def share_of(rows: int, share: float) -> int:
-    """So many of some rows, rounded up; the number of rows may be symbolic."""
-    exact = Fraction(repr(share))  # 0.3 is 3 / 10 here, as its reader expects
-    return (rows * exact.numerator + exact.denominator - 1) // exact.denominator
+        return self.kept_of_all(rows) * (self.features * itemsize + INDEX_NBYTES)
 
 
 def row_sizes(x: Tensor) -> Tensor:
@@ -237,15 +199,3 @@ def _fine_uniform(rows: Tensor, columns: Tensor) -> Tensor:
     """
     coarse, fine = uniform(rows.unsqueeze(-1), columns).to(exact_dtype(rows.device)).unbind(-1)
     return coarse - _GRID / 2 + fine * _GRID
-
-
-def rows_at(x: Tensor, index: Tensor) -> Tensor:
-    """Rows of x, (m, n) or (E, m, n), at (k,) or (E, k) indices."""
-    if x.dim() == 2:
-        return x[index]
-    return x.gather(-2, index.to(torch.int64).unsqueeze(-1).expand(-1, -1, x.shape[-1]))
-
-
-def times(x: Tensor, factor: float) -> Tensor:
-    """`x * factor`, without an operator in the graph when there is nothing to multiply."""
-    return x if factor == 1.0 else x * factor
