@@ -45,11 +45,11 @@ Result = dict[str, Any]
 class Block(nn.Module):
     """Norm and MLP with a residual connection."""
 
-    def __init__(self) -> None:
+    def __init__(self, features: int = FEATURES) -> None:
         super().__init__()
-        self.norm = nn.LayerNorm(FEATURES)
-        self.up = nn.Linear(FEATURES, 4 * FEATURES)
-        self.down = nn.Linear(4 * FEATURES, FEATURES)
+        self.norm = nn.LayerNorm(features)
+        self.up = nn.Linear(features, 4 * features)
+        self.down = nn.Linear(4 * features, features)
 
     def forward(self, x: Tensor) -> Tensor:
         hidden = nn.functional.gelu(self.up(self.norm(x)))

@@ -22,28 +22,14 @@ import prac_fx  # noqa: F401  the backend is registered by name where it is inst
 from benchmarks.held_memory import all_tensors, held_nbytes
 from prac_fx.compare.allocator import step_allocations
 from prac_fx.compiler.dynamo_backend import prac
-from prac_fx.memory.ranks import device_mesh
+from prac_fx.memory.sharding import device_mesh
+from tests.distributed_workers import Block
 
 FEATURES, TOKENS, BLOCKS = 128, 1024, 3
 KINDS = ("fsdp", "tp", "ddp")
 ALSO_PLAIN = ("fsdp",)  # compilation is dear
 # the allocator may hand back what a collective held only when its thread wakes up
 STEPS = 4
-
-
-class Block(nn.Module):
-    """Norm and MLP with a residual connection."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.norm = nn.LayerNorm(FEATURES)
-        self.up = nn.Linear(FEATURES, 4 * FEATURES)
-        self.down = nn.Linear(4 * FEATURES, FEATURES)
-
-    def forward(self, x: Tensor) -> Tensor:
-        hidden = nn.functional.gelu(self.up(self.norm(x)))
-        result: Tensor = x + self.down(hidden)
-        return result
 
 
 class Net(nn.Module):
@@ -53,7 +39,7 @@ class Net(nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
-        self.blocks = nn.ModuleList(Block() for _ in range(BLOCKS))
+        self.blocks = nn.ModuleList(Block(FEATURES) for _ in range(BLOCKS))
 
     def forward(self, x: Tensor) -> Tensor:
         for block in self.blocks:

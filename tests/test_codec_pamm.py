@@ -12,6 +12,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from prac_fx.codecs import PammCodec
 from prac_fx.codecs.rounding import column_numbers, row_numbers
 from prac_fx.runtime.rounding_seed import step_number
+from tests.dtypes import BY_DTYPE
 
 pytestmark = pytest.mark.vectors
 
@@ -70,16 +71,7 @@ def test_representatives_are_rows_one_of_each_stratum() -> None:
 
 
 @pytest.mark.parametrize("shape", SHAPES, ids=len)
-@pytest.mark.parametrize(
-    ("dtype", "tolerance"),
-    [
-        (torch.float64, 1e-12),
-        (torch.float32, 1e-5),
-        (torch.bfloat16, 3e-2),
-        (torch.float16, 1e-2),
-    ],
-    ids=str,
-)
+@BY_DTYPE
 def test_gradients_are_those_of_the_projections(
     dtype: torch.dtype, tolerance: float, shape: tuple[int, ...]
 ) -> None:

@@ -15,6 +15,7 @@ from prac_fx.codecs import SampledRows, sampled
 from prac_fx.codecs.rounding import column_numbers, row_numbers
 from prac_fx.codecs.sampled import _fine_uniform, drawn_rows, row_sizes
 from prac_fx.runtime.rounding_seed import step_number
+from tests.dtypes import BY_DTYPE
 
 pytestmark = pytest.mark.vectors
 
@@ -207,16 +208,7 @@ def test_numbers_are_fine_enough_for_rows_that_hardly_count() -> None:
 
 
 @pytest.mark.parametrize("shape", SHAPES, ids=len)
-@pytest.mark.parametrize(
-    ("dtype", "tolerance"),
-    [
-        (torch.float64, 1e-12),
-        (torch.float32, 1e-5),
-        (torch.bfloat16, 3e-2),
-        (torch.float16, 1e-2),
-    ],
-    ids=str,
-)
+@BY_DTYPE
 def test_both_forms_agree_with_the_stored_rows_in_float64(
     dtype: torch.dtype, tolerance: float, shape: tuple[int, ...]
 ) -> None:

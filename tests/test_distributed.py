@@ -3,11 +3,7 @@
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sys
 from itertools import pairwise
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -18,6 +14,7 @@ from tests import distributed_workers as workers
 from tests.compiling import compile_prac
 from tests.distributed_workers import SCENARIOS, STEPS
 from tests.models import Sequential, rows
+from tests.rank_processes import run_ranks
 from tests.uncompiled import no_code_generation
 
 WORLD = 2
@@ -30,17 +27,6 @@ pytestmark = pytest.mark.skipif(
 Both = tuple[dict[str, Any], dict[str, Any]]
 
 
-def _start(rank: int, folder: Path, log: Path) -> subprocess.Popen[bytes]:
-    settings = {"OMP_NUM_THREADS": "1", "TORCHINDUCTOR_COMPILE_THREADS": "1"}
-    with log.open("w") as stderr:
-        return subprocess.Popen(
-            [sys.executable, "-m", workers.__name__, str(rank), str(WORLD), folder, *SCENARIOS],
-            env={**os.environ, **settings, "PYTHONFAULTHANDLER": "1"},
-            cwd=Path(__file__).parent.parent,
-            stderr=stderr,
-        )
-
-
 @pytest.fixture(scope="module")
 def results(tmp_path_factory: pytest.TempPathFactory) -> Any:
     """Every scenario in both processes; a deadlock ends them all instead of hanging."""
@@ -48,19 +34,7 @@ def results(tmp_path_factory: pytest.TempPathFactory) -> Any:
     torch._dynamo.reset()
     with no_code_generation():
         workers.save_alone(folder)
-    logs = [folder / f"stderr-{rank}" for rank in range(WORLD)]
-    processes = [_start(rank, folder, log) for rank, log in enumerate(logs)]
-    late = ""
-    try:
-        for process in processes:
-            process.wait(timeout=SECONDS)
-    except subprocess.TimeoutExpired:
-        late = f"a rank did not come to an end within {SECONDS} s"
-    finally:
-        for process in processes:
-            process.kill()
-    codes = [process.wait() for process in processes]
-    errors = "\n".join([late, *(log.read_text()[-4000:] for log in logs)])
+    ended = run_ranks(workers.__name__, WORLD, folder, SECONDS, tuple(SCENARIOS))
     with no_code_generation():
         alone = workers.load_alone(folder) if (folder / "two").exists() else {}
 
@@ -68,12 +42,12 @@ def results(tmp_path_factory: pytest.TempPathFactory) -> Any:
         found = []
         for rank in range(WORLD):
             path = folder / f"{name}-{rank}.json"
-            assert path.exists(), errors
+            assert path.exists(), ended.errors
             found.append(json.loads(path.read_text()))
             assert "error" not in found[-1], found[-1]["error"]
         return found[0], found[1]
 
-    of.alone, of.codes, of.errors = alone, codes, errors  # type: ignore[attr-defined]
+    of.alone, of.codes, of.errors = alone, ended.codes, ended.errors  # type: ignore[attr-defined]
     return of
 
 

@@ -3,9 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sys
 from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
@@ -20,11 +17,13 @@ from prac_fx.compare.allocator import step_allocations
 from prac_fx.compiler.dynamo_backend import prac
 from prac_fx.document.load import check_document
 from prac_fx.errors import ReportError
-from prac_fx.memory.ranks import Ranks, among, blocks_of, build_on_mesh
+from prac_fx.memory.ranks import Ranks, among
+from prac_fx.memory.sharding import build_on_mesh, gathering_blocks
 from prac_fx.memory.timeline import StepMemory
 from prac_fx.report.cli import main
 from prac_fx.report.explain import MemoryReport, report_step
 from tests import ranks_workers as workers
+from tests.rank_processes import run_ranks
 from tests.ranks_workers import ALSO_PLAIN, BLOCKS, FEATURES, KINDS, TOKENS, Net
 from tests.uncompiled import without_schedules
 
@@ -53,26 +52,8 @@ def _of_the_step(memory: StepMemory, *more: str) -> int:
 def measured(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, int]]:
     """What both processes measure, the larger of the two."""
     folder = tmp_path_factory.mktemp("ranks")
-    settings = {"OMP_NUM_THREADS": "1", "TORCHINDUCTOR_COMPILE_THREADS": "1"}
-    processes = []
-    for rank in range(WORLD):
-        with (folder / f"stderr-{rank}").open("w") as stderr:
-            processes.append(
-                subprocess.Popen(
-                    [sys.executable, "-m", workers.__name__, str(rank), str(WORLD), folder],
-                    env={**os.environ, **settings},
-                    cwd=Path(__file__).parent.parent,
-                    stderr=stderr,
-                )
-            )
-    try:
-        for process in processes:
-            process.wait(timeout=SECONDS)
-    finally:
-        for process in processes:
-            process.kill()
-    errors = "\n".join((folder / f"stderr-{rank}").read_text()[-4000:] for rank in range(WORLD))
-    assert [process.wait() for process in processes] == [0] * WORLD, errors
+    ended = run_ranks(workers.__name__, WORLD, folder, SECONDS)
+    assert ended.codes == [0] * WORLD, ended.errors
     found = [json.loads((folder / f"{rank}.json").read_text()) for rank in range(WORLD)]
     return {
         name: {key: max(one[name][key] for one in found) for key in row}
@@ -193,10 +174,10 @@ def test_blocks_are_those_that_the_model_names() -> None:
             super().__init__()
             self.first, self.second = nn.Linear(2, 2), nn.Linear(2, 2)
 
-    assert len(blocks_of(Named())) == 2
-    assert len(blocks_of(Net())) == BLOCKS
+    assert len(gathering_blocks(Named())) == 2
+    assert len(gathering_blocks(Net())) == BLOCKS
     # the last two are no list of equal modules
-    assert blocks_of(nn.Sequential(nn.Linear(2, 2), nn.GELU())) == []
+    assert gathering_blocks(nn.Sequential(nn.Linear(2, 2), nn.GELU())) == []
 
 
 # -- bad input -------------------------------------------------------------------------------------

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 from pathlib import Path
-from typing import Any, Literal, TypedDict, get_args
+from typing import Any, TypedDict, get_args
 
 import msgspec
 
@@ -108,20 +108,21 @@ def _contradictions(document: Document) -> Iterable[str]:
     if timeline is not None:
         yield from _timeline_contradictions(timeline["before"], "timeline.before")
         yield from _timeline_contradictions(timeline["after"], "timeline.after")
-    for which in ("before", "after") if "gpus" in document else ():
-        yield from _gpu_contradictions(document["gpus"], which)
+    if "gpus" in document:
+        yield from _gpu_contradictions(document["gpus"])
 
 
-def _gpu_contradictions(gpus: Gpus, which: Literal["before", "after"]) -> Iterable[str]:
+def _gpu_contradictions(gpus: Gpus) -> Iterable[str]:
     """The cheapest GPU that fits is none of those that fit."""
-    if which == "before":
-        fitting = {gpu["name"] for gpu in gpus["rows"] if gpu["fits_before"]}
-        cheapest = gpus["cheapest_before"]
-    else:
-        fitting = {gpu["name"] for gpu in gpus["rows"] if gpu["fits_after"]}
-        cheapest = gpus["cheapest_after"]
-    if cheapest not in fitting and (cheapest is not None or fitting):
-        yield f"gpus.cheapest_{which}: it is not one of those that fit"
+    rows = gpus["rows"]
+    before = {gpu["name"] for gpu in rows if gpu["fits_before"]}
+    after = {gpu["name"] for gpu in rows if gpu["fits_after"]}
+    for key, fitting, cheapest in (
+        ("cheapest_before", before, gpus["cheapest_before"]),
+        ("cheapest_after", after, gpus["cheapest_after"]),
+    ):
+        if cheapest not in fitting and (cheapest is not None or fitting):
+            yield f"gpus.{key}: it is not one of those that fit"
 
 
 def _timeline_contradictions(timeline: Timeline, where: str) -> Iterable[str]:

@@ -209,10 +209,9 @@ def analyse_step(
         existing = [pair for call in found.calls for pair in call.existing]
         return _analysed(with_captured(step, existing), optimizer, found, repeated, allocator)
 
-    if budget is None and functorch_config.activation_memory_budget < 1:
+    # of a sharded model each is a graph of its own, and equal ones are traced once
+    if step.sharded or (budget is None and functorch_config.activation_memory_budget < 1):
         all_blocks = True
-    if step.sharded:
-        all_blocks = True  # each is a graph of its own; equal ones are traced once
     repeated = None if all_blocks else identical_blocks(step.model, _MANY_BLOCKS)
     if repeated is not None and isinstance(step.model, nn.Module):
         try:
@@ -279,21 +278,21 @@ def _analysed(
     between, between_ours = saved_between_graphs(plain), saved_between_graphs(ours)
     if (between or between_ours) and repeated is not None:
         raise CannotMultiplyError("it is several graphs, and one saves what another has made")
-    values = [(0, value) for value in with_between_graphs(values, between, between_ours)]
+    rows = tuple(with_between_graphs(values, between, between_ours))
 
     def with_others(plan: StepPlan, saved_nbytes: int) -> StepPlan:
         others = of_others(plan, tensors, step.in_flight, saved_nbytes)
         return replace(plan, constants=(*plan.constants, *others))
 
-    plain = with_others(plain, sum(value.nbytes_before for _, value in values))
-    ours = with_others(ours, sum(value.nbytes_after for _, value in values)) if changed else plain
+    plain = with_others(plain, sum(row.nbytes_before for row in rows))
+    ours = with_others(ours, sum(row.nbytes_after for row in rows)) if changed else plain
     before = memory(plain)
     after = memory(ours) if changed else before
     found = AnalysedStep(
         tensors,
         optimizer,
         calls,
-        tuple(value for _, value in values),
+        rows,
         before,
         after,
         step.model,

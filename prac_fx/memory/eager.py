@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable, Collection, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,10 +13,11 @@ from torch.autograd.graph import saved_tensors_hooks
 
 from prac_fx.graph.nbytes import storage_nbytes
 from prac_fx.memory.requests import RequestLog
-from prac_fx.torch_compat import TorchDispatchMode, existing_storages, storage_key, tree_leaves
+from prac_fx.memory.result_watcher import ResultWatcher
+from prac_fx.torch_compat import existing_storages, storage_key, tree_leaves
 
 
-class AllocationTracker(TorchDispatchMode):  # type: ignore[no-untyped-call]
+class AllocationTracker(ResultWatcher):  # type: ignore[no-untyped-call]
     """Counts the bytes of the storages that operators make while it is active, until they go.
 
     Args:
@@ -30,26 +31,17 @@ class AllocationTracker(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """
 
     def __init__(self, known: Iterable[Tensor] = (), log: RequestLog | None = None) -> None:
-        super().__init__()  # type: ignore[no-untyped-call]
+        super().__init__()
         self.nbytes = 0
         self.peak_nbytes = 0
         self._log = log
         self._known = {storage_key(tensor) for tensor in known}
 
-    def __torch_dispatch__(
-        self,
-        func: Callable[..., Any],
-        types: Any,
-        args: tuple[Any, ...] = (),
-        kwargs: Mapping[str, Any] | None = None,
-    ) -> Any:
-        """Run an operator and count the storages of its results."""
-        result = func(*args, **(kwargs or {}))
-        for value in tree_leaves(result):
-            if isinstance(value, Tensor):
-                self._count(value)
+    def returned(self, tensors: Sequence[Tensor]) -> None:
+        """Count the storages of the results of an operator."""
+        for tensor in tensors:
+            self._count(tensor)
         self.peak_nbytes = max(self.peak_nbytes, self.nbytes)
-        return result
 
     def _count(self, tensor: Tensor) -> None:
         key = storage_key(tensor)

@@ -19,16 +19,15 @@ from torch import Tensor
 
 from prac_fx.document.schema import Category
 from prac_fx.memory.eager import differentiated
+from prac_fx.memory.result_watcher import ResultWatcher
 from prac_fx.memory.step import Step
 from prac_fx.memory.tensors import tensors_of
 from prac_fx.memory.timeline import Live
 from prac_fx.torch_compat import (
-    TorchDispatchMode,
     fsdp_parameters,
     inner_tensors,
     is_sharding_code,
     storage_key,
-    tree_leaves,
 )
 
 
@@ -89,7 +88,7 @@ class _Seen:
         return sum(self.nbytes.values())
 
 
-class OutsideObserver(TorchDispatchMode):  # type: ignore[no-untyped-call]
+class OutsideObserver(ResultWatcher):  # type: ignore[no-untyped-call]
     """Watches a step while it is active.
 
     Args:
@@ -102,7 +101,7 @@ class OutsideObserver(TorchDispatchMode):  # type: ignore[no-untyped-call]
         return True
 
     def __init__(self, step: Step) -> None:
-        super().__init__()  # type: ignore[no-untyped-call]
+        super().__init__()
         tensors = tensors_of(step)
         self._trained = tensors.trained
         own = (one for tensor in tensors.all for one in inner_tensors(tensor))
@@ -114,21 +113,13 @@ class OutsideObserver(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self._highest = _Seen()
         self._moments: dict[tuple[str, int], tuple[_Seen, _Seen]] = {}
 
-    def __torch_dispatch__(
-        self,
-        func: Callable[..., Any],
-        types: Any,
-        args: tuple[Any, ...] = (),
-        kwargs: Mapping[str, Any] | None = None,
-    ) -> Any:
-        """Run an operator and note the storages of its results."""
-        result = func(*args, **(kwargs or {}))
-        if not self._paused:
-            for value in tree_leaves(result):
-                if isinstance(value, Tensor):
-                    self._note(value)
-            self._look()
-        return result
+    def returned(self, tensors: Sequence[Tensor]) -> None:
+        """Note the storages of the results of an operator."""
+        if self._paused:
+            return
+        for tensor in tensors:
+            self._note(tensor)
+        self._look()
 
     @contextmanager
     def paused(self) -> Iterator[None]:

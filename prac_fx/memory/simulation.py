@@ -14,6 +14,7 @@ from dataclasses import dataclass, field, replace
 from prac_fx.document.schema import CATEGORIES, Category, StepPhase
 from prac_fx.graph.origin import Origin
 from prac_fx.memory.inductor_buffers import Kernel, Value
+from prac_fx.memory.outside import Moment
 from prac_fx.memory.requests import RequestLog, Requests, StepRequests
 from prac_fx.memory.step_plan import StepPlan
 from prac_fx.memory.timeline import Event, Live, StepMemory, highest
@@ -108,7 +109,8 @@ class _Simulation:
         self._drop_results()
         for number in reversed(range(len(self.graphs))):
             self._backward(number)
-        self._hold_outside("backward", "end", -1)
+        if self.step.outside is not None:
+            self._hold_outside("backward", self.step.outside.end)
         nbytes = self.step.optimizer_temporary_nbytes
         temporary = Live("optimizer", "temporary", "", nbytes)
         self._hold(("optimizer",), temporary, ("optimizer",))
@@ -126,7 +128,8 @@ class _Simulation:
     def _forward(self, number: int) -> None:
         graph = self.graphs[number]
         plan = graph.forward
-        self._hold_outside("forward", "forward", number)
+        if self.step.outside is not None:
+            self._hold_outside("forward", self.step.outside.forward[number])
         saved = plan.saved_buffers(graph.num_results)
         start_of_loss = _start_of_loss(plan.kernels, graph.loss)
         for index, kernel in enumerate(plan.kernels):
@@ -187,7 +190,7 @@ class _Simulation:
         gradients = {pair[1]: of for pair, of in outputs if pair is not None and of is not None}
         if self.step.outside is not None:
             gradients = {}
-            self._hold_outside("backward", "backward", number)
+            self._hold_outside("backward", self.step.outside.backward[number])
             # the loss was computed outside of the graphs, and its backward is over
             self._release_all(("result", number))
         for name, value in plan.inputs.items():
@@ -220,12 +223,8 @@ class _Simulation:
             holder = ("saved", number, plan.inputs[name].name)
             self._release(self.saved.get(holder, ()), holder, is_handed_over)
 
-    def _hold_outside(self, phase: StepPhase, which: str, number: int) -> None:
+    def _hold_outside(self, phase: StepPhase, moment: Moment) -> None:
         """What is held outside at the highest moment before a graph, and then while it runs."""
-        outside = self.step.outside
-        if outside is None:
-            return
-        moment = outside.end if number < 0 else getattr(outside, which)[number]
         for held in (moment.before, moment.during):
             self._release_all(("outside",))
             for index, live in enumerate(held):

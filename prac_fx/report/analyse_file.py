@@ -10,6 +10,7 @@ import math
 from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager, ExitStack
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +22,7 @@ from prac_fx.document.schema import Document
 from prac_fx.errors import PracError, ReportError, one_line
 from prac_fx.memory.cuda_settings import AllocatorChoice
 from prac_fx.memory.fake_model import build_model
-from prac_fx.memory.ranks import Ranks, among, build_on_mesh
+from prac_fx.memory.ranks import Ranks, among
 from prac_fx.report.explain import report_step
 from prac_fx.report.model_file import (
     Built,
@@ -89,10 +90,9 @@ class Analysis:
         Raises:
             ReportError: a number below 1.
         """
-        given = {name: getattr(self, name) for name in ("fsdp", "tp", "ddp", "pp")}
-        if all(number is None for number in given.values()):
-            return None
-        return Ranks(**{name: number for name, number in given.items() if number is not None})
+        numbers = {field.name: getattr(self, field.name) for field in dataclasses.fields(Ranks)}
+        given = {name: number for name, number in numbers.items() if number is not None}
+        return Ranks(**given) if given else None
 
 
 def analyse(path: Path, options: dict[str, Any], analysis: Analysis) -> Document:
@@ -109,7 +109,9 @@ def analyse(path: Path, options: dict[str, Any], analysis: Analysis) -> Document
                 built = call_build(lambda: build_model(file.build, analysis.fake), path)
             else:
                 mesh.enter_context(_mesh_of_its_own(file.mesh, path, analysis))
-                built = call_build(lambda: build_on_mesh(file.build, file.mesh or {}), path)
+                from prac_fx.memory.sharding import build_on_mesh  # as in `as_one_of`
+
+                built = call_build(partial(build_on_mesh, file.build, file.mesh), path)
         return _report(path, built, options, analysis)
 
 

@@ -203,7 +203,7 @@ def report_step(
         processes: how many alternatives are analysed at a time, in forked processes; see
             `prac_fx.compare.forked_map`.
         ranks: analyse one of so many ranks, rank 0, which holds most. The inputs are its own. The
-            model is copied and sharded as `prac_fx.memory.ranks.shard` says; one that is sharded
+            model is copied and sharded as `prac_fx.memory.sharding.shard` says; one that is sharded
             already, in a fake process group, is analysed as it is.
         allocator: of CUDA, to find out what it reserves; None for the one that torch would use if
             the tensors are on CUDA, or `gpus` are given. "none" for none.
