@@ -1,7 +1,7 @@
 """The pass `assign_roles`: who reads each saved value in backward.
 
-    role W    only weight-gradient matmuls read it, or convolutions for the gradient of their weight.
-              The estimate's noise stays in these gradients.
+    role W    only weight-gradient matmuls read it, or convolutions for the gradient of a weight. The
+              estimate's noise stays in these gradients.
     role A    something else reads it: the input-gradient path, attention, code that backward
               computes again from it. Noise runs on through every earlier layer.
     role W+A  both read it.
